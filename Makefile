@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up what they need themselves: only python3 (3.11 or newer) with
+# venv must be there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+# Environments of their own, because their versions clash with ours: the reference client, and the
+# newest protobuf and gRPC.
+OTHER_VENVS := .venv-tritonclient .venv-protobuf7
+
+.PHONY: demo test lint format protos clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
+	$(BIN)/python -m export $(DEMO)/digits.pt --output $(DEMO)/models --activation silu
+	$(BIN)/python -m examples.digits.classify --checkpoint $(DEMO)/digits.pt --model-repository $(DEMO)/models
+
+test: lint $(OTHER_VENVS:%=%/installed)
+	$(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(VENV)/installed
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. protos/*.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --grpc_python_out=. protos/inference.proto
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,examples,dev]'
+	touch $@
+
+.venv-%/installed: tests/environments/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OTHER_VENVS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Complete uses of kanserve on real data."""

@@ -1,0 +1,1 @@
+"""Handwritten digits: train, export, serve, classify."""

@@ -1,0 +1,82 @@
+"""golden.npz: inputs, float64 answers and how far a runtime may be from them.
+
+The exporter picks them from the probes of its parity check; the server replays them on its own
+provider before it calls a model ready. Both judge by `excess`.
+"""
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kan_bundle.errors import IntegrityError
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Probes with known answers.
+
+    Attributes:
+        inputs: float32, shape (rows, in).
+        outputs: The float64 recursion's answers, shape (rows, out).
+        tolerance: Largest allowed |y - outputs|, shape (rows, out).
+    """
+
+    inputs: NDArray[np.float32]
+    outputs: NDArray[np.float64]
+    tolerance: NDArray[np.float64]
+
+
+def excess(
+    found: NDArray[Any], expected: NDArray[np.float64], tolerance: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Express each deviation as a multiple of what is allowed: up to 1 is right, above is wrong.
+
+    NaN matches NaN alone, and an infinity only itself; a mismatch is infinitely wrong.
+
+    Args:
+        found: A runtime's outputs.
+        expected: The reference, of the same shape.
+        tolerance: Largest allowed deviation, of the same shape.
+
+    Returns:
+        |found - expected| / tolerance, of the same shape.
+    """
+    found = found.astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.abs(found - expected) / tolerance
+    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    return np.where(same, 0.0, np.where(np.isnan(ratio), np.inf, ratio))
+
+
+def write_golden(golden: Golden, path: Path) -> None:
+    """Write the probes with their answers."""
+    np.savez_compressed(
+        path, inputs=golden.inputs, outputs=golden.outputs, tolerance=golden.tolerance
+    )
+
+
+def read_golden(content: bytes) -> Golden:
+    """Read the probes with their answers from the bytes of `golden.npz`.
+
+    Raises:
+        IntegrityError: It is not such a file.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            golden = Golden(archive["inputs"], archive["outputs"], archive["tolerance"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise IntegrityError(f"golden.npz: cannot be read: {error}; export again") from error
+    rows = golden.inputs.shape[0]
+    if not (
+        rows and golden.outputs.shape == golden.tolerance.shape and len(golden.outputs) == rows
+    ):
+        raise IntegrityError(
+            f"golden.npz: shapes {golden.inputs.shape}, {golden.outputs.shape} and "
+            f"{golden.tolerance.shape} do not belong together; export again"
+        )
+    return golden

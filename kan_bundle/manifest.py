@@ -1,0 +1,214 @@
+"""manifest.json: what the exporter promises and the server relies on.
+
+The file ends with a digest of its own bytes, taken with the digest left empty, so that a changed
+byte anywhere in it is noticed. The digest, like the hashes, guards against accidents, not against
+someone who can write to the repository.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from kan_bundle.errors import ManifestError
+from kan_bundle.layout import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE
+
+FORMAT: Literal[1] = 1
+"""Version of the bundle's format. A reader refuses any other."""
+
+_STRICT = with_config(ConfigDict(strict=True, extra="forbid"))
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_Count = Annotated[int, Field(ge=1)]
+
+
+@_STRICT
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output tensor.
+
+    Attributes:
+        name: Name on the wire and in the graph.
+        datatype: The Open Inference Protocol's name of the element type.
+        shape: Dimensions; -1 stands for the batch, which comes first.
+    """
+
+    name: str
+    datatype: Literal["FP32"]
+    shape: tuple[int, ...]
+
+
+@_STRICT
+@dataclass(frozen=True)
+class LayerRecord:
+    """One KANLinear.
+
+    Attributes:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        grid_size: G, the number of grid intervals.
+        spline_order: k, the polynomial degree.
+        grid: Whether the knots of every feature are equally spaced.
+        standalone_scaler: Whether the checkpoint had a scale per edge.
+        lowering: The form the layer was exported in.
+    """
+
+    in_features: _Count
+    out_features: _Count
+    grid_size: _Count
+    spline_order: Annotated[int, Field(ge=0)]
+    grid: Literal["uniform", "adapted"]
+    standalone_scaler: bool
+    lowering: Literal["recursion"]
+
+
+@_STRICT
+@dataclass(frozen=True)
+class InputRange:
+    """Ends of the first layer's grid, per input feature, where the splines were trained."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@_STRICT
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of a file."""
+
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: _Sha256
+
+
+@_STRICT
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint: its file name, without folders, and its SHA-256."""
+
+    file: str
+    sha256: _Sha256
+
+
+@_STRICT
+@dataclass(frozen=True)
+class ParityRecord:
+    """How far a runtime was from the float64 recursion.
+
+    Attributes:
+        runtime: What ran.
+        max_absolute: Largest |y - y64|.
+        max_relative: Largest |y - y64| / max(1, |y64|), the quantity the tolerance bounds.
+        max_ulp: Largest |y - y64| in float32 units in the last place of y64.
+        tolerance: Largest bound that was applied to `max_relative`.
+        probes: Number of input rows compared, over all batch sizes.
+    """
+
+    runtime: str
+    max_absolute: float
+    max_relative: float
+    max_ulp: float
+    tolerance: float
+    probes: _Count
+
+
+@_STRICT
+@dataclass(frozen=True)
+class Manifest:
+    """The contract between export and serving.
+
+    Attributes:
+        format: `FORMAT`.
+        name: Model name, also its folder's.
+        version: Model version, also its folder's.
+        created: Time of export, UTC, ISO 8601.
+        source: The checkpoint.
+        base_activation: As named at export; a state dict does not hold it.
+        layers: From input to output.
+        input_range: Where the splines were trained.
+        inputs: Input tensors.
+        outputs: Output tensors.
+        files: Every file of the version folder but the manifest.
+        parity: One record per runtime.
+        versions: Versions of the programs that took part, by name.
+    """
+
+    format: Literal[1]
+    name: str
+    version: _Count
+    created: str
+    source: Source
+    base_activation: str
+    layers: tuple[LayerRecord, ...]
+    input_range: InputRange
+    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    files: dict[_FileName, FileRecord]
+    parity: tuple[ParityRecord, ...]
+    versions: dict[str, str]
+
+
+_ADAPTER = TypeAdapter(Manifest)
+_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"\n}\n\Z')
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest.json` into a version folder."""
+    text = json.dumps(asdict(manifest) | {"digest": ""}, indent=2, allow_nan=False) + "\n"
+    unsigned = text.encode()
+    digest = hashlib.sha256(unsigned).hexdigest()
+    signed = unsigned.removesuffix(b'""\n}\n') + f'"{digest}"\n}}\n'.encode()
+    (folder / MANIFEST_FILE).write_bytes(signed)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a version folder.
+
+    Raises:
+        ManifestError: It is missing, not byte for byte what was written, of another format, or
+            lacks something.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(
+            f"{path}: cannot be read: {error.strerror}; every version folder has one: export again"
+        ) from error
+    found = _DIGEST.search(raw)
+    if found is None:
+        raise ManifestError(
+            f"{path}: does not end with its digest, so it is truncated or was edited; export again"
+        )
+    unsigned = raw[: found.start(1)] + raw[found.end(1) :]
+    digest = hashlib.sha256(unsigned).hexdigest()
+    if digest != found.group(1).decode():
+        raise ManifestError(
+            f"{path}: SHA-256 is {digest}, the digest at its end says {found.group(1).decode()}: "
+            "the file was changed after export; copy it or export again"
+        )
+    try:
+        content = json.loads(raw)
+        del content["digest"]
+        if content.get("format") != FORMAT:
+            raise ManifestError(
+                f"{path}: bundle format {content.get('format')!r}, this version of kanserve reads "
+                f"format {FORMAT}; export again, or use the kanserve that wrote it"
+            )
+        manifest = _ADAPTER.validate_json(json.dumps(content))
+    except (ValueError, ValidationError) as error:
+        raise ManifestError(f"{path}: {_first_fault(error)}; export again") from error
+    for needed in (MODEL_FILE, GOLDEN_FILE):
+        if needed not in manifest.files:
+            raise ManifestError(f"{path}: lists no {needed}; export again")
+    return manifest
+
+
+def _first_fault(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        fault = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+    return str(error)

@@ -1,0 +1,56 @@
+"""Base activations by name.
+
+A state dict does not say which activation the base path uses, so its user must; these are the
+names `--activation` understands.
+"""
+
+import importlib
+from collections.abc import Callable
+
+from torch import nn
+
+from kan_model.errors import ActivationError
+
+NAMED: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+}
+
+
+def resolve_activation(name: str) -> Callable[[], nn.Module]:
+    """Find the maker of a base activation.
+
+    Args:
+        name: One of `NAMED`, or `package.module:Class`, which imports that module; anything
+            callable without arguments that returns an `nn.Module` will do.
+
+    Returns:
+        A callable that makes a new module at each call.
+
+    Raises:
+        ActivationError: The name is unknown, cannot be imported, or does not make a module.
+    """
+    if name in NAMED:
+        return NAMED[name]
+    module_name, colon, attribute = name.partition(":")
+    if not (colon and module_name and attribute):
+        raise ActivationError(
+            f"activation {name!r} is not known; expected one of {', '.join(NAMED)}, "
+            "or package.module:Class"
+        )
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        made = factory()
+    except Exception as error:  # the user's own module may fail in any way
+        raise ActivationError(
+            f"activation {name!r} cannot be made: {type(error).__name__}: {error}; expected "
+            "package.module:Class, importable from here and callable without arguments"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise ActivationError(
+            f"activation {name!r} makes a {type(made).__name__}, expected a torch.nn.Module"
+        )
+    return factory  # type: ignore[no-any-return]

@@ -1,0 +1,138 @@
+"""onnxruntime: one session that runs one verified model on the provider that was asked for.
+
+This module knows neither gRPC nor folders. It never falls back: a session that is not on the
+provider asked for is an error.
+"""
+
+from importlib import metadata
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from kan_bundle.errors import IntegrityError
+from kan_bundle.manifest import Manifest, TensorSpec
+from serving.errors import EngineError, StartupError
+
+Provider = Literal["cpu", "cuda"]
+"""Where models run."""
+
+_EXECUTION_PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    # TF32 keeps 10 bits of the mantissa; parity is proven in float32.
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+}
+_ONNX_TYPES = {"FP32": "tensor(float)"}
+
+
+def check_runtime(provider: Provider) -> None:
+    """Refuse an onnxruntime that cannot serve on this provider, or is not the one it seems.
+
+    Raises:
+        StartupError: Both onnxruntime packages are installed, or the provider is not available.
+    """
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(installed) > 1:
+        raise StartupError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
+            "uninstall both, then install kanserve[cpu] or kanserve[gpu]"
+        )
+    name, _ = _EXECUTION_PROVIDERS[provider]
+    available = onnxruntime.get_available_providers()
+    if name not in available:
+        raise StartupError(
+            f"provider {provider} was asked for, but this onnxruntime has only "
+            f"{', '.join(available)}; install kanserve[gpu], or start with --provider cpu"
+        )
+    if provider == "cuda":
+        onnxruntime.preload_dlls()  # CUDA and cuDNN from their wheels, where those are installed
+
+
+class Engine:
+    """A model, ready to run. Safe to call from several threads at once.
+
+    Args:
+        model: Bytes of the ONNX file, verified.
+        manifest: What the file was exported as.
+        provider: Where to run.
+        threads: Threads one run may use.
+
+    Raises:
+        IntegrityError: The file is no usable model, or its tensors are not the manifest's.
+        StartupError: The session is not on the provider asked for.
+    """
+
+    def __init__(self, model: bytes, manifest: Manifest, provider: Provider, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Idle pool threads otherwise spin for work after each run and burn a core.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 4  # its own log is not JSON; what matters is raised
+        name, provider_options = _EXECUTION_PROVIDERS[provider]
+        try:
+            self._session = onnxruntime.InferenceSession(
+                model, sess_options=options, providers=[(name, provider_options)]
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base class of their own
+            raise IntegrityError(f"onnxruntime cannot load the model: {error}") from error
+        if self._session.get_providers()[0] != name:
+            raise StartupError(
+                f"provider {provider} was asked for, but onnxruntime chose "
+                f"{', '.join(self._session.get_providers())}: no usable device or driver was "
+                "found; start with --provider cpu, or make the device visible"
+            )
+        _require_tensors(self._session.get_inputs(), manifest.inputs)
+        _require_tensors(self._session.get_outputs(), manifest.outputs)
+        self._inputs = [spec.name for spec in manifest.inputs]
+        self._outputs = [spec.name for spec in manifest.outputs]
+
+    def run(self, inputs: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Run one batch.
+
+        Args:
+            inputs: One array per input of the manifest, in its order, (rows, ...).
+
+        Returns:
+            One array per output of the manifest, in its order, with as many rows.
+
+        Raises:
+            EngineError: onnxruntime failed, or gave another number of rows.
+        """
+        try:
+            outputs: list[NDArray[np.float32]] = self._session.run(
+                self._outputs, dict(zip(self._inputs, inputs, strict=True))
+            )
+        except Exception as error:
+            raise EngineError(f"onnxruntime failed: {error}") from error
+        rows = inputs[0].shape[0]
+        if any(output.shape[0] != rows for output in outputs):
+            shapes = [output.shape for output in outputs]
+            raise EngineError(f"{rows} rows went in, but the outputs have shapes {shapes}")
+        return outputs
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _require_tensors(found: list[Any], expected: tuple[TensorSpec, ...]) -> None:
+    """Compare a session's tensors with the manifest's; a symbolic dimension is -1."""
+    in_file = [
+        (
+            tensor.name,
+            tensor.type,
+            tuple(size if isinstance(size, int) else -1 for size in tensor.shape),
+        )
+        for tensor in found
+    ]
+    in_manifest = [(spec.name, _ONNX_TYPES[spec.datatype], spec.shape) for spec in expected]
+    if in_file != in_manifest:
+        raise IntegrityError(
+            f"the model has tensors {in_file}, the manifest says {in_manifest}; export again"
+        )

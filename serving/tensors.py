@@ -1,0 +1,178 @@
+"""Tensors on the wire to numpy arrays, and back.
+
+The rules are the Open Inference Protocol's: either every input is raw bytes in
+`raw_input_contents`, one entry per input in the same order, or every input is typed `contents`;
+never both. The answer comes in the form the question had. Everything is checked here, before
+anything is queued or run, so that a bad request cannot reach its neighbours.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kan_bundle.manifest import TensorSpec
+from protos.inference_pb2 import InferTensorContents, ModelInferRequest, ModelInferResponse
+from serving.errors import InvalidRequest
+
+_WIRE = {"FP32": np.dtype("<f4")}
+_CONTENTS_FIELD = {"FP32": "fp32_contents"}
+_MOST_SHOWN = 64
+
+
+def decode_inputs(
+    request: ModelInferRequest, expected: Sequence[TensorSpec]
+) -> list[NDArray[np.float32]]:
+    """Read a request's tensors.
+
+    Args:
+        request: As received.
+        expected: The model's inputs.
+
+    Returns:
+        One array per input, in the order of `expected`. It may share the request's memory.
+
+    Raises:
+        InvalidRequest: A tensor is missing, unknown, given twice, or of another type, shape or
+            size than the model takes.
+    """
+    names = [tensor.name for tensor in request.inputs]
+    wanted = [spec.name for spec in expected]
+    if sorted(names) != sorted(wanted):
+        raise InvalidRequest(f"expected inputs {wanted}, found {_shown(names)}")
+    raw = request.raw_input_contents
+    if raw:
+        if any(tensor.HasField("contents") for tensor in request.inputs):
+            raise InvalidRequest(
+                "expected either raw_input_contents or contents, found both in one request"
+            )
+        if len(raw) != len(names):
+            raise InvalidRequest(
+                f"expected {len(names)} raw_input_contents, one per input, found {len(raw)}"
+            )
+    arrays = []
+    for spec in expected:
+        index = names.index(spec.name)
+        tensor = request.inputs[index]
+        shape = _checked_shape(tensor, spec)
+        content = raw[index] if raw else None
+        arrays.append(
+            _from_raw(content, shape, spec)
+            if content is not None
+            else _from_contents(tensor.contents, shape, spec)
+        )
+    rows = {array.shape[0] for array in arrays}
+    if len(rows) > 1:
+        raise InvalidRequest(f"expected the same number of rows in every input, found {rows}")
+    return arrays
+
+
+def choose_outputs(request: ModelInferRequest, offered: Sequence[TensorSpec]) -> list[int]:
+    """Find which outputs a request asks for.
+
+    Args:
+        request: As received.
+        offered: The model's outputs.
+
+    Returns:
+        Indices into `offered`, in the order asked for; all of them if none is named.
+
+    Raises:
+        InvalidRequest: An output is unknown or named twice, or is to be delivered in a way that
+            is not offered.
+    """
+    if not request.outputs:
+        return list(range(len(offered)))
+    names = [output.name for output in request.outputs]
+    known = [spec.name for spec in offered]
+    if len(set(names)) != len(names) or not set(names) <= set(known):
+        raise InvalidRequest(f"expected outputs from {known}, each once, found {_shown(names)}")
+    for output in request.outputs:
+        for parameter in ("classification", "shared_memory_region"):
+            if parameter in output.parameters:
+                raise InvalidRequest(f"output parameter {parameter!r} is not offered")
+    return [known.index(name) for name in names]
+
+
+def encode_outputs(
+    request: ModelInferRequest,
+    response: ModelInferResponse,
+    specs: Sequence[TensorSpec],
+    arrays: Sequence[NDArray[np.float32]],
+) -> None:
+    """Write the outputs into a response, typed if the request was typed, else raw.
+
+    Args:
+        request: What was asked.
+        response: Filled in.
+        specs: The outputs to write.
+        arrays: Their values, in the same order.
+    """
+    typed = any(tensor.HasField("contents") for tensor in request.inputs)
+    for spec, array in zip(specs, arrays, strict=True):
+        tensor = response.outputs.add(
+            name=spec.name, datatype=spec.datatype, shape=list(array.shape)
+        )
+        if typed:
+            getattr(tensor.contents, _CONTENTS_FIELD[spec.datatype]).extend(array.ravel().tolist())
+        else:
+            response.raw_output_contents.append(array.astype(_WIRE[spec.datatype]).tobytes())
+
+
+def _checked_shape(tensor: ModelInferRequest.InferInputTensor, spec: TensorSpec) -> tuple[int, ...]:
+    if "shared_memory_region" in tensor.parameters:
+        raise InvalidRequest("input parameter 'shared_memory_region' is not offered")
+    if tensor.datatype != spec.datatype:
+        raise InvalidRequest(
+            f"input {spec.name!r}: expected datatype {spec.datatype}, "
+            f"found {tensor.datatype[:_MOST_SHOWN]!r}"
+        )
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(spec.shape) and all(
+        found >= 0 if size == -1 else found == size
+        for found, size in zip(shape, spec.shape, strict=True)
+    )
+    if not fits:
+        raise InvalidRequest(
+            f"input {spec.name!r}: expected shape {list(spec.shape)} (-1 is any number of rows), "
+            f"found {_shown(list(shape))}"
+        )
+    return shape
+
+
+def _from_raw(content: bytes, shape: tuple[int, ...], spec: TensorSpec) -> NDArray[np.float32]:
+    dtype = _WIRE[spec.datatype]
+    size = math.prod(shape) * dtype.itemsize  # Python's integers do not overflow
+    if len(content) != size:
+        raise InvalidRequest(
+            f"input {spec.name!r}: shape {list(shape)} of {spec.datatype} is {size} bytes, "
+            f"found {len(content)} in raw_input_contents"
+        )
+    array: NDArray[np.float32] = np.frombuffer(content, dtype=dtype).reshape(shape)
+    return array
+
+
+def _from_contents(
+    contents: InferTensorContents, shape: tuple[int, ...], spec: TensorSpec
+) -> NDArray[np.float32]:
+    field = _CONTENTS_FIELD[spec.datatype]
+    strays = [found.name for found, _ in contents.ListFields() if found.name != field]
+    if strays:
+        raise InvalidRequest(
+            f"input {spec.name!r}: {spec.datatype} belongs in contents.{field}, found {strays}"
+        )
+    values = getattr(contents, field)
+    if len(values) != math.prod(shape):
+        raise InvalidRequest(
+            f"input {spec.name!r}: shape {list(shape)} is {math.prod(shape)} elements, found "
+            f"{len(values)} in contents.{field}"
+        )
+    array: NDArray[np.float32] = np.array(values, dtype=np.float32).reshape(shape)
+    return array
+
+
+def _shown(values: Sequence[object]) -> str:
+    """Show a client its own values, but never more than a line of them."""
+    text = repr(list(values[:8]))[: 4 * _MOST_SHOWN]
+    return text + (f" and {len(values) - 8} more" if len(values) > 8 else "")
