@@ -16,7 +16,14 @@ import torch
 
 from export.errors import ParityError
 from export.onnx_graph import INPUT_NAME, OUTPUT_NAME, load_onnx, write_onnx
-from export.parity import Measurement, choose_golden, eager_runner, make_reference, measure
+from export.parity import (
+    RELATIVE_TOLERANCE,
+    Measurement,
+    choose_golden,
+    eager_runner,
+    make_reference,
+    measure,
+)
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
@@ -234,7 +241,15 @@ def _require_parity(measured: Sequence[Measurement]) -> None:
 
 
 def _parity_record(m: Measurement) -> ParityRecord:
-    return ParityRecord(m.runtime, m.max_absolute, m.max_relative, m.max_ulp, m.tolerance, m.rows)
+    return ParityRecord(
+        runtime=m.runtime,
+        max_absolute=m.max_absolute,
+        max_relative=m.max_relative,
+        max_ulp=m.max_ulp,
+        tolerance=RELATIVE_TOLERANCE,
+        excess=m.excess,
+        probes=m.rows,
+    )
 
 
 def _input_range(network: KAN) -> InputRange:

@@ -33,16 +33,14 @@ def write_torchscript(
     extra = {METADATA_FILE: json.dumps(dict(metadata), indent=2)}
     with _deprecation_accepted(), torch.no_grad():
         # check_trace would only compare the trace with itself; parity.py compares the saved file.
-        program = torch.jit.trace(  # type: ignore[no-untyped-call]
-            network, (torch.zeros(2, in_features),), check_trace=False
-        )
+        program = torch.jit.trace(network, (torch.zeros(2, in_features),), check_trace=False)
         torch.jit.save(program, path, _extra_files=extra)
 
 
 def load_torchscript(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     """Load a TorchScript file that this process has just written. It is code: never load others."""
     with _deprecation_accepted():
-        program = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+        program = torch.jit.load(path, map_location="cpu")
 
     @torch.no_grad()
     def run(x: NDArray[np.float32]) -> NDArray[np.float32]:

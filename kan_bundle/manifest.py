@@ -101,9 +101,11 @@ class ParityRecord:
     Attributes:
         runtime: What ran.
         max_absolute: Largest |y - y64|.
-        max_relative: Largest |y - y64| / max(1, |y64|), the quantity the tolerance bounds.
+        max_relative: Largest |y - y64| / max(1, |y64|).
         max_ulp: Largest |y - y64| in float32 units in the last place of y64.
-        tolerance: Largest bound that was applied to `max_relative`.
+        tolerance: Bound on `max_relative` where the eager float32 model keeps it itself;
+            elsewhere twice eager's own error is allowed.
+        excess: Largest |y - y64| as a share of what was allowed at that output; at most 1.
         probes: Number of input rows compared, over all batch sizes.
     """
 
@@ -112,6 +114,7 @@ class ParityRecord:
     max_relative: float
     max_ulp: float
     tolerance: float
+    excess: float
     probes: _Count
 
 

@@ -190,9 +190,9 @@ class KANLinear(nn.Module):
         """
         norms = self.spline_weight.abs().mean(-1)  # (out, in)
         total = norms.sum()
-        tiny = torch.finfo(norms.dtype).tiny
-        share = norms / total.clamp_min(tiny)
-        entropy = -(share * share.clamp_min(tiny).log()).sum()
+        limits = torch.finfo(norms.dtype)
+        share = norms / total.clamp_min(limits.eps)  # tiny would overflow in the gradient
+        entropy = -(share * share.clamp_min(limits.tiny).log()).sum()
         return regularize_activation * total + regularize_entropy * entropy
 
     def extra_repr(self) -> str:

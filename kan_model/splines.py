@@ -75,6 +75,29 @@ def b_spline_basis(x: Tensor, knots: Tensor, order: int) -> Tensor:
     return basis
 
 
+def b_spline_slope(x: Tensor, knots: Tensor, order: int) -> Tensor:
+    """Evaluate the derivative of every B-spline basis function at every input.
+
+        B[i, k]'(x) = k / (t[i+k] - t[i]) * B[i, k-1](x)
+                    - k / (t[i+k+1] - t[i+1]) * B[i+1, k-1](x)
+
+    At a knot where it jumps it is the slope to the right. de Boor, chapter X, equation (8).
+
+    Args:
+        x: Inputs, shape (..., in).
+        knots: Strictly rising along the last axis, shape (in, G + 2k + 1).
+        order: k, the spline order; a staircase, k = 0, has no slope.
+
+    Returns:
+        Slopes, shape (..., in, G + k), per unit of x.
+    """
+    if order == 0:
+        return torch.zeros_like(b_spline_basis(x, knots, 0))
+    lower = b_spline_basis(x, knots, order - 1)  # (..., in, G + k + 1)
+    per_width = order * lower / (knots[:, order:] - knots[:, :-order])
+    return per_width[..., :-1] - per_width[..., 1:]
+
+
 def fit_coefficients(x: Tensor, y: Tensor, knots: Tensor, order: int) -> Tensor:
     """Fit spline coefficients to points on curves, in the least-squares sense.
 

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GRPCInferenceServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """What a server of the protocol offers. A version is a positive integer in decimal digits.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -72,7 +73,8 @@ class GRPCInferenceServiceStub:
 
 
 class GRPCInferenceServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """What a server of the protocol offers. A version is a positive integer in decimal digits.
+    """
 
     def ServerLive(self, request, context):
         """Is the process up?
@@ -170,7 +172,8 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GRPCInferenceService:
-    """Missing associated documentation comment in .proto file."""
+    """What a server of the protocol offers. A version is a positive integer in decimal digits.
+    """
 
     @staticmethod
     def ServerLive(request,

@@ -1,0 +1,1 @@
+"""Facts about the project, each with an oracle of its own."""

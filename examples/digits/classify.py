@@ -64,15 +64,14 @@ def classify(stub: GRPCInferenceServiceStub, images: NDArray[np.float32]) -> NDA
     request = pb.ModelInferRequest(
         model_name=MODEL,
         inputs=[
-            pb.ModelInferRequest.InferInputTensor(
-                name="input", datatype="FP32", shape=images.shape
-            )
+            pb.ModelInferRequest.InferInputTensor(name="input", datatype="FP32", shape=images.shape)
         ],
         raw_input_contents=[images.astype("<f4").tobytes()],
     )
     response = stub.ModelInfer(request, timeout=10)
     scores = np.frombuffer(response.raw_output_contents[0], dtype="<f4")
-    return scores.reshape(response.outputs[0].shape).argmax(axis=1)
+    classes: NDArray[np.int64] = scores.reshape(response.outputs[0].shape).argmax(axis=1)
+    return classes
 
 
 def main() -> int:
@@ -102,7 +101,9 @@ def main() -> int:
     print(f"accuracy over gRPC    {(served == labels).mean():.2%}")
     print(f"accuracy of eager     {(eager == labels).mean():.2%}")
     print(f"same class on         {agreed} of {len(images)} images")
-    print(f"rows per second       {rows_per_second:,.0f} (one client, {ROWS_PER_REQUEST} a request)")
+    print(
+        f"rows per second       {rows_per_second:,.0f} (one client, {ROWS_PER_REQUEST} a request)"
+    )
     return 0 if agreed == len(images) else 1
 
 

@@ -1,0 +1,113 @@
+"""Fixtures shared by the tests: upstream's goldens, a repository of bundles made from them once,
+and a real server over it."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rich.console import Console
+
+from export.pipeline import ExportOptions, export_checkpoint
+from export.report import Report
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.server import Server, running
+from serving.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A checkpoint saved by upstream, with inputs and upstream's answers in float64."""
+
+    name: str
+    widths: list[int]
+    grid_size: int = 5
+    order: int = 3
+    activation: str = "silu"
+
+    @property
+    def checkpoint(self) -> Path:
+        return GOLDENS / f"{self.name}.pt"
+
+    @property
+    def x(self) -> NDArray[np.float32]:
+        with np.load(GOLDENS / f"{self.name}.npz") as archive:
+            x: NDArray[np.float32] = archive["x"]
+        return x
+
+    @property
+    def y64(self) -> NDArray[np.float64]:
+        with np.load(GOLDENS / f"{self.name}.npz") as archive:
+            y64: NDArray[np.float64] = archive["y64"]
+        return y64
+
+
+STATE_DICTS = [
+    Golden("uniform_4x8x3", [4, 8, 3]),
+    Golden("adapted_5x7x3", [5, 7, 3]),
+    Golden("order2_grid7_6x5x2", [6, 5, 2], grid_size=7, order=2),
+    Golden("gelu_4x6x2", [4, 6, 2], activation="gelu"),
+]
+
+
+@pytest.fixture(params=STATE_DICTS, ids=lambda golden: golden.name)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Each of upstream's state dicts in turn."""
+    found: Golden = request.param
+    return found
+
+
+@pytest.fixture
+def quiet() -> Report:
+    """A report that nobody reads."""
+    return Report(Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with version 1 of every golden state dict. Read only: copy to change."""
+    root = tmp_path_factory.mktemp("models")
+    report = Report(Console(file=io.StringIO()))
+    for golden in STATE_DICTS:
+        options = ExportOptions(golden.checkpoint, output=root, activation=golden.activation)
+        export_checkpoint(options, report)
+    return root
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path) -> Iterator[Server]:
+    """A server over `repository` on a free port, in this process."""
+    settings = Settings(model_repository=repository, grpc_port=0, max_message_bytes=2**20)
+    with running(settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def stub(server: Server) -> Iterator[GRPCInferenceServiceStub]:
+    """A client of `server`."""
+    with grpc.insecure_channel(server.address) as channel:
+        yield GRPCInferenceServiceStub(channel)
+
+
+def run_module(
+    *arguments: str | Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -W error -m ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

@@ -1,0 +1,66 @@
+"""Which room may enter which, pinned."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Package -> what of ours it may import. Nothing turns back, and the two floors never meet.
+MAY_IMPORT = {
+    "kan_model": set[str](),
+    "kan_bundle": set[str](),
+    "protos": set[str](),
+    "export": {"kan_model", "kan_bundle"},
+    "serving": {"protos", "kan_bundle"},
+}
+NEVER = {
+    "kan_bundle": {"torch", "onnxruntime", "onnx", "grpc"},
+    "serving": {"torch", "onnx"},
+    "kan_model": {"onnx", "onnxruntime", "grpc"},
+    "export": {"grpc"},
+    "protos": {"torch", "onnxruntime"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level names of every module a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_import_only_what_the_design_allows(package: str) -> None:
+    files = sorted((ROOT / package).glob("**/*.py"))
+    assert files
+    for file in files:
+        found = imports(file)
+        ours = (found & set(MAY_IMPORT)) - {package}
+        assert ours <= MAY_IMPORT[package], file
+        assert not found & NEVER[package], file
+
+
+def test_every_package_is_in_the_table_and_in_the_distribution() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"examples", "tests"}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert packages == set(MAY_IMPORT) == set(declared["packages"])
+
+
+def test_the_server_process_never_imports_torch() -> None:
+    script = (
+        "import sys, serving.__main__, serving.server;"
+        "sys.exit(', '.join({'torch', 'onnx', 'onnxscript'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

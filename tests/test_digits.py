@@ -1,0 +1,46 @@
+"""The main job, end to end, on real data."""
+
+from pathlib import Path
+
+import grpc
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from examples.digits.data import load_split
+from examples.digits.train import train
+from export.pipeline import ExportOptions, export_checkpoint
+from export.report import Report
+from export.torchscript import load_torchscript
+from kan_model import load_checkpoint
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.server import running
+from serving.settings import Settings
+from tests.wire import raw_output, raw_request
+
+
+def test_digits_are_classified_alike_by_eager_onnx_torchscript_and_grpc(
+    tmp_path: Path, quiet: Report
+) -> None:
+    network, accuracy = train()
+    assert accuracy >= 0.96
+    torch.save(network.state_dict(), tmp_path / "digits.pt")
+    options = ExportOptions(tmp_path / "digits.pt", output=tmp_path / "models", activation="silu")
+    folder = export_checkpoint(options, quiet).path
+
+    _, images, _, labels = load_split()
+    with torch.no_grad():
+        eager = load_checkpoint(tmp_path / "digits.pt")(torch.from_numpy(images)).argmax(1).numpy()
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    settings = Settings(model_repository=tmp_path / "models", grpc_port=0)
+    with running(settings) as server, grpc.insecure_channel(server.address) as channel:
+        response = GRPCInferenceServiceStub(channel).ModelInfer(raw_request(images, "digits"))
+    classes = {
+        "onnx": session.run(["output"], {"input": images})[0].argmax(1),
+        "torchscript": load_torchscript(folder / "model.ts")(images).argmax(1),
+        "grpc": raw_output(response).argmax(1),
+    }
+    for found in classes.values():
+        np.testing.assert_array_equal(found, eager)
+    assert (eager == labels).mean() == pytest.approx(accuracy)

@@ -1,0 +1,61 @@
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from kan_bundle.manifest import read_manifest
+from serving.engine import Engine, check_runtime
+from serving.errors import EngineError, StartupError
+
+
+@pytest.fixture
+def loaded(repository: Path) -> Engine:
+    folder = repository / "uniform_4x8x3" / "1"
+    return Engine((folder / "model.onnx").read_bytes(), read_manifest(folder), "cpu", threads=1)
+
+
+def test_runs_in_several_threads_give_the_same_answers(loaded: Engine) -> None:
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    expected = loaded.run([x])[0]
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: loaded.run([x])[0], range(200)):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_what_onnxruntime_refuses_is_an_engine_error(loaded: Engine) -> None:
+    with pytest.raises(EngineError, match="onnxruntime failed"):
+        loaded.run([np.zeros((2, 5), np.float32)])
+
+
+def test_both_runtimes_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "distribution", lambda name: name)
+    with pytest.raises(StartupError, match="both installed and overwrite each other"):
+        check_runtime("cpu")
+
+
+def test_cuda_that_is_not_built_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(StartupError, match="provider cuda was asked for"):
+        check_runtime("cuda")
+
+
+def test_a_session_that_fell_back_to_another_provider_is_refused(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime-gpu without a device: the session is made, on the CPU, with only a log line."""
+    folder = repository / "uniform_4x8x3" / "1"
+    make = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda model, sess_options, providers: make(model, sess_options, ["CPUExecutionProvider"]),
+    )
+    with pytest.raises(StartupError, match="no usable device"):
+        Engine((folder / "model.onnx").read_bytes(), read_manifest(folder), "cuda", threads=1)
+
+
+def test_the_cpu_provider_is_found() -> None:
+    check_runtime("cpu")

@@ -1,0 +1,284 @@
+"""The exporter as its users meet it: the command, what it writes, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from google.protobuf import text_format
+
+from export import onnx_graph
+from export.errors import ParityError
+from export.pipeline import ExportOptions, export_checkpoint
+from export.report import Report
+from export.torchscript import METADATA_FILE, load_torchscript
+from kan_bundle.errors import LayoutError
+from kan_bundle.integrity import record_file
+from kan_bundle.manifest import read_manifest
+from kan_model import KAN, CheckpointError
+from protos import model_config_pb2
+from tests.conftest import GOLDENS, ROOT, Golden, run_module
+
+UNIFORM = GOLDENS / "uniform_4x8x3.pt"
+
+
+def bundle(repository: Path, golden: Golden) -> Path:
+    return repository / golden.name / "1"
+
+
+def assert_right(found: np.ndarray, golden: Golden) -> None:
+    """The design's tolerance for float32, against upstream's float64 answers."""
+    assert (np.abs(found - golden.y64) <= 1e-5 * np.maximum(1, np.abs(golden.y64))).all()
+
+
+def test_model_onnx_gives_upstreams_numbers(repository: Path, golden: Golden) -> None:
+    session = onnxruntime.InferenceSession(bundle(repository, golden) / "model.onnx")
+    assert_right(session.run(["output"], {"input": golden.x})[0], golden)
+
+
+def test_model_ts_gives_upstreams_numbers(repository: Path, golden: Golden) -> None:
+    assert_right(load_torchscript(bundle(repository, golden) / "model.ts")(golden.x), golden)
+
+
+def test_the_graph_is_what_the_design_asks_for(repository: Path, golden: Golden) -> None:
+    folder = bundle(repository, golden)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    widths = golden.widths
+    assert shapes == {"input": ["batch", widths[0]], "output": ["batch", widths[-1]]}
+    assert not any(onnx.external_data_helper.uses_external_data(t) for t in model.graph.initializer)
+    notes = {p.key: p.value for p in model.metadata_props}
+    assert notes["kanserve.base_activation"] == golden.activation
+    assert notes["kanserve.source_sha256"] == record_file(golden.checkpoint).sha256
+    assert [layer["spline_order"] for layer in json.loads(notes["kanserve.layers"])] == [
+        golden.order
+    ] * 2
+
+
+def test_the_files_tell_nothing_of_the_machine_they_were_made_on(
+    repository: Path, golden: Golden
+) -> None:
+    for file in bundle(repository, golden).iterdir():
+        content = file.read_bytes()
+        assert str(ROOT).encode() not in content, file.name
+        assert str(Path.home()).encode() + b"/" not in content, file.name
+
+
+def test_torchscript_carries_the_metadata(repository: Path, golden: Golden) -> None:
+    extra = {METADATA_FILE: ""}
+    with pytest.warns(DeprecationWarning, match="torch.jit.load"):
+        torch.jit.load(bundle(repository, golden) / "model.ts", _extra_files=extra)
+    assert json.loads(extra[METADATA_FILE])["kanserve.model"] == golden.name
+
+
+def test_adapted_grids_are_told_from_uniform_ones(repository: Path) -> None:
+    def grids(name: str) -> set[str]:
+        return {layer.grid for layer in read_manifest(repository / name / "1").layers}
+
+    assert grids("adapted_5x7x3") == {"adapted"}
+    assert grids("uniform_4x8x3") == {"uniform"}
+
+
+def test_config_pbtxt_is_tritons_text_format(repository: Path, golden: Golden) -> None:
+    text = (repository / golden.name / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    assert config.name == golden.name
+    assert config.platform == "onnxruntime_onnx"
+    assert config.max_batch_size > 1
+    assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [
+        ("input", model_config_pb2.TYPE_FP32, [golden.widths[0]])
+    ]
+    assert [(t.name, t.data_type, list(t.dims)) for t in config.output] == [
+        ("output", model_config_pb2.TYPE_FP32, [golden.widths[-1]])
+    ]
+    assert config.HasField("dynamic_batching")
+
+
+def test_the_command_prints_the_path_and_tells_the_story(tmp_path: Path) -> None:
+    done = run_module("export", UNIFORM, "--output", tmp_path / "models", "--name", "m")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/models/m/1\n"
+    for expected in (
+        "layers.0: 4 -> 8, uniform grid of 5, order 3, with standalone scaler",
+        "silu is ASSUMED",
+        "write model.onnx",
+        "write model.ts",
+        "onnxruntime cpu",
+        "torchscript",
+        "equal",
+        " s\n",
+    ):
+        assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:
+    done = run_module("export", UNIFORM, "--output", tmp_path, "--activation", "silu", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert Path(summary["path"]) == tmp_path / "uniform_4x8x3" / "1"
+    assert summary["manifest"]["parity"][0]["runtime"] == "eager"
+    assert "ASSUMED" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        pytest.param(["none.pt"], 1, "none.pt: no such file", id="missing"),
+        pytest.param(
+            [str(GOLDENS / "pickled_module_4x6x2.pt")], 1, "whole pickled module", id="pickle"
+        ),
+        pytest.param([str(UNIFORM), "--activation", "swish"], 1, "'swish' is not known", id="act"),
+        pytest.param([str(UNIFORM), "--name", "a/b"], 1, "model name 'a/b'", id="name"),
+        pytest.param([str(UNIFORM), "--output", "/proc/none"], 1, "/proc/none", id="unwritable"),
+        pytest.param([], 2, "required: FILE", id="no file"),
+        pytest.param([str(UNIFORM), "--version", "0"], 2, "--version", id="version"),
+        pytest.param([str(UNIFORM), "--no-such-flag"], 2, "--no-such-flag", id="flag"),
+    ],
+)
+def test_what_is_refused_gives_one_message_and_writes_nothing(
+    tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    if "--output" not in arguments:
+        arguments = [*arguments, "--output", str(tmp_path / "models")]
+    done = run_module("export", *arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_versions_count_up_and_none_is_overwritten(tmp_path: Path, quiet: Report) -> None:
+    options = ExportOptions(UNIFORM, output=tmp_path, name="m", activation="silu")
+    assert [export_checkpoint(options, quiet).manifest.version for _ in range(2)] == [1, 2]
+    taken = ExportOptions(UNIFORM, output=tmp_path, name="m", version=2, activation="silu")
+    before = record_file(tmp_path / "m" / "2" / "manifest.json")
+    with pytest.raises(LayoutError, match="exists"):
+        export_checkpoint(taken, quiet)
+    assert record_file(tmp_path / "m" / "2" / "manifest.json") == before
+
+
+def test_failed_parity_publishes_nothing(
+    tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converter that is a little wrong, in one layer, is caught from the file it wrote."""
+    write = onnx_graph.write_onnx
+
+    def write_wrong(network: KAN, *arguments: object) -> None:
+        with torch.no_grad():
+            network.layers[1].spline_weight[0, 0, 4] += 1e-2
+            write(network, *arguments)  # type: ignore[arg-type]
+            network.layers[1].spline_weight[0, 0, 4] -= 1e-2
+
+    monkeypatch.setattr("export.pipeline.write_onnx", write_wrong)
+    with pytest.raises(ParityError, match=r"onnxruntime cpu does not compute .* expected"):
+        export_checkpoint(ExportOptions(UNIFORM, output=tmp_path / "models"), quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_publishes_nothing(
+    tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device", "golden.npz")
+
+    monkeypatch.setattr("export.pipeline.write_golden", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_checkpoint(ExportOptions(UNIFORM, output=tmp_path / "models"), quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "export", str(UNIFORM), "--output", str(tmp_path / "models")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "ASSUMED" in line:  # the checkpoint is read and the staging folder opens
+                process.send_signal(signal.SIGTERM)
+                break
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_float64_checkpoint_is_compared_in_its_own_precision(
+    tmp_path: Path, quiet: Report
+) -> None:
+    torch.manual_seed(0)
+    torch.save(KAN([3, 4, 2]).double().state_dict(), tmp_path / "double.pt")
+    done = export_checkpoint(ExportOptions(tmp_path / "double.pt", output=tmp_path), quiet)
+    assert 0 < done.manifest.parity[0].max_relative <= done.manifest.parity[0].tolerance
+
+
+@pytest.mark.parametrize(
+    ("order", "activation"),
+    [
+        *((order, "silu") for order in range(6)),
+        *((order, name) for order in (0, 3) for name in ("gelu", "relu", "tanh", "identity")),
+    ],
+)
+def test_every_order_and_activation_exports_with_parity(
+    tmp_path: Path, quiet: Report, order: int, activation: str
+) -> None:
+    torch.manual_seed(order)
+    network = KAN([2, 3, 2], spline_order=order, enable_standalone_scale_spline=order % 2 == 0)
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    options = ExportOptions(tmp_path / "m.pt", output=tmp_path, activation=activation)
+    done = export_checkpoint(options, quiet)
+    assert {record.runtime for record in done.manifest.parity} == {
+        "eager",
+        "onnxruntime cpu",
+        "torchscript",
+    }
+
+
+def test_an_activation_with_weights_exports(tmp_path: Path, quiet: Report) -> None:
+    network = KAN([2, 3, 1], base_activation=torch.nn.PReLU)
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    options = ExportOptions(tmp_path / "m.pt", output=tmp_path, activation="torch.nn:PReLU")
+    assert export_checkpoint(options, quiet).manifest.base_activation == "torch.nn:PReLU"
+    plain = ExportOptions(tmp_path / "m.pt", output=tmp_path)
+    with pytest.raises(CheckpointError, match="base activation's tensors"):
+        export_checkpoint(plain, quiet)
+
+
+def test_a_model_adapted_to_a_constant_feature_exports(tmp_path: Path, quiet: Report) -> None:
+    """Its knots are 8e-5 apart there, where float32 loses digits in every implementation."""
+    torch.manual_seed(0)
+    network = KAN([3, 4, 2])
+    x = torch.randn(500, 3)
+    x[:, 1] = 0.5
+    network(x, update_grid=True)
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    done = export_checkpoint(ExportOptions(tmp_path / "m.pt", output=tmp_path), quiet)
+    assert {layer.grid for layer in done.manifest.layers} == {"adapted"}
+
+
+def test_it_runs_without_being_installed(tmp_path: Path) -> None:
+    """From a checkout, `python -m export` needs the dependencies only."""
+    copy = tmp_path / "checkout"
+    for package in ("export", "kan_bundle", "kan_model"):
+        shutil.copytree(ROOT / package, copy / package)
+    done = subprocess.run(
+        [sys.executable, "-m", "export", UNIFORM, "--output", tmp_path / "models"],
+        cwd=copy,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "models" / "uniform_4x8x3" / "1" / "model.onnx").exists()

@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+
+from kan_bundle.errors import LayoutError
+from kan_bundle.layout import (
+    BundleFolder,
+    check_name,
+    find_bundles,
+    next_version,
+    parse_version,
+    refuse_existing,
+    staging,
+)
+
+
+def target(root: Path, version: int = 1) -> BundleFolder:
+    return BundleFolder("m", version, root / "models" / "m" / str(version))
+
+
+def publish(place: BundleFolder, content: str, config: str = "config", force: bool = False) -> bool:
+    with staging(place) as stage:
+        (stage.path / "file").write_text(content)
+        return stage.publish(config, force=force)
+
+
+@pytest.mark.parametrize("name", ["digits", "a", "VGG16-kan_v2.1", "0x"])
+def test_usable_names_pass(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "é", "-x", "a" * 129])
+def test_names_that_are_no_plain_folder_are_refused(name: str) -> None:
+    with pytest.raises(LayoutError, match="--name"):
+        check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("1", 1), ("42", 42), ("0", None), ("01", None), ("-1", None), ("1.0", None), ("x", None)],
+)
+def test_versions_are_positive_integers_written_plainly(text: str, number: int | None) -> None:
+    assert parse_version(text) == number
+
+
+def test_a_published_version_is_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+    place = target(tmp_path)
+    publish(place, "content")
+    files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert files == ["models/m/1/file", "models/m/config.pbtxt"]
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["m"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail_halfway() -> None:
+        with staging(target(tmp_path)) as stage:
+            (stage.path / "file").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_seen_before_it_is_published(tmp_path: Path) -> None:
+    place = target(tmp_path)
+    with staging(place) as stage:
+        (stage.path / "file").write_text("half")
+        assert find_bundles(tmp_path / "models") == []
+        stage.publish("config", force=False)
+    assert find_bundles(tmp_path / "models") == [place]
+
+
+def test_an_existing_version_stays_without_force(tmp_path: Path) -> None:
+    place = target(tmp_path)
+    publish(place, "first")
+    with pytest.raises(LayoutError, match=r"version 1 of m exists; .* --force"):
+        publish(place, "second")
+    assert (place.path / "file").read_text() == "first"
+    with pytest.raises(LayoutError, match="exists"):
+        refuse_existing(place, force=False)
+
+
+def test_force_replaces_a_version_and_its_configuration(tmp_path: Path) -> None:
+    place = target(tmp_path)
+    publish(place, "first", "old")
+    assert publish(place, "second", "new", force=True) is False
+    assert (place.path / "file").read_text() == "second"
+    assert (place.path.parent / "config.pbtxt").read_text() == "new"
+
+
+def test_a_tuned_configuration_is_kept_and_told(tmp_path: Path) -> None:
+    publish(target(tmp_path), "first", "ours")
+    (tmp_path / "models/m/config.pbtxt").write_text("tuned")
+    assert publish(target(tmp_path, 2), "second", "ours") is True
+    assert (tmp_path / "models/m/config.pbtxt").read_text() == "tuned"
+
+
+def test_the_next_version_follows_the_highest(tmp_path: Path) -> None:
+    assert next_version(tmp_path / "models", "m") == 1
+    publish(target(tmp_path, 2), "")
+    publish(target(tmp_path, 10), "")
+    assert next_version(tmp_path / "models", "m") == 11
+
+
+def test_only_version_folders_of_visible_models_are_found(tmp_path: Path) -> None:
+    for folder in ("m/2", "m/10", "m/latest", "m/01", ".export-x/1", "empty"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "README").touch()
+    (tmp_path / "m" / "3").touch()
+    assert [(b.name, b.version) for b in find_bundles(tmp_path)] == [("m", 2), ("m", 10)]
+
+
+def test_an_unreadable_repository_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(LayoutError, match="No such file"):
+        find_bundles(tmp_path / "none")

@@ -1,0 +1,218 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from export.parity import (
+    BATCH_SIZES,
+    RELATIVE_TOLERANCE,
+    Reference,
+    Runner,
+    choose_golden,
+    eager_runner,
+    make_reference,
+    measure,
+)
+from export.probes import make_probes
+from kan_bundle.golden import excess
+from kan_model import KAN, load_checkpoint
+from tests.conftest import Golden
+from tests.oracle import kan as oracle_kan
+from tests.oracle import silu
+
+
+@pytest.fixture
+def network() -> KAN:
+    torch.manual_seed(0)
+    return KAN([3, 4, 2]).eval()
+
+
+@pytest.fixture
+def reference(network: KAN) -> Reference:
+    return make_reference(network)
+
+
+def test_probes_hold_every_knot_and_its_neighbours(network: KAN) -> None:
+    knots = network.layers[0].grid.numpy()
+    inputs = make_probes(knots, 3).inputs
+    for i in range(3):
+        for knot in knots[i]:
+            for wanted in (
+                knot,
+                np.nextafter(knot, np.float32(9)),
+                np.nextafter(knot, np.float32(-9)),
+            ):
+                assert wanted in inputs[:, i]
+
+
+def test_probes_lie_where_their_group_says(network: KAN) -> None:
+    knots = network.layers[0].grid.numpy()
+    probes = make_probes(knots, 3)
+    first, low, high, last = knots[0, [0, 3, -4, -1]]
+
+    def of(group: str) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = probes.inputs[probes.groups == group]
+        return rows
+
+    assert ((of("inside") >= low) & (of("inside") <= high)).all()
+    margin = of("margin")
+    assert (((margin >= first) & (margin <= low)) | ((margin >= high) & (margin <= last))).all()
+    beyond = (of("outside") < first) | (of("outside") > last)
+    assert beyond.any(axis=1).all()
+    assert np.abs(of("outside")).max() > 1e6
+    assert np.isnan(of("nan")).any(axis=1).all()
+    assert not np.isnan(probes.inputs[probes.groups != "nan"]).any()
+
+
+def test_the_reference_is_the_definition_in_float64(network: KAN, reference: Reference) -> None:
+    state = {k: v.double().numpy() for k, v in network.state_dict().items()}
+    finite = reference.probes.groups != "nan"
+    expected = oracle_kan(state, reference.probes.inputs[finite], silu)
+    np.testing.assert_allclose(reference.outputs[finite], expected, rtol=1e-11, atol=1e-12)
+    assert np.isnan(reference.outputs[~finite]).all()
+
+
+def test_eager_passes_and_leaves_the_network_as_it_was(network: KAN, reference: Reference) -> None:
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    assert measure("eager", eager_runner(network), reference).passed
+    after = network.state_dict()
+    assert all(
+        torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in after
+    )
+
+
+def changed_at(network: KAN, group: str, reference: Reference, change: float) -> Runner:
+    """A runtime that is right but for one output at one probe of a group."""
+    row = int(np.flatnonzero(reference.probes.groups == group)[3])
+    victim = reference.probes.inputs[row]
+
+    def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        y = eager_runner(network)(x)
+        y[(x == victim).all(axis=1) | (np.isnan(x) & np.isnan(victim)).any(axis=1), 1] += change
+        return y
+
+    return run
+
+
+@pytest.mark.parametrize("group", ["knots", "inside", "margin"])
+def test_one_wrong_output_at_one_probe_fails(
+    network: KAN, reference: Reference, group: str
+) -> None:
+    found = measure("broken", changed_at(network, group, reference, 1e-4), reference)
+    assert not found.passed
+    assert (found.worst.group, found.worst.output) == (group, 1)
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_every_batch_size_is_tried(network: KAN, reference: Reference, batch_size: int) -> None:
+    def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return eager_runner(network)(x) + np.float32(0.1 * (len(x) == batch_size))
+
+    found = measure("broken", run, reference)
+    assert not found.passed
+    assert found.worst.batch_size >= batch_size  # a last, smaller batch may be the one
+
+
+def test_a_number_where_nan_should_be_fails(network: KAN, reference: Reference) -> None:
+    def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.nan_to_num(eager_runner(network)(x))
+
+    found = measure("broken", run, reference)
+    assert not found.passed
+    assert found.worst.group == "nan"
+
+
+def test_nan_where_a_number_should_be_fails(network: KAN, reference: Reference) -> None:
+    found = measure("broken", changed_at(network, "inside", reference, float("nan")), reference)
+    assert not found.passed
+
+
+def test_where_eager_keeps_the_tolerance_it_is_the_designs(reference: Reference) -> None:
+    expected = RELATIVE_TOLERANCE * np.maximum(1.0, np.abs(reference.outputs))
+    for group in ("knots", "inside", "margin"):
+        rows = reference.probes.groups == group
+        np.testing.assert_array_equal(reference.tolerance[rows], expected[rows])
+
+
+def test_where_eager_is_further_away_twice_its_error_is_allowed() -> None:
+    """A small difference of large terms: eager's own float32 rounding exceeds the tolerance."""
+    torch.manual_seed(0)
+    network = KAN([64, 3]).eval()
+    with torch.no_grad():
+        network.layers[0].base_weight.mul_(1e3)
+    reference = make_reference(network)
+    off = np.abs(reference.eager - reference.outputs)
+    rule = RELATIVE_TOLERANCE * np.maximum(1.0, np.abs(reference.outputs))
+    assert (off > rule).any()
+    assert (np.nan_to_num(reference.tolerance) >= np.nan_to_num(np.maximum(rule, 2 * off))).all()
+    assert measure("eager", eager_runner(network), reference).passed
+
+
+def with_columns(network: KAN, order: NDArray[np.int64]) -> Runner:
+    run = eager_runner(network)
+    return lambda x: run(x[:, order])
+
+
+def test_any_order_of_summation_passes() -> None:
+    """Two float32 runtimes that add the same terms in another order are both right."""
+    torch.manual_seed(0)
+    network = KAN([200, 40, 5]).eval()
+    reference = make_reference(network)
+    for seed in range(5):
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
+        shuffled = copy.deepcopy(network)
+        first = shuffled.layers[0]
+        with torch.no_grad():
+            for tensor in (first.base_weight, first.spline_weight, first.spline_scaler):
+                tensor.copy_(tensor[:, order].clone())
+            first.grid.copy_(first.grid[order].clone())
+        found = measure("shuffled", with_columns(shuffled, order.numpy()), reference)
+        assert found.passed, found.excess
+
+
+def test_one_wrong_weight_of_many_fails() -> None:
+    """The tolerance that noise is given is not one that a wrong weight fits into."""
+    torch.manual_seed(0)
+    network = KAN([200, 40, 5]).eval()
+    reference = make_reference(network)
+    broken = copy.deepcopy(network)
+    with torch.no_grad():
+        broken.layers[0].spline_weight[7, 123, 4] += 1e-2
+    found = measure("broken", eager_runner(broken), reference)
+    assert not found.passed
+
+
+def test_the_golden_rows_come_from_every_group_and_hold(network: KAN, reference: Reference) -> None:
+    golden = choose_golden(reference)
+    assert np.isnan(golden.inputs).any()
+    assert np.abs(np.nan_to_num(golden.inputs)).max() > 1e3
+    found = eager_runner(network)(golden.inputs)
+    assert (excess(found, golden.outputs, golden.tolerance) <= 1).all()
+
+
+def test_a_staircase_is_not_held_to_a_side_of_its_steps() -> None:
+    """Order 0 jumps at hidden knots; probes that land on one are left out, the others are kept."""
+    torch.manual_seed(0)
+    network = KAN([2, 8, 1], spline_order=0).eval()
+    with torch.no_grad():  # hidden values of exactly a knot: -0.6 is one of grid size 5
+        network.layers[0].base_weight.zero_()
+        network.layers[0].spline_scaler.fill_(1.0)
+        network.layers[0].spline_weight.fill_(-0.3)
+    reference = make_reference(network)
+    total = len(make_probes(network.layers[0].grid.numpy(), 0).inputs)
+    assert 0 < len(reference.probes.inputs) < total
+    assert measure("eager", eager_runner(network), reference).passed
+
+
+@pytest.mark.parametrize("order", range(6))
+def test_every_order_passes(order: int) -> None:
+    torch.manual_seed(order)
+    network = KAN([3, 5, 2], spline_order=order).eval()
+    assert measure("eager", eager_runner(network), make_reference(network)).passed
+
+
+def test_goldens_pass(golden: Golden) -> None:
+    network = load_checkpoint(golden.checkpoint)
+    assert measure("eager", eager_runner(network), make_reference(network)).passed

@@ -1,0 +1,177 @@
+"""What is served and what is not: verification, replay, versions."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export.pipeline import ExportOptions, export_checkpoint
+from export.report import Report
+from kan_bundle.errors import BundleError, IntegrityError, LayoutError
+from kan_bundle.golden import read_golden, write_golden
+from kan_bundle.integrity import record_file
+from kan_bundle.layout import BundleFolder, find_bundles
+from kan_bundle.manifest import Manifest, read_manifest, write_manifest
+from serving.engine import Engine
+from serving.errors import ModelNotFound, ModelNotReady, StartupError
+from serving.repository import (
+    ModelVersion,
+    RefusedModel,
+    load_bundle,
+    load_repository,
+)
+from tests.conftest import GOLDENS
+
+MODEL = "uniform_4x8x3"
+
+
+def make_engine(model: bytes, manifest: Manifest) -> Engine:
+    return Engine(model, manifest, "cpu", threads=1)
+
+
+@pytest.fixture
+def folder(repository: Path, tmp_path: Path) -> BundleFolder:
+    """A copy of one bundle, to be damaged."""
+    shutil.copytree(repository / MODEL, tmp_path / MODEL)
+    return BundleFolder(MODEL, 1, tmp_path / MODEL / "1")
+
+
+def reseal(folder: BundleFolder, **changes: object) -> None:
+    """Write the manifest anew, with true hashes: damage that hashes cannot show."""
+    manifest = read_manifest(folder.path)
+    files = {name: record_file(folder.path / name) for name in manifest.files}
+    write_manifest(replace(manifest, files=files, **changes), folder.path)  # type: ignore[arg-type]
+
+
+def test_an_untouched_bundle_is_served(folder: BundleFolder) -> None:
+    model = load_bundle(folder, make_engine)
+    assert model.engine.run([np.zeros((3, 4), np.float32)])[0].shape == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.ts", "golden.npz", "manifest.json"])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 0.999])
+def test_a_changed_byte_is_not_served(folder: BundleFolder, name: str, place: float) -> None:
+    content = bytearray((folder.path / name).read_bytes())
+    content[int(place * len(content))] ^= 0x01
+    (folder.path / name).write_bytes(content)
+    with pytest.raises(BundleError, match=name):
+        load_bundle(folder, make_engine)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.ts", "golden.npz", "manifest.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda path: path.unlink(), id="missing"),
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-1]), id="truncated"),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes() + b"\n"), id="longer"),
+        pytest.param(lambda path: (path.unlink(), path.mkdir()), id="a folder"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_not_served(
+    folder: BundleFolder, name: str, damage: Callable[[Path], object]
+) -> None:
+    damage(folder.path / name)
+    with pytest.raises(BundleError, match=name):
+        load_bundle(folder, make_engine)
+
+
+def test_other_weights_with_true_hashes_fail_the_golden_replay(folder: BundleFolder) -> None:
+    path = folder.path / "model.onnx"
+    model = onnx.load(path)
+    weight = next(t for t in model.graph.initializer if t.name == "layers.0.base_weight")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0, 0] += 1e-2
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, path)
+    reseal(folder)
+    with pytest.raises(IntegrityError, match="golden replay is off by"):
+        load_bundle(folder, make_engine)
+
+
+def test_other_answers_with_true_hashes_fail_the_golden_replay(folder: BundleFolder) -> None:
+    path = folder.path / "golden.npz"
+    golden = read_golden(path.read_bytes())
+    outputs = golden.outputs.copy()
+    outputs[0, 0] += 1e-3
+    write_golden(replace(golden, outputs=outputs), path)
+    reseal(folder)
+    with pytest.raises(IntegrityError, match="golden replay is off by"):
+        load_bundle(folder, make_engine)
+
+
+def test_a_file_that_is_no_model_is_not_served(folder: BundleFolder) -> None:
+    (folder.path / "model.onnx").write_bytes(b"not a model")
+    reseal(folder)
+    with pytest.raises(IntegrityError, match="onnxruntime cannot load the model"):
+        load_bundle(folder, make_engine)
+
+
+def test_tensors_that_are_not_the_manifests_are_not_served(folder: BundleFolder) -> None:
+    spec = read_manifest(folder.path).inputs[0]
+    reseal(folder, inputs=(replace(spec, shape=(-1, 5)),))
+    with pytest.raises(IntegrityError, match="the manifest says"):
+        load_bundle(folder, make_engine)
+
+
+def test_a_renamed_bundle_is_not_served(folder: BundleFolder) -> None:
+    with pytest.raises(IntegrityError, match="cannot be renamed"):
+        load_bundle(replace(folder, name="other"), make_engine)
+    with pytest.raises(IntegrityError, match="cannot be renamed"):
+        load_bundle(replace(folder, version=2), make_engine)
+
+
+def test_one_bad_bundle_does_not_stop_the_others(repository: Path, tmp_path: Path) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(repository, root)
+    (root / MODEL / "1" / "model.onnx").write_bytes(b"damaged")
+    seen: list[ModelVersion] = []
+    loaded = load_repository(root, make_engine, lambda _, outcome: seen.append(outcome))
+    assert [type(outcome) for outcome in seen].count(RefusedModel) == 1
+    assert len(seen) == len(find_bundles(root))
+    assert loaded.ready
+    assert loaded.find("adapted_5x7x3", "").manifest.name == "adapted_5x7x3"
+    assert loaded.ready_versions(MODEL) == []
+    with pytest.raises(ModelNotReady, match="failed its checks"):
+        loaded.find(MODEL, "")
+
+
+def test_the_newest_version_that_is_ready_answers(tmp_path: Path, quiet: Report) -> None:
+    options = ExportOptions(GOLDENS / f"{MODEL}.pt", output=tmp_path, activation="silu")
+    for _ in range(3):
+        export_checkpoint(options, quiet)
+    (tmp_path / MODEL / "3" / "golden.npz").unlink()
+    loaded = load_repository(tmp_path, make_engine, lambda *_: None)
+    assert loaded.ready_versions(MODEL) == [1, 2]
+    assert loaded.find(MODEL, "").manifest.version == 2
+    assert loaded.find(MODEL, "1").manifest.version == 1
+    with pytest.raises(ModelNotReady):
+        loaded.find(MODEL, "3")
+    with pytest.raises(ModelNotFound, match="it has 1, 2, 3"):
+        loaded.find(MODEL, "4")
+
+
+def test_nothing_ready_is_not_ready(folder: BundleFolder) -> None:
+    (folder.path / "manifest.json").unlink()
+    loaded = load_repository(folder.path.parent.parent, make_engine, lambda *_: None)
+    assert not loaded.ready
+
+
+def test_an_empty_repository_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="no bundle found"):
+        load_repository(tmp_path, make_engine, lambda *_: None)
+    with pytest.raises(LayoutError, match="No such file"):
+        load_repository(tmp_path / "none", make_engine, lambda *_: None)
+
+
+def test_a_version_folder_without_a_bundle_is_known_and_refused(tmp_path: Path) -> None:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    outcomes: list[ModelVersion] = []
+    load_repository(tmp_path, make_engine, lambda _, outcome: outcomes.append(outcome))
+    assert isinstance(outcomes[0], RefusedModel)
+    assert "manifest.json" in outcomes[0].reason

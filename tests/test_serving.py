@@ -1,0 +1,301 @@
+"""The server as its operators meet it: a process, its log, its signals, its exit codes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.engine import Engine
+from serving.server import Server, running
+from serving.settings import Settings
+from tests.conftest import ROOT, STATE_DICTS, run_module
+from tests.wire import raw_output, raw_request
+
+UNIFORM = STATE_DICTS[0]
+
+
+@dataclass
+class Process:
+    """A server in a process of its own, after it has said that it listens."""
+
+    popen: subprocess.Popen[str]
+    address: str
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        return [event["event"] for event in self.events]
+
+    def until(self, name: str) -> dict[str, Any]:
+        """Read the log up to an event. Every line must be JSON."""
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            self.events.append(json.loads(line))
+            if self.events[-1]["event"] == name:
+                return self.events[-1]
+        raise AssertionError(f"no {name!r} in the log: {self.events}")
+
+
+@contextmanager
+def serving(
+    *arguments: str | Path, python: str = sys.executable, environment: dict[str, str] | None = None
+) -> Iterator[Process]:
+    command = [python, "-m", "serving", *map(str, arguments), "--grpc-port", "0"]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | (environment or {}),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as popen:
+        try:
+            process = Process(popen, "")
+            process.address = process.until("listening")["grpc"]
+            yield process
+        finally:
+            popen.kill()
+            popen.communicate()
+
+
+@contextmanager
+def served(repository: Path) -> Iterator[tuple[Server, GRPCInferenceServiceStub]]:
+    """A server in this process, for what must be seen from inside, and a client of it."""
+    settings = Settings(model_repository=repository, grpc_port=0)
+    with running(settings) as server, grpc.insecure_channel(server.address) as channel:
+        yield server, GRPCInferenceServiceStub(channel)
+
+
+def test_it_starts_serves_drains_and_stops(repository: Path, tmp_path: Path) -> None:
+    address_file = tmp_path / "addresses.json"
+    with serving(
+        "--model-repository", repository, "--address-file", address_file, "--drain-s", "0"
+    ) as process:
+        assert json.loads(address_file.read_text()) == {"grpc": process.address}
+        assert process.names() == ["model_ready"] * len(STATE_DICTS) + ["listening"]
+        assert all({"level", "time"} <= set(event) for event in process.events)
+        with grpc.insecure_channel(process.address) as channel:
+            found = raw_output(
+                GRPCInferenceServiceStub(channel).ModelInfer(raw_request(UNIFORM.x, UNIFORM.name))
+            )
+        np.testing.assert_allclose(found, UNIFORM.y64, rtol=1e-5, atol=1e-5)
+        process.popen.send_signal(signal.SIGTERM)
+        process.until("stopped")
+        assert process.popen.wait(10) == 0
+        assert process.names()[-2:] == ["draining", "stopped"]
+        assert process.popen.stdout is not None
+        assert process.popen.stdout.read() == ""
+
+
+def test_draining_turns_readiness_off_while_requests_are_still_answered(repository: Path) -> None:
+    with serving("--model-repository", repository, "--drain-s", "600") as process:
+        with grpc.insecure_channel(process.address) as channel:
+            stub = GRPCInferenceServiceStub(channel)
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            process.popen.send_signal(signal.SIGTERM)
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert not stub.ServerReady(pb.ServerReadyRequest()).ready
+            assert stub.ServerLive(pb.ServerLiveRequest()).live
+            assert raw_output(stub.ModelInfer(raw_request(UNIFORM.x))).shape == UNIFORM.y64.shape
+            process.popen.send_signal(signal.SIGTERM)  # the second one does not wait
+            process.until("stopped")
+        assert process.popen.wait(10) == 0
+
+
+def test_a_running_request_is_finished_while_new_ones_are_refused(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    run = Engine.run
+
+    def slow(engine: Any, inputs: Any) -> Any:
+        if len(inputs[0]) == 1:
+            entered.set()
+            assert leave.wait(30)
+        return run(engine, inputs)
+
+    def call_until_refused(stub: GRPCInferenceServiceStub) -> None:
+        while True:
+            stub.ServerLive(pb.ServerLiveRequest(), timeout=30)
+
+    monkeypatch.setattr(Engine, "run", slow)
+    with served(repository) as (server, stub):
+        answer = stub.ModelInfer.future(raw_request(UNIFORM.x[:1]))
+        assert entered.wait(30)
+        server.drain()
+        stopping = threading.Thread(target=server.stop, args=(30,))
+        stopping.start()
+        with pytest.raises(grpc.RpcError):
+            call_until_refused(stub)
+        assert not answer.done()
+        leave.set()
+        assert raw_output(answer.result(30)).shape == (1, 3)
+        stopping.join()
+
+
+def test_a_damaged_model_is_logged_and_not_ready_and_the_others_are(
+    repository: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(repository, root)
+    (root / UNIFORM.name / "1" / "model.onnx").write_bytes(b"damaged")
+    with serving("--model-repository", root) as process:
+        refused = [e for e in process.events if e["event"] == "model_refused"]
+        assert [(e["model"], e["version"], e["level"]) for e in refused] == [
+            (UNIFORM.name, 1, "error")
+        ]
+        assert "model.onnx: expected" in refused[0]["reason"]
+        with grpc.insecure_channel(process.address) as channel:
+            stub = GRPCInferenceServiceStub(channel)
+            assert stub.ServerReady(pb.ServerReadyRequest()).ready
+            assert not stub.ModelReady(pb.ModelReadyRequest(name=UNIFORM.name)).ready
+            with pytest.raises(grpc.RpcError) as error:
+                stub.ModelInfer(raw_request(UNIFORM.x))
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert str(tmp_path) not in str(error.value.details())
+            other = STATE_DICTS[1]
+            found = raw_output(stub.ModelInfer(raw_request(other.x, other.name)))
+            np.testing.assert_allclose(found, other.y64, rtol=1e-5, atol=1e-5)
+
+
+def test_an_internal_error_tells_the_client_nothing(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(engine: Any, inputs: Any) -> None:
+        raise RuntimeError("internal detail")
+
+    with served(repository) as (_, stub):
+        monkeypatch.setattr(Engine, "run", fail)
+        with pytest.raises(grpc.RpcError) as error:
+            stub.ModelInfer(raw_request(UNIFORM.x))
+    assert error.value.code() is grpc.StatusCode.INTERNAL
+    assert error.value.details() == "internal error; the server's log says more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "message"),
+    [
+        pytest.param([], {}, 2, "--model-repository (KANSERVE_MODEL_REPOSITORY)", id="none"),
+        pytest.param(["--model-repository", "/none"], {}, 1, "/none: cannot be read", id="missing"),
+        pytest.param(["--model-repository", "REPO", "--grpc-port", "70000"], {}, 2,
+                     "--grpc-port (KANSERVE_GRPC_PORT)", id="port"),
+        pytest.param(["--model-repository", "REPO"], {"KANSERVE_GRPC_PORT": "x"}, 2,
+                     "--grpc-port (KANSERVE_GRPC_PORT)", id="environment"),
+        pytest.param(["--model-repository", "REPO", "--provider", "tpu"], {}, 2,
+                     "--provider (KANSERVE_PROVIDER)", id="provider"),
+        pytest.param(["--model-repository", "REPO", "--provider", "cuda"], {}, 1,
+                     "provider cuda was asked for", id="cuda"),
+        pytest.param(["--model-repository", "REPO", "--host", "192.0.2.1"], {}, 1,
+                     "cannot listen on 192.0.2.1:8001", id="host"),
+        pytest.param(["--model-repository", "EMPTY"], {}, 1, "no bundle found", id="empty"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_refused_in_one_line(
+    repository: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    code: int,
+    message: str,
+) -> None:
+    places = {"REPO": str(repository), "EMPTY": str(tmp_path)}
+    done = run_module("serving", *(places.get(a, a) for a in arguments), environment=environment)
+    assert done.returncode == code, done.stderr
+    (line,) = [json.loads(text) for text in done.stderr.splitlines()]
+    assert message in line["reason"]
+    assert line["level"] == "error"
+    assert done.stdout == ""
+
+
+def test_a_port_in_use_is_refused(server: Server, repository: Path) -> None:
+    port = server.address.rpartition(":")[2]
+    done = run_module("serving", "--model-repository", repository, "--grpc-port", port)
+    assert done.returncode == 1
+    assert (
+        f"cannot listen on 127.0.0.1:{port}" in json.loads(done.stderr.splitlines()[-1])["reason"]
+    )
+
+
+def test_environment_sets_what_flags_do_not(repository: Path) -> None:
+    environment = {"KANSERVE_MODEL_REPOSITORY": str(repository), "KANSERVE_LOG_LEVEL": "info"}
+    with serving(environment=environment) as process:
+        assert process.address.startswith("127.0.0.1:")
+
+
+def test_an_unknown_flag_is_wrong_usage() -> None:
+    done = run_module("serving", "--no-such-flag")
+    assert done.returncode == 2
+    assert "--no-such-flag" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_setting() -> None:
+    done = run_module("serving", "--help")
+    assert done.returncode == 0
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in done.stdout
+
+
+def test_the_log_holds_no_values_of_variables() -> None:
+    """A traceback's local variables are what clients send; they stay out of the log."""
+    script = """
+import structlog
+from serving.logs import configure_logging
+configure_logging("info")
+def fail():
+    payload = "what a client sent"
+    raise ValueError("reason")
+try:
+    fail()
+except ValueError:
+    structlog.get_logger().exception("request_failed")
+import logging, warnings
+logging.getLogger("grpc").warning("from the library")
+warnings.warn("a warning")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [event["level"] for event in events] == ["error", "warning", "warning"]
+    assert events[0]["exception"][0]["exc_value"] == "reason"
+    assert "what a client sent" not in done.stderr.replace("payload = ", "")
+
+
+def test_protobuf_7_serves_a_protobuf_6_client(repository: Path) -> None:
+    """The committed modules run on both; this process has 6, the server's environment has 7."""
+    python = ROOT / ".venv-protobuf7" / "bin" / "python"
+    assert python.exists(), "run `make test`, which makes the environment"
+    version = subprocess.run(
+        [python, "-c", "import google.protobuf as p; print(p.__version__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert version.stdout.startswith("7.")
+    warnings = {"PYTHONWARNINGS": "error"}
+    with (
+        serving(
+            "--model-repository", repository, python=str(python), environment=warnings
+        ) as process,
+        grpc.insecure_channel(process.address) as channel,
+    ):
+        stub = GRPCInferenceServiceStub(channel)
+        for golden in STATE_DICTS:
+            found = raw_output(stub.ModelInfer(raw_request(golden.x, golden.name)))
+            np.testing.assert_allclose(found, golden.y64, rtol=1e-5, atol=1e-5)

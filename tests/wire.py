@@ -1,0 +1,55 @@
+"""Building requests and reading responses as a client would, with the generated messages alone."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos import inference_pb2 as pb
+
+
+def raw_request(
+    x: NDArray[np.float32],
+    model: str = "uniform_4x8x3",
+    *,
+    model_version: str = "",
+    id: str = "",
+) -> pb.ModelInferRequest:
+    """A request with raw bytes, as tritonclient sends it."""
+    tensor = pb.ModelInferRequest.InferInputTensor(name="input", datatype="FP32", shape=x.shape)
+    return pb.ModelInferRequest(
+        model_name=model,
+        model_version=model_version,
+        id=id,
+        inputs=[tensor],
+        raw_input_contents=[x.astype("<f4").tobytes()],
+    )
+
+
+def typed_request(x: NDArray[np.float32], model: str = "uniform_4x8x3") -> pb.ModelInferRequest:
+    """A request with typed contents, as a hand-written client may send it."""
+    return pb.ModelInferRequest(
+        model_name=model,
+        inputs=[
+            pb.ModelInferRequest.InferInputTensor(
+                name="input",
+                datatype="FP32",
+                shape=x.shape,
+                contents=pb.InferTensorContents(fp32_contents=x.ravel().tolist()),
+            )
+        ],
+    )
+
+
+def raw_output(response: pb.ModelInferResponse) -> NDArray[np.float32]:
+    """The one output of a response to a raw request."""
+    (tensor,), (content,) = response.outputs, response.raw_output_contents
+    assert not tensor.HasField("contents")
+    array: NDArray[np.float32] = np.frombuffer(content, dtype="<f4").reshape(tensor.shape)
+    return array
+
+
+def typed_output(response: pb.ModelInferResponse) -> NDArray[np.float32]:
+    """The one output of a response to a typed request."""
+    (tensor,) = response.outputs
+    assert not response.raw_output_contents
+    values = np.array(tensor.contents.fp32_contents, dtype=np.float32)
+    return values.reshape(tensor.shape)
