@@ -4,7 +4,6 @@ Everything is written to a staging folder and compared there, from the files as 
 bundle that passed becomes visible in the repository.
 """
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from export.errors import ParityError
+from export.lowering import lower
 from export.onnx_graph import INPUT_NAME, OUTPUT_NAME, load_onnx, write_onnx
 from export.parity import (
     RELATIVE_TOLERANCE,
@@ -115,16 +115,16 @@ def export_checkpoint(options: ExportOptions, report: Report) -> Exported:
     layers = _describe_layers(network)
     _say_what_was_found(report, network, layers, activation, options.activation is None)
 
-    served = _float32(network)
+    lowered = lower(network)
     inputs = (TensorSpec(INPUT_NAME, "FP32", (-1, layers[0].in_features)),)
     outputs = (TensorSpec(OUTPUT_NAME, "FP32", (-1, layers[-1].out_features)),)
     notes = _metadata_props(name, source, activation, layers)
     with staging(target) as place:
         model_path, script_path = place.path / MODEL_FILE, place.path / TORCHSCRIPT_FILE
         with report.stage(f"write {MODEL_FILE}"):
-            write_onnx(served, layers[0].in_features, model_path, name, notes)
+            write_onnx(lowered, layers[0].in_features, model_path, name, notes)
         with report.stage(f"write {TORCHSCRIPT_FILE}"):
-            write_torchscript(served, layers[0].in_features, script_path, notes)
+            write_torchscript(lowered, layers[0].in_features, script_path, notes)
 
         with report.stage("compute the float64 reference"):
             reference = make_reference(network)
@@ -201,13 +201,6 @@ def _say_what_was_found(
         )
     if network.layers[0].grid.dtype == torch.float64:
         report.warn("the checkpoint is in float64; the files are in float32, compared with float64")
-
-
-def _float32(network: KAN) -> KAN:
-    """The network that is exported; a copy if the checkpoint's precision is another."""
-    if network.layers[0].grid.dtype == torch.float32:
-        return network
-    return copy.deepcopy(network).float()
 
 
 def _metadata_props(
