@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with running(settings) as server:
             listening.set()
-            server.announce(settings.address_file)
+            server.announce()
             stop.wait()
             log.info("draining", seconds=settings.drain_s)
             server.drain()

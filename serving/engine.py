@@ -4,11 +4,14 @@ This module knows neither gRPC nor folders. It never falls back: a session that 
 provider asked for is an error.
 """
 
+import io
+from contextlib import redirect_stdout
 from importlib import metadata
 from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
+import structlog
 from numpy.typing import NDArray
 
 from kan_bundle.errors import IntegrityError
@@ -24,10 +27,15 @@ _EXECUTION_PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
 }
 _ONNX_TYPES = {"FP32": "tensor(float)"}
+_FATAL = 4  # onnxruntime's severity
+
+_log = structlog.get_logger()
 
 
-def check_runtime(provider: Provider) -> None:
-    """Refuse an onnxruntime that cannot serve on this provider, or is not the one it seems.
+def prepare_runtime(provider: Provider) -> None:
+    """Make onnxruntime ready for a provider, and refuse one that is not what it seems.
+
+    It is a process-wide setting: onnxruntime's own log, which is not JSON, is turned off.
 
     Raises:
         StartupError: Both onnxruntime packages are installed, or the provider is not available.
@@ -38,6 +46,7 @@ def check_runtime(provider: Provider) -> None:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
             "uninstall both, then install kanserve[cpu] or kanserve[gpu]"
         )
+    onnxruntime.set_default_logger_severity(_FATAL)
     name, _ = _EXECUTION_PROVIDERS[provider]
     available = onnxruntime.get_available_providers()
     if name not in available:
@@ -46,7 +55,10 @@ def check_runtime(provider: Provider) -> None:
             f"{', '.join(available)}; install kanserve[gpu], or start with --provider cpu"
         )
     if provider == "cuda":
-        onnxruntime.preload_dlls()  # CUDA and cuDNN from their wheels, where those are installed
+        with redirect_stdout(io.StringIO()) as printed:  # it prints what it does not find
+            onnxruntime.preload_dlls()  # CUDA and cuDNN from their wheels, where installed
+        if printed.getvalue():
+            _log.warning("cuda_libraries", found=printed.getvalue())
 
 
 class Engine:
@@ -69,7 +81,7 @@ class Engine:
         options.inter_op_num_threads = 1
         # Idle pool threads otherwise spin for work after each run and burn a core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # its own log is not JSON; what matters is raised
+        options.log_severity_level = _FATAL  # what matters is raised
         name, provider_options = _EXECUTION_PROVIDERS[provider]
         try:
             self._session = onnxruntime.InferenceSession(

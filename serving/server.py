@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import grpc
 import structlog
@@ -20,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from kan_bundle.layout import BundleFolder
 from kan_bundle.manifest import Manifest
 from protos import inference_pb2, inference_pb2_grpc
-from serving.engine import Engine, check_runtime
+from serving.engine import Engine, prepare_runtime
 from serving.errors import StartupError
 from serving.repository import LoadedModel, ModelVersion, Repository, load_repository
 from serving.service import InferenceService
@@ -42,29 +41,37 @@ class Server:
 
     def __init__(
         self,
+        settings: Settings,
+        address: str,
+        repository: Repository,
         grpc_server: grpc.Server,
         health_servicer: health.HealthServicer,
         draining: threading.Event,
-        repository: Repository,
-        address: str,
     ) -> None:
+        self.address = address
+        self.repository = repository
+        self._settings = settings
         self._grpc_server = grpc_server
         self._health = health_servicer
         self._draining = draining
-        self.repository = repository
-        self.address = address
 
-    def announce(self, address_file: Path | None) -> None:
-        """Log the address and write it to a file, of which a reader sees all or nothing.
+    def announce(self) -> None:
+        """Log the address and write it to the address file, of which a reader sees all or nothing.
 
-        Args:
-            address_file: Where to; None writes none.
+        Raises:
+            OSError: The file cannot be written.
         """
-        if address_file is not None:
-            partial = address_file.with_name(f".{address_file.name}.partial")
+        file = self._settings.address_file
+        if file is not None:
+            partial = file.with_name(f".{file.name}.partial")
             partial.write_text(json.dumps({"grpc": self.address}) + "\n", encoding="utf-8")
-            partial.replace(address_file)
-        _log.info("listening", grpc=self.address, ready=self.repository.ready)
+            partial.replace(file)
+        _log.info(
+            "listening",
+            grpc=self.address,
+            provider=self._settings.provider,
+            ready=self.repository.ready,
+        )
 
     def drain(self) -> None:
         """Turn readiness and health off; requests are still taken."""
@@ -84,7 +91,7 @@ def running(settings: Settings) -> Iterator[Server]:
         StartupError: It cannot serve what it was asked to, or not there.
         LayoutError: The model repository cannot be read.
     """
-    check_runtime(settings.provider)
+    prepare_runtime(settings.provider)
     grpc_server = grpc.server(
         ThreadPoolExecutor(settings.rpc_threads, thread_name_prefix="rpc"),
         options=[
@@ -113,7 +120,7 @@ def running(settings: Settings) -> Iterator[Server]:
 
     grpc_server.start()
     try:
-        yield Server(grpc_server, health_servicer, draining, repository, address)
+        yield Server(settings, address, repository, grpc_server, health_servicer, draining)
     finally:
         grpc_server.stop(None).wait()
 
