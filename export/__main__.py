@@ -1,11 +1,12 @@
 """`python -m export FILE`: the command line of the exporter.
 
 The path of the version folder, or with `--json` a summary, is all that goes to stdout. Exit codes:
-0 done, 1 refused, 2 wrong usage.
+0 done, 1 refused, 2 wrong usage, 128 and more ended by a signal.
 """
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from export.pipeline import DEFAULT_ACTIVATION, ExportOptions, export_checkpoint
 from export.report import Report
 from kan_bundle import __version__
 from kan_bundle.errors import BundleError
+from kan_bundle.layout import parse_version
 from kan_model import KanModelError
 from kan_model.activations import NAMED
 
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         activation=arguments.activation,
         force=arguments.force,
     )
+    # onnxruntime would send usage data home and keep a database in the user's folder.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     report = Report()
     signal.signal(signal.SIGTERM, _leave)  # so that what was staged is cleared away
     try:
@@ -58,12 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.fail(f"{error.filename or options.output}: {error.strerror or error}")
         return 1
     except KeyboardInterrupt:
-        report.fail("interrupted; nothing was published")
-        return 130
-    if arguments.json:
-        print(json.dumps({"path": str(exported.path), "manifest": asdict(exported.manifest)}))
-    else:
-        print(exported.path)
+        report.fail("interrupted")
+        return 128 + signal.SIGINT
+    result = (
+        json.dumps({"path": str(exported.path), "manifest": asdict(exported.manifest)})
+        if arguments.json
+        else str(exported.path)
+    )
+    return _print_result(result, report)
+
+
+def _print_result(result: str, report: Report) -> int:
+    try:
+        print(result, flush=True)
+    except (OSError, ValueError) as error:  # a pipe that was closed, a full disk
+        report.fail(f"the bundle is published, but stdout cannot be written: {error}")
+        # The interpreter flushes stdout once more at its end, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -84,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="model name (default: the file's stem)")
     parser.add_argument(
         "--version",
-        type=_positive,
+        type=_version,
         metavar="N",
         help="model version, a positive integer (default: the next free one)",
     )
@@ -100,10 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
+def _version(text: str) -> int:
+    number = parse_version(text)
+    if number is None:
+        raise argparse.ArgumentTypeError(
+            f"expected a positive integer of at most 18 digits, found {text!r}"
+        )
     return number
 
 

@@ -5,6 +5,9 @@ ExportError
 └── ParityError       the files do not compute what the checkpoint computes
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ExportError(Exception):
     """An export that was refused; the message says why and what to do."""
@@ -16,3 +19,26 @@ class ConversionError(ExportError):
 
 class ParityError(ExportError):
     """The files as written do not compute what the checkpoint computes."""
+
+
+@contextmanager
+def conversion(form: str) -> Iterator[None]:
+    """Turn whatever a converter raises into one line.
+
+    Args:
+        form: What is being written, for the message.
+
+    Raises:
+        ConversionError: The converter failed, for a reason of the network's own.
+    """
+    try:
+        yield
+    except (OSError, ConversionError):
+        raise
+    except Exception as error:  # converters fail in many ways and at great length
+        cause = error.__cause__ or error
+        line = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+        raise ConversionError(
+            f"the network cannot be written as {form}: {line}; an activation of your own must "
+            "trace: tensor operations only, no branch on values"
+        ) from error

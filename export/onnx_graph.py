@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.errors import ConversionError
+from export.errors import ConversionError, conversion
 
 OPSET = 20
 INPUT_NAME = "input"
@@ -35,13 +35,12 @@ def write_onnx(
         metadata: Written to the model's `metadata_props`.
 
     Raises:
-        ConversionError: The graph is not what was asked for.
+        ConversionError: The network cannot be converted, or the graph is not what was asked for.
     """
-    example = torch.zeros(2, in_features)
-    with _quiet_exporter():
+    with _quiet_exporter(), conversion("ONNX"):
         program = torch.onnx.export(
             network,
-            (example,),
+            (torch.zeros(2, in_features),),
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT_NAME],
@@ -58,7 +57,8 @@ def write_onnx(
     model.producer_version = metadata.get("kanserve.version", "")
     model.graph.name = graph_name
     onnx.helper.set_model_props(model, dict(metadata))
-    onnx.checker.check_model(model, full_check=True)
+    with conversion("ONNX"):
+        onnx.checker.check_model(model, full_check=True)
     opset = {entry.domain: entry.version for entry in model.opset_import}
     if opset != {"": OPSET}:
         raise ConversionError(f"{path.name}: asked for opset {OPSET} alone, the file has {opset}")
@@ -69,7 +69,7 @@ def load_onnx(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]
     """Load a file as it will be served: onnxruntime, CPU, all graph optimisations.
 
     Raises:
-        ConversionError: onnxruntime is not installed.
+        ConversionError: onnxruntime is not installed, or cannot load the file.
     """
     try:
         import onnxruntime
@@ -77,7 +77,10 @@ def load_onnx(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]
         raise ConversionError(
             "onnxruntime is needed to verify the export; install kanserve[cpu] or kanserve[gpu]"
         ) from error
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    with conversion("ONNX"):
+        session = onnxruntime.InferenceSession(
+            path.read_bytes(), providers=["CPUExecutionProvider"]
+        )
 
     def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
         output: NDArray[np.float32] = session.run([OUTPUT_NAME], {INPUT_NAME: x})[0]

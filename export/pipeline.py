@@ -5,8 +5,9 @@ bundle that passed becomes visible in the repository.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,14 +17,8 @@ import torch
 from export.errors import ParityError
 from export.lowering import lower
 from export.onnx_graph import INPUT_NAME, OUTPUT_NAME, load_onnx, write_onnx
-from export.parity import (
-    RELATIVE_TOLERANCE,
-    Measurement,
-    choose_golden,
-    eager_runner,
-    make_reference,
-    measure,
-)
+from export.parity import Measurement, choose_golden, eager_runner, measure
+from export.reference import RELATIVE_TOLERANCE, make_reference
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
@@ -31,17 +26,19 @@ from kan_bundle import __version__
 from kan_bundle.golden import write_golden
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import (
+    CONFIG_FILE,
     GOLDEN_FILE,
     MODEL_FILE,
     TORCHSCRIPT_FILE,
     BundleFolder,
     check_name,
     next_version,
-    refuse_existing,
+    require_place,
     staging,
 )
 from kan_bundle.manifest import (
     FORMAT,
+    FileRecord,
     InputRange,
     LayerRecord,
     Manifest,
@@ -99,32 +96,30 @@ def export_checkpoint(options: ExportOptions, report: Report) -> Exported:
         CheckpointError: The checkpoint cannot be used.
         ActivationError: The base activation cannot be had.
         LayoutError: The name cannot be used or the version exists.
-        ConversionError: A file could not be written as asked for.
+        ConversionError: A file could not be written as asked for, or not be run.
         ParityError: A file does not compute what the checkpoint computes.
         OSError: Something could not be written.
     """
-    name = check_name(options.name or options.checkpoint.stem)
-    version = options.version or next_version(options.output, name)
-    target = BundleFolder(name, version, options.output / name / str(version))
-    refuse_existing(target, force=options.force)
-
-    activation = options.activation or DEFAULT_ACTIVATION
+    activation = DEFAULT_ACTIVATION if options.activation is None else options.activation
     with report.stage("read the checkpoint"):
         network = load_checkpoint(options.checkpoint, resolve_activation(activation))
-        source = Source(options.checkpoint.name, record_file(options.checkpoint).sha256)
-    layers = _describe_layers(network)
-    _say_what_was_found(report, network, layers, activation, options.activation is None)
+        checkpoint = record_file(options.checkpoint)
+    name = check_name(options.checkpoint.stem if options.name is None else options.name)
+    version = options.version or next_version(options.output, name)
+    target = BundleFolder(name, version, options.output / name / str(version))
+    require_place(target, force=options.force)
+    contract = _contract(options, target, network, activation, checkpoint)
+    _say_what_was_found(report, network, contract, assumed=options.activation is None)
 
     lowered = lower(network)
-    inputs = (TensorSpec(INPUT_NAME, "FP32", (-1, layers[0].in_features)),)
-    outputs = (TensorSpec(OUTPUT_NAME, "FP32", (-1, layers[-1].out_features)),)
-    notes = _metadata_props(name, source, activation, layers)
+    width = contract.layers[0].in_features
+    notes = _metadata_props(contract)
     with staging(target) as place:
         model_path, script_path = place.path / MODEL_FILE, place.path / TORCHSCRIPT_FILE
         with report.stage(f"write {MODEL_FILE}"):
-            write_onnx(lowered, layers[0].in_features, model_path, name, notes)
+            write_onnx(lowered, width, model_path, name, notes)
         with report.stage(f"write {TORCHSCRIPT_FILE}"):
-            write_torchscript(lowered, layers[0].in_features, script_path, notes)
+            write_torchscript(lowered, width, script_path, notes)
 
         with report.stage("compute the float64 reference"):
             reference = make_reference(network)
@@ -140,29 +135,47 @@ def export_checkpoint(options: ExportOptions, report: Report) -> Exported:
 
         with report.stage("publish"):
             write_golden(choose_golden(reference), place.path / GOLDEN_FILE)
-            manifest = Manifest(
-                format=FORMAT,
-                name=name,
-                version=version,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                source=source,
-                base_activation=activation,
-                layers=layers,
-                input_range=_input_range(network),
-                inputs=inputs,
-                outputs=outputs,
+            manifest = replace(
+                contract,
                 files={path.name: record_file(path) for path in sorted(place.path.iterdir())},
                 parity=tuple(_parity_record(m) for m in measured),
-                versions=_versions(),
             )
             write_manifest(manifest, place.path)
-            config_kept = place.publish(render_config(name, inputs, outputs), force=options.force)
+            config = render_config(name, manifest.inputs, manifest.outputs)
+            config_kept = place.publish(config, force=options.force)
     if config_kept:
         report.warn(
-            f"{target.path.parent / 'config.pbtxt'} differs from what this version needs and was "
+            f"{target.path.parent / CONFIG_FILE} differs from what this version needs and was "
             "kept; compare it before serving this folder with Triton, or rewrite it with --force"
         )
     return Exported(target.path, manifest)
+
+
+def _contract(
+    options: ExportOptions,
+    target: BundleFolder,
+    network: KAN,
+    activation: str,
+    checkpoint: FileRecord,
+) -> Manifest:
+    """Say what will be exported: the manifest without the files and the parity reached."""
+    layers = _describe_layers(network)
+    file = os.fsencode(options.checkpoint.name).decode(errors="replace")
+    return Manifest(
+        format=FORMAT,
+        name=target.name,
+        version=target.version,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        source=Source(file, checkpoint.sha256),
+        base_activation=activation,
+        layers=layers,
+        input_range=_input_range(network),
+        inputs=(TensorSpec(INPUT_NAME, "FP32", (-1, layers[0].in_features)),),
+        outputs=(TensorSpec(OUTPUT_NAME, "FP32", (-1, layers[-1].out_features)),),
+        files={},
+        parity=(),
+        versions=_versions(),
+    )
 
 
 def _describe_layers(network: KAN) -> tuple[LayerRecord, ...]:
@@ -180,39 +193,32 @@ def _describe_layers(network: KAN) -> tuple[LayerRecord, ...]:
     )
 
 
-def _say_what_was_found(
-    report: Report,
-    network: KAN,
-    layers: Sequence[LayerRecord],
-    activation: str,
-    assumed: bool,
-) -> None:
-    for i, layer in enumerate(layers):
+def _say_what_was_found(report: Report, network: KAN, contract: Manifest, *, assumed: bool) -> None:
+    for i, layer in enumerate(contract.layers):
         scaler = "with" if layer.standalone_scaler else "without"
         report.say(
             f"layers.{i}: {layer.in_features} -> {layer.out_features}, {layer.grid} grid of "
             f"{layer.grid_size}, order {layer.spline_order}, {scaler} standalone scaler"
         )
-    report.say(f"base activation: {activation}")
+    report.say(f"base activation: {contract.base_activation}")
     if assumed:
         report.warn(
-            f"a state dict does not say which base activation was trained; {activation} is "
-            "ASSUMED. If it was another, every answer is wrong: name it with --activation"
+            "a state dict does not say which base activation was trained; "
+            f"{contract.base_activation} is ASSUMED. If it was another, every answer is wrong: "
+            "name it with --activation"
         )
     if network.layers[0].grid.dtype == torch.float64:
         report.warn("the checkpoint is in float64; the files are in float32, compared with float64")
 
 
-def _metadata_props(
-    name: str, source: Source, activation: str, layers: Sequence[LayerRecord]
-) -> Mapping[str, str]:
+def _metadata_props(contract: Manifest) -> Mapping[str, str]:
     return {
         "kanserve.version": __version__,
-        "kanserve.model": name,
-        "kanserve.source": source.file,
-        "kanserve.source_sha256": source.sha256,
-        "kanserve.base_activation": activation,
-        "kanserve.layers": json.dumps([asdict(layer) for layer in layers]),
+        "kanserve.model": contract.name,
+        "kanserve.source": contract.source.file,
+        "kanserve.source_sha256": contract.source.sha256,
+        "kanserve.base_activation": contract.base_activation,
+        "kanserve.layers": json.dumps([asdict(layer) for layer in contract.layers]),
     }
 
 

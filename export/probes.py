@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+ON_THE_GRID = ("knots", "inside", "margin")
+"""Groups of probes within the outermost knots, where the splines are not zero."""
+
 _RANDOM_ROWS = 64
 _LONE_ROWS = 16
 _FAR = (1.0, 10.0, 1e3, 1e6)  # distance from the outermost knot, in widths of the grid
@@ -84,7 +87,9 @@ def make_probes(knots: NDArray[np.float32], order: int, seed: int = 0) -> Probes
         "outside": np.concatenate([away, lone]),
         "nan": nan,
     }
+    limit = float(np.finfo(np.float32).max)
+    inputs = np.clip(np.concatenate(list(groups.values())), -limit, limit)  # NaN stays NaN
     return Probes(
-        inputs=np.concatenate(list(groups.values())).astype(np.float32),
+        inputs=inputs.astype(np.float32),
         groups=np.repeat(list(groups), [len(rows) for rows in groups.values()]),
     )

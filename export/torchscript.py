@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from export.errors import conversion
+
 METADATA_FILE = "kanserve.json"
 
 
@@ -29,9 +31,12 @@ def write_torchscript(
         in_features: Width of the input.
         path: Where to write.
         metadata: Written to the archive as `extra/kanserve.json`.
+
+    Raises:
+        ConversionError: The network cannot be converted.
     """
     extra = {METADATA_FILE: json.dumps(dict(metadata), indent=2)}
-    with _deprecation_accepted(), torch.no_grad():
+    with _deprecation_accepted(), conversion("TorchScript"), torch.no_grad():
         # check_trace would only compare the trace with itself; parity.py compares the saved file.
         program = torch.jit.trace(network, (torch.zeros(2, in_features),), check_trace=False)
         torch.jit.save(program, path, _extra_files=extra)

@@ -70,12 +70,18 @@ def read_golden(content: bytes) -> Golden:
             golden = Golden(archive["inputs"], archive["outputs"], archive["tolerance"])
     except Exception as error:  # a damaged archive makes the parser fail in any way there is
         raise IntegrityError(f"golden.npz: cannot be read: {error}; export again") from error
-    rows = golden.inputs.shape[0]
-    if not (
-        rows and golden.outputs.shape == golden.tolerance.shape and len(golden.outputs) == rows
+    shapes = [golden.inputs.shape, golden.outputs.shape, golden.tolerance.shape]
+    kinds = [golden.inputs.dtype, golden.outputs.dtype, golden.tolerance.dtype]
+    if (
+        kinds != [np.float32, np.float64, np.float64]
+        or any(len(shape) != 2 for shape in shapes)
+        or not shapes[0][0] == shapes[1][0] > 0
+        or shapes[1] != shapes[2]
     ):
         raise IntegrityError(
-            f"golden.npz: shapes {golden.inputs.shape}, {golden.outputs.shape} and "
-            f"{golden.tolerance.shape} do not belong together; export again"
+            f"golden.npz: expected float32 (rows, in) and twice float64 (rows, out), found "
+            f"{shapes} of {[str(kind) for kind in kinds]}; export again"
         )
+    if bool((golden.tolerance < 0).any() or np.isinf(golden.tolerance).any()):
+        raise IntegrityError("golden.npz: expected finite tolerances of at least 0; export again")
     return golden

@@ -1,9 +1,14 @@
 """Hashes of a bundle's files: taken at export, checked before anything is served."""
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from kan_bundle.errors import IntegrityError
+from kan_bundle.layout import open_regular
 from kan_bundle.manifest import FileRecord
 
 
@@ -11,7 +16,7 @@ def record_file(path: Path) -> FileRecord:
     """Take a file's size and SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path.stat().st_size, digest)
+        return FileRecord(os.fstat(file.fileno()).st_size, digest)
 
 
 def check_file(path: Path, expected: FileRecord) -> None:
@@ -20,11 +25,8 @@ def check_file(path: Path, expected: FileRecord) -> None:
     Raises:
         IntegrityError: It is missing or differs.
     """
-    try:
-        found = record_file(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    _compare(path, found, expected)
+    with _opened(path, expected) as file:
+        _require_digest(path, hashlib.file_digest(file, "sha256").hexdigest(), expected)
 
 
 def read_checked(path: Path, expected: FileRecord) -> bytes:
@@ -33,24 +35,34 @@ def read_checked(path: Path, expected: FileRecord) -> bytes:
     Raises:
         IntegrityError: It is missing or differs.
     """
+    with _opened(path, expected) as file:
+        content = file.read(expected.size_bytes)
+        _require_digest(path, hashlib.sha256(content).hexdigest(), expected)
+        return content
+
+
+@contextmanager
+def _opened(path: Path, expected: FileRecord) -> Iterator[BufferedReader]:
+    """Open a regular file of the size recorded."""
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != expected.size_bytes:
+                raise IntegrityError(
+                    f"{path}: expected {expected.size_bytes} bytes, found {size}: "
+                    "changed since it was exported; copy it or export again"
+                )
+            yield file
     except OSError as error:
-        raise _unreadable(path, error) from error
-    _compare(path, FileRecord(len(content), hashlib.sha256(content).hexdigest()), expected)
-    return content
-
-
-def _unreadable(path: Path, error: OSError) -> IntegrityError:
-    return IntegrityError(
-        f"{path}: cannot be read: {error.strerror}; the manifest lists it: copy it or export again"
-    )
-
-
-def _compare(path: Path, found: FileRecord, expected: FileRecord) -> None:
-    if found != expected:
         raise IntegrityError(
-            f"{path}: expected {expected.size_bytes} bytes with SHA-256 {expected.sha256}, found "
-            f"{found.size_bytes} bytes with {found.sha256}: changed since it was exported; copy "
-            "it or export again"
+            f"{path}: cannot be read: {error.strerror}; the manifest lists it: copy it or export "
+            "again"
+        ) from error
+
+
+def _require_digest(path: Path, found: str, expected: FileRecord) -> None:
+    if found != expected.sha256:
+        raise IntegrityError(
+            f"{path}: expected SHA-256 {expected.sha256}, found {found}: changed since it was "
+            "exported; copy it or export again"
         )

@@ -10,12 +10,16 @@ A version is written into a hidden folder inside the repository, so on the same 
 renamed into place when it is complete. Readers pass over hidden folders.
 """
 
+import errno
+import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 from kan_bundle.errors import LayoutError
@@ -27,7 +31,8 @@ MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.pbtxt"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")  # fits a signed 64-bit integer
+_REPLACED = "replaced"
 
 
 @dataclass(frozen=True, order=True)
@@ -58,32 +63,75 @@ def parse_version(text: str) -> int | None:
     return int(text) if _VERSION.fullmatch(text) else None
 
 
-def find_bundles(repository: Path) -> list[BundleFolder]:
-    """List every version folder of every model, by name and version. Hidden folders are skipped.
+def find_bundles(
+    repository: Path, on_skipped: Callable[[Path, str], None] = lambda path, reason: None
+) -> list[BundleFolder]:
+    """List every version folder of every model, by name and version.
+
+    Hidden entries and files are passed over; any other entry that is not a model or a version is
+    skipped, and so is what cannot be read.
+
+    Args:
+        repository: The folder.
+        on_skipped: Told what was skipped and why.
 
     Raises:
-        LayoutError: The repository is not a folder that can be read.
+        LayoutError: The repository itself is not a folder that can be read.
     """
     try:
-        return sorted(
-            BundleFolder(model.name, version, folder)
-            for model in repository.iterdir()
-            if model.is_dir() and not model.name.startswith(".")
-            for folder in model.iterdir()
-            if folder.is_dir() and (version := parse_version(folder.name)) is not None
-        )
+        entries = sorted(repository.iterdir())
     except OSError as error:
         raise LayoutError(
             f"{repository}: cannot be read as a model repository: {error.strerror}; expected a "
             "folder of MODEL/VERSION/ folders, as `python -m export` writes them"
         ) from error
+    bundles = []
+    for model in entries:
+        if model.name.startswith(".") or not model.is_dir():
+            continue
+        if not _NAME.fullmatch(model.name):
+            on_skipped(model, "not a model's name")
+            continue
+        try:
+            folders = [entry for entry in model.iterdir() if entry.is_dir()]
+        except OSError as error:
+            on_skipped(model, f"cannot be read: {error.strerror}")
+            continue
+        for folder in folders:
+            version = parse_version(folder.name)
+            if version is None:
+                on_skipped(folder, "not a version, a positive integer")
+            else:
+                bundles.append(BundleFolder(model.name, version, folder))
+    return sorted(bundles)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading if it is a regular one: a pipe or a device would hang its reader.
+
+    Raises:
+        OSError: It cannot be opened, or is something else.
+    """
+    # Without O_NONBLOCK the very opening of a pipe waits for its writer.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "expected a regular file, found something else", str(path))
+    return file
 
 
 def next_version(repository: Path, name: str) -> int:
-    """Give the number after a model's highest version, 1 for a new model."""
+    """Give the number after a model's highest version, 1 for a new model.
+
+    Raises:
+        LayoutError: There is no such number.
+    """
     model = repository / name
     taken = [parse_version(entry.name) or 0 for entry in model.iterdir()] if model.is_dir() else []
-    return max(taken, default=0) + 1
+    version = max(taken, default=0) + 1
+    if parse_version(str(version)) is None:
+        raise LayoutError(f"{model}: version {version - 1} is the highest; choose one by --version")
+    return version
 
 
 class Staging:
@@ -108,43 +156,62 @@ class Staging:
 
         Raises:
             LayoutError: The version exists and `force` is off.
+            OSError: Something cannot be written; the version is not published.
         """
         target = self._target.path
         target.parent.mkdir(exist_ok=True)
         config_path = target.parent / CONFIG_FILE
+        wanted = config.encode()
         keep = config_path.exists() and not force
-        differs = keep and config_path.read_text(encoding="utf-8") != config
+        differs = keep and config_path.read_bytes() != wanted
         staged = self._root / CONFIG_FILE
-        staged.write_text(config, encoding="utf-8")  # before the version is seen: a disk may fill
+        staged.write_bytes(wanted)  # before the version is seen: a disk may fill
 
-        replaced = self._root / "replaced"
         if force and target.exists():
-            target.rename(replaced)
+            target.rename(self._root / _REPLACED)
         try:
             self.path.rename(target)
         except OSError as error:
-            if replaced.exists():
-                replaced.rename(target)
-            refuse_existing(self._target, force=False, cause=error)
+            if target.exists():  # `staging` has not seen it, so it appeared meanwhile
+                raise LayoutError(
+                    f"{target}: another export published version {self._target.version} of "
+                    f"{self._target.name} meanwhile; run this one again"
+                ) from error
             raise
         if not keep:
             staged.replace(config_path)
         return differs
 
+    def close(self) -> None:
+        """Clear away what was not published, and put back what it was to replace."""
+        replaced = self._root / _REPLACED
+        if replaced.exists() and not self._target.path.exists():
+            replaced.rename(self._target.path)
+        shutil.rmtree(self._root, ignore_errors=True)
 
-def refuse_existing(
-    target: BundleFolder, *, force: bool, cause: BaseException | None = None
-) -> None:
-    """Raise unless the version's place is free, or may be replaced.
+
+def require_place(target: BundleFolder, *, force: bool) -> None:
+    """Raise unless a version can be published at its place.
 
     Raises:
-        LayoutError: The version exists and `force` is off.
+        LayoutError: The version exists and `force` is off, or something else is in the way.
     """
-    if target.path.exists() and not force:
+    model = target.path.parent
+    for folder in (model.parent, model):
+        if _is_taken(folder) and not folder.is_dir():
+            raise LayoutError(f"{folder}: expected a folder, found a file; choose another --output")
+    config = model / CONFIG_FILE
+    if _is_taken(config) and not config.is_file():
+        raise LayoutError(f"{config}: expected a file, found something else; move it away")
+    if _is_taken(target.path) and not (force and target.path.is_dir()):
         raise LayoutError(
             f"{target.path}: version {target.version} of {target.name} exists; leave --version "
             "out for the next free one, or replace it with --force"
-        ) from cause
+        )
+
+
+def _is_taken(path: Path) -> bool:
+    return path.exists() or path.is_symlink()  # a dangling link exists, too
 
 
 @contextmanager
@@ -160,13 +227,12 @@ def staging(target: BundleFolder) -> Iterator[Staging]:
     repository = target.path.parent.parent
     made = [p for p in (repository, *repository.parents) if not p.exists()]
     repository.mkdir(parents=True, exist_ok=True)
-    root = Path(tempfile.mkdtemp(prefix=".export-", dir=repository))
+    place = Staging(Path(tempfile.mkdtemp(prefix=".export-", dir=repository)), target)
     try:
-        place = Staging(root, target)
         place.path.mkdir()
         yield place
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        place.close()
         for folder in (target.path.parent, *made):
             with suppress(OSError):  # not empty, so it holds something: keep it
                 folder.rmdir()

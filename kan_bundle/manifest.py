@@ -15,12 +15,13 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from kan_bundle.errors import ManifestError
-from kan_bundle.layout import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE
+from kan_bundle.layout import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, open_regular
 
 FORMAT: Literal[1] = 1
 """Version of the bundle's format. A reader refuses any other."""
 
-_STRICT = with_config(ConfigDict(strict=True, extra="forbid"))
+_STRICT = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+_LARGEST = 16 * 2**20  # bytes; two numbers per input feature are the most of it
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _Count = Annotated[int, Field(ge=1)]
@@ -42,6 +43,9 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
+_OneTensor = Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=1)]
+
+
 @_STRICT
 @dataclass(frozen=True)
 class LayerRecord:
@@ -52,7 +56,7 @@ class LayerRecord:
         out_features: Width of the output.
         grid_size: G, the number of grid intervals.
         spline_order: k, the polynomial degree.
-        grid: Whether the knots of every feature are equally spaced.
+        grid: `uniform` if the knots of every feature are equally spaced, else `adapted`.
         standalone_scaler: Whether the checkpoint had a scale per edge.
         lowering: The form the layer was exported in.
     """
@@ -114,7 +118,7 @@ class ParityRecord:
     max_relative: float
     max_ulp: float
     tolerance: float
-    excess: float
+    excess: Annotated[float, Field(ge=0, le=1)]
     probes: _Count
 
 
@@ -132,8 +136,8 @@ class Manifest:
         base_activation: As named at export; a state dict does not hold it.
         layers: From input to output.
         input_range: Where the splines were trained.
-        inputs: Input tensors.
-        outputs: Output tensors.
+        inputs: Input tensors; of a KAN, one.
+        outputs: Output tensors; of a KAN, one.
         files: Every file of the version folder but the manifest.
         parity: One record per runtime.
         versions: Versions of the programs that took part, by name.
@@ -147,8 +151,8 @@ class Manifest:
     base_activation: str
     layers: tuple[LayerRecord, ...]
     input_range: InputRange
-    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
-    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    inputs: _OneTensor
+    outputs: _OneTensor
     files: dict[_FileName, FileRecord]
     parity: tuple[ParityRecord, ...]
     versions: dict[str, str]
@@ -176,13 +180,14 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as file:
+            raw = file.read(_LARGEST + 1)
     except OSError as error:
         raise ManifestError(
             f"{path}: cannot be read: {error.strerror}; every version folder has one: export again"
         ) from error
     found = _DIGEST.search(raw)
-    if found is None:
+    if found is None or len(raw) > _LARGEST:
         raise ManifestError(
             f"{path}: does not end with its digest, so it is truncated or was edited; export again"
         )
@@ -202,7 +207,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"format {FORMAT}; export again, or use the kanserve that wrote it"
             )
         manifest = _ADAPTER.validate_json(json.dumps(content))
-    except (ValueError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: {_first_fault(error)}; export again") from error
     for needed in (MODEL_FILE, GOLDEN_FILE):
         if needed not in manifest.files:
@@ -210,7 +215,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _first_fault(error: ValueError) -> str:
+def _first_fault(error: Exception) -> str:
     if isinstance(error, ValidationError):
         fault = error.errors(include_url=False, include_input=False)[0]
         return f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"

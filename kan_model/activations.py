@@ -7,6 +7,7 @@ names `--activation` understands.
 import importlib
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from kan_model.errors import ActivationError
@@ -46,11 +47,40 @@ def resolve_activation(name: str) -> Callable[[], nn.Module]:
         made = factory()
     except Exception as error:  # the user's own module may fail in any way
         raise ActivationError(
-            f"activation {name!r} cannot be made: {type(error).__name__}: {error}; expected "
+            f"activation {name!r} cannot be made: {_first_line(error)}; expected "
             "package.module:Class, importable from here and callable without arguments"
         ) from error
     if not isinstance(made, nn.Module):
         raise ActivationError(
             f"activation {name!r} makes a {type(made).__name__}, expected a torch.nn.Module"
         )
+    _require_elementwise(name, made)
     return factory  # type: ignore[no-any-return]
+
+
+def _require_elementwise(name: str, activation: nn.Module) -> None:
+    """Refuse what does not map each number to a number, or does so in place."""
+    x = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.5, 2.0]])
+    given = x.clone()
+    try:
+        with torch.no_grad():
+            y = activation.eval()(given)
+    except Exception as error:
+        raise ActivationError(
+            f"activation {name!r} fails on a tensor of shape (2, 3): {_first_line(error)}"
+        ) from error
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+        found = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ActivationError(
+            f"activation {name!r} turns shape (2, 3) into {found}, expected an activation that "
+            "acts on each element"
+        )
+    if not torch.equal(given, x):
+        raise ActivationError(
+            f"activation {name!r} works in place, so it would change what the splines see; name "
+            "one that leaves its input alone"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -8,7 +8,9 @@ This module never unpickles objects: `torch.load` runs with `weights_only=True` 
 its allow-list.
 """
 
+import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,10 @@ from kan_model.model import KAN
 
 RESAVE = "re-save it where it was trained: torch.save(model.state_dict(), 'model.pt')"
 _KEY = re.compile(
-    r"layers\.(?P<index>0|[1-9]\d*)\."
+    r"layers\.(?P<index>0|[1-9]\d{0,5})\."
     r"(?P<tensor>base_weight|spline_weight|spline_scaler|grid|base_activation\..+)"
 )
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REQUIRED = ("base_weight", "spline_weight", "grid")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
 
@@ -74,18 +77,21 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.is_dir():
             raise CheckpointError(f"{path}: expected a checkpoint file, found a folder")
-        if path.stat().st_size == 0:
-            raise CheckpointError(f"{path}: the file is empty; copy or save it again")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; check the path") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except CheckpointError:
-        raise
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if size == 0:
+        raise CheckpointError(f"{path}: the file is empty; copy or save it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the message below is the one that helps
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make the parser fail in any way there is
         raise CheckpointError(f"{path}: {_explain_unreadable(path)}") from error
-    return _as_state_dict(path, content)
+    return _as_state_dict(path, content, size)
 
 
 def build_network(state: Mapping[str, Tensor], base_activation: Callable[[], nn.Module]) -> KAN:
@@ -102,7 +108,11 @@ def build_network(state: Mapping[str, Tensor], base_activation: Callable[[], nn.
         CheckpointError: As in `load_checkpoint`.
     """
     if set(_REQUIRED) <= set(state):  # a single KANLinear, saved by itself
-        state = {f"layers.0.{key}": tensor for key, tensor in state.items()}
+        stack = {f"layers.0.{key}": tensor for key, tensor in state.items()}
+        try:
+            return build_network(stack, base_activation)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace("layers.0.", "")) from error
     count = _count_layers(state)
     shapes = [_infer_shape(state, i) for i in range(count)]
     for i in range(count - 1):
@@ -112,6 +122,13 @@ def build_network(state: Mapping[str, Tensor], base_activation: Callable[[], nn.
                 f"{_shape(state, f'layers.{i + 1}.base_weight')} takes "
                 f"{shapes[i + 1].in_features} features, but layers.{i}.base_weight of shape "
                 f"{_shape(state, f'layers.{i}.base_weight')} gives {shapes[i].out_features}"
+            )
+        if _spline(shapes[i]) != _spline(shapes[i + 1]):
+            raise CheckpointError(
+                f"layers.{i}.grid: shape {_shape(state, f'layers.{i}.grid')} means grid size and "
+                f"order {_spline(shapes[i])}, but layers.{i + 1}.grid of shape "
+                f"{_shape(state, f'layers.{i + 1}.grid')} means {_spline(shapes[i + 1])}; "
+                "efficient-KAN has the same in every layer, so one of them has lost knots"
             )
     _check_values(state)
 
@@ -133,9 +150,16 @@ def build_network(state: Mapping[str, Tensor], base_activation: Callable[[], nn.
 
     dtypes = [tensor.dtype for tensor in state.values()]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    tensors = {key: tensor.detach().to(dtype).contiguous() for key, tensor in state.items()}
+    tensors = {
+        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()
+        for key, tensor in state.items()
+    }
     network.load_state_dict(tensors, assign=True)
     return network.to(dtype).eval()
+
+
+def _spline(shape: _LayerShape) -> tuple[int, int]:
+    return shape.grid_size, shape.spline_order
 
 
 def _explain_unreadable(path: Path) -> str:
@@ -165,7 +189,7 @@ def _explain_unreadable(path: Path) -> str:
     return f"is not a checkpoint written by torch.save, or is truncated; {RESAVE}"
 
 
-def _as_state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+def _as_state_dict(path: Path, content: Any, file_size: int) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path}: expected a state dict (names to tensors), found a "
@@ -185,7 +209,35 @@ def _as_state_dict(path: Path, content: Any) -> dict[str, Tensor]:
                 f"{path}: expected names to tensors, found {key!r}: {type(value).__name__}; "
                 f"{RESAVE}"
             )
+        _check_storage(path, key, value, file_size)
     return dict(content)
+
+
+def _check_storage(path: Path, key: str, tensor: Tensor, file_size: int) -> None:
+    """Refuse a tensor that cannot be worked with, before anything looks at its shape or values."""
+    where = f"{path}: {_listed([key])}"
+    kind = (
+        "nested"
+        if tensor.is_nested
+        else "quantized"
+        if tensor.is_quantized
+        else "valueless (meta)"
+        if tensor.is_meta
+        else "sparse"
+        if tensor.layout is not torch.strided
+        else None
+    )
+    if kind:
+        raise CheckpointError(
+            f"{path}: {_listed([key])}: expected a dense tensor, found a {kind} one"
+        )
+    # A stride of zero lets a file of a few bytes claim any size.
+    claimed = tensor.numel() * tensor.element_size()
+    if claimed > 64 * file_size + 2**26:
+        raise CheckpointError(
+            f"{where}: shape {tuple(tensor.shape)} is {claimed} bytes, the file has {file_size}; "
+            f"{RESAVE}"
+        )
 
 
 def _count_layers(state: Mapping[str, Tensor]) -> int:
@@ -198,6 +250,7 @@ def _count_layers(state: Mapping[str, Tensor]) -> int:
     count = max(indices) + 1
     missing = [
         f"layers.{i}.{name}"
+        # Up to the first gap and every layer that is there: a number may be absurd.
         for i in sorted(indices | set(range(min(count, len(indices) + 1))))
         for name in _REQUIRED
         if f"layers.{i}.{name}" not in state
@@ -252,15 +305,17 @@ def _infer_shape(state: Mapping[str, Tensor], index: int) -> _LayerShape:
                 f"{stem}{name}: expected shape {letters}, found {_shape(state, stem + name)}"
                 + _family_hint(state)
             )
-    for name, expected in (
-        ("spline_weight", (*base.shape, spline.shape[2])),
-        ("grid", (base.shape[1], grid.shape[1])),
-        ("spline_scaler", tuple(base.shape) if scaler is not None else None),
-    ):
-        if expected is not None and tuple(state[stem + name].shape) != expected:
+    expected = {
+        "spline_weight": (*base.shape, spline.shape[2]),
+        "grid": (base.shape[1], grid.shape[1]),
+    }
+    if scaler is not None:
+        expected["spline_scaler"] = tuple(base.shape)
+    for name, shape in expected.items():
+        if _shape(state, stem + name) != shape:
             raise CheckpointError(
                 f"{stem}{name}: shape {_shape(state, stem + name)} does not agree with "
-                f"{stem}base_weight {_shape(state, stem + 'base_weight')}; expected {expected}"
+                f"{stem}base_weight {_shape(state, stem + 'base_weight')}; expected {shape}"
                 + _family_hint(state)
             )
     order = grid.shape[1] - spline.shape[2] - 1
@@ -278,27 +333,31 @@ def _infer_shape(state: Mapping[str, Tensor], index: int) -> _LayerShape:
 
 
 def _check_values(state: Mapping[str, Tensor]) -> None:
+    """Refuse values that mean nothing, in the float32 in which they will be served."""
     for key, tensor in state.items():
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise CheckpointError(f"{key}: expected a dense tensor, found {tensor.layout}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{key}: expected floating point, found {tensor.dtype}")
-        bad = ~torch.isfinite(tensor)
+        if tensor.dtype not in _DTYPES:
+            if ".base_activation." in key:  # a counter or the like, as its module wants it
+                continue
+            raise CheckpointError(
+                f"{key}: expected {', '.join(str(dtype) for dtype in _DTYPES)}, "
+                f"found {tensor.dtype}"
+            )
+        bad = ~torch.isfinite(tensor.float())
         if bool(bad.any()):
             place = tuple(int(i) for i in torch.nonzero(bad)[0])
             raise CheckpointError(
-                f"{key}: {int(bad.sum())} of {tensor.numel()} values are not finite, the first "
-                f"at {place}: {float(tensor[place])}; training has diverged (often in "
+                f"{key}: {int(bad.sum())} of {tensor.numel()} values are not finite in float32, "
+                f"the first at {place}: {float(tensor[place])}; training has diverged (often in "
                 "update_grid): take an earlier checkpoint"
             )
     for key, knots in state.items():
         if not key.endswith(".grid"):
             continue
-        falls = knots.diff(dim=1) <= 0
+        falls = knots.float().diff(dim=1) <= 0
         if bool(falls.any()):
             feature, j = (int(i) for i in torch.nonzero(falls)[0])
             raise CheckpointError(
-                f"{key}: the knots of feature {feature} do not rise: knot {j} is "
+                f"{key}: the knots of feature {feature} do not rise in float32: knot {j} is "
                 f"{float(knots[feature, j])!r}, knot {j + 1} is {float(knots[feature, j + 1])!r}; "
                 "repeated or falling knots make the spline undefined: retrain with a larger "
                 "grid_eps or without that constant feature"
@@ -329,7 +388,8 @@ def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
 
 def _listed(names: list[str], most: int = 6) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    shown = [name if name.isprintable() else repr(name) for name in names[:most]]
+    return ", ".join(shown) + more
 
 
 def _listed_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -41,8 +41,9 @@ class KANLinear(nn.Module):
             spline weights.
         enable_standalone_scale_spline: Whether each edge has its own learned scale.
         base_activation: Makes the activation of the base path, called without arguments.
-        grid_eps: Share of the uniform grid in `update_grid`; the rest follows the data's quantiles.
-        grid_range: Ends (low, high) of the initial grid.
+        grid_eps: Share of the uniform grid in `update_grid`, in [0, 1]; the rest follows the
+            data's quantiles.
+        grid_range: Ends (low, high) of the initial grid, far enough apart for float32.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -69,6 +70,8 @@ class KANLinear(nn.Module):
         _require_at_least_one(
             in_features=in_features, out_features=out_features, grid_size=grid_size
         )
+        if not 0 <= grid_eps <= 1:
+            raise ValueError(f"grid_eps must be in [0, 1], found {grid_eps}")
         if not 0 <= spline_order <= splines.MAX_ORDER:
             raise ValueError(f"spline_order must be 0 to {splines.MAX_ORDER}, found {spline_order}")
         self.in_features = in_features
@@ -82,9 +85,13 @@ class KANLinear(nn.Module):
         self.grid_eps = grid_eps
         self.base_activation = base_activation()
 
-        self.register_buffer(
-            "grid", splines.uniform_knots(in_features, grid_size, spline_order, (low, high))
-        )
+        knots = splines.uniform_knots(in_features, grid_size, spline_order, (low, high))
+        if not knots.is_meta and not bool((knots[0].diff() > 0).all()):
+            raise ValueError(
+                f"grid_range {list(grid_range)} is too narrow for {grid_size} intervals in "
+                f"{knots.dtype}: knots coincide"
+            )
+        self.register_buffer("grid", knots)
         self.base_weight = nn.Parameter(torch.empty(out_features, in_features))
         self.spline_weight = nn.Parameter(
             torch.empty(out_features, in_features, grid_size + spline_order)
@@ -96,8 +103,8 @@ class KANLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Start anew: kaiming-uniform base weights and scalers, splines fitted to small noise.
 
-        The order of random draws is upstream's, so a seed gives the same layer. On the meta device
-        there are no values to set, and nothing is done.
+        The order of random draws is upstream's, so a seed gives the same layer, up to rounding. On
+        the meta device there are no values to set, and nothing is done.
         """
         if self.base_weight.is_meta:
             return
@@ -138,8 +145,8 @@ class KANLinear(nn.Module):
         # While TorchScript traces, shapes are tensors and the question itself would be recorded.
         if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self._check_width(x)
-        basis = splines.b_spline_basis(x, self.grid, self.spline_order)  # (..., in, n)
         base = linear(self.base_activation(x), self.base_weight)
+        basis = splines.b_spline_basis(x, self.grid, self.spline_order)  # (..., in, n)
         spline = linear(basis.flatten(-2), self.scaled_spline_weight.flatten(1))
         return base + spline
 
@@ -191,7 +198,7 @@ class KANLinear(nn.Module):
         norms = self.spline_weight.abs().mean(-1)  # (out, in)
         total = norms.sum()
         limits = torch.finfo(norms.dtype)
-        share = norms / total.clamp_min(limits.eps)  # tiny would overflow in the gradient
+        share = norms / total.clamp_min(limits.tiny**0.5)  # tiny would overflow in the gradient
         entropy = -(share * share.clamp_min(limits.tiny).log()).sum()
         return regularize_activation * total + regularize_entropy * entropy
 

@@ -50,6 +50,8 @@ class KAN(nn.Module):
                 "layers_hidden needs at least an input and an output width, "
                 f"found {list(layers_hidden)}"
             )
+        self.grid_size = grid_size
+        self.spline_order = spline_order
         self.layers = _module_list(
             KANLinear(
                 in_features,
@@ -90,6 +92,8 @@ class KAN(nn.Module):
                 )
         network = cls.__new__(cls)
         nn.Module.__init__(network)
+        network.grid_size = layers[0].grid_size
+        network.spline_order = layers[0].spline_order
         network.layers = _module_list(layers)
         return network
 

@@ -143,11 +143,15 @@ def change_of_knots(x: Tensor, old_knots: Tensor, new_knots: Tensor, order: int)
 def _least_squares(a: Tensor, b: Tensor) -> Tensor:
     """Solve min |a s - b| for batches; rank-deficient `a` gives the solution of smallest norm.
 
-    On the CPU, because torch's CUDA driver assumes full rank and returns NaN without it, and a
-    sample that misses one grid cell is enough to lose full rank.
+    Features that are constant, binary or sparse leave basis functions without samples, so lost
+    rank is the normal case. That rules out torch's CUDA driver, which assumes full rank, and
+    its CPU default gelsy, which in 2.13 misjudges the rank of some of them; gelsd, by singular
+    values, does not. Solved in float64, on the CPU.
     """
-    solution: Tensor = torch.linalg.lstsq(a.cpu(), b.cpu(), driver="gelsy").solution
-    return solution.to(b.device)
+    solution: Tensor = torch.linalg.lstsq(
+        a.double().cpu(), b.double().cpu(), driver="gelsd"
+    ).solution
+    return solution.to(b)
 
 
 def adapted_knots(
@@ -163,16 +167,18 @@ def adapted_knots(
         samples: Finite values, shape (points, in), at least one point.
         grid_size: G.
         order: k, the spline order.
-        grid_eps: Share of the uniform grid, in (0, 1].
-        margin: Widening of the samples' range on each side, in units of x.
+        grid_eps: Share of the uniform grid, in [0, 1].
+        margin: Widening of the samples' range on each side, in units of x, at least 0.
 
     Returns:
         Strictly rising knots, shape (in, G + 2k + 1), in the dtype of `samples`.
 
     Raises:
-        ValueError: There are no samples, one is not finite, or the knots of a feature would
-            collapse onto each other in this dtype.
+        ValueError: There are no samples, one is not finite, `margin` is negative, or the knots of
+            a feature would collapse onto each other in this dtype.
     """
+    if not margin >= 0:
+        raise ValueError(f"update_grid needs a margin of at least 0, found {margin}")
     if samples.shape[0] == 0:
         raise ValueError("update_grid needs at least one sample, found none")
     if not bool(torch.isfinite(samples).all()):

@@ -1,6 +1,7 @@
 """`python -m serving --model-repository DIR`: the command line of the server.
 
-Exit codes: 0 stopped by a signal after draining, 1 refused to start, 2 wrong usage.
+Exit codes: 0 stopped by a signal, 1 refused to start, 2 wrong usage. stdout stays empty; stderr has
+one JSON object a line.
 """
 
 import os
@@ -12,7 +13,7 @@ from types import FrameType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; a second one stops at once.
+    """Serve until SIGTERM or SIGINT; a second one does not wait for requests to end.
 
     Args:
         argv: Arguments after the program's name; by default the process's own.
@@ -24,30 +25,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         if not listening.is_set():
-            raise KeyboardInterrupt  # nothing to drain yet, so do not wait for models to load
+            # There is nothing to drain, and an exception could come out of any import.
+            os.write(2, b'{"event": "stopped", "level": "info"}\n')
+            os._exit(0)
         (stop_now if stop.is_set() else stop).set()
 
     for signum in (signal.SIGTERM, signal.SIGINT):  # before models load, which may take long
         signal.signal(signum, on_signal)
 
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at import; its log is not JSON
+    # All are read at import. gRPC's log is not JSON; onnxruntime would send usage data home and
+    # keep a database in the user's folder.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import structlog
 
     from kan_bundle.errors import BundleError
-    from serving.errors import StartupError
+    from serving.errors import StartupError, WrongSetting
     from serving.logs import configure_logging
-    from serving.server import running
+    from serving.runtime import require_onnxruntime
     from serving.settings import read_settings
 
     configure_logging("info")
     log = structlog.get_logger()
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv)
-    except StartupError as error:
-        log.error("wrong_setting", reason=str(error))
-        return 2
-    configure_logging(settings.log_level)
-    try:
+        configure_logging(settings.log_level)
+        require_onnxruntime()
+        from serving.server import running  # imports onnxruntime
+
         with running(settings) as server:
             listening.set()
             server.announce()
@@ -55,14 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.info("draining", seconds=settings.drain_s)
             server.drain()
             stop_now.wait(settings.drain_s)
-            server.stop(0 if stop_now.is_set() else settings.grace_s)
-    except (StartupError, BundleError, OSError) as error:
+            server.stop(0 if stop_now.is_set() else settings.grace_s, stop_now)
+    except WrongSetting as error:
+        log.error("wrong_setting", reason=str(error))
+        return 2
+    except (StartupError, BundleError) as error:
         log.error("refused_to_start", reason=str(error))
         return 1
-    except KeyboardInterrupt:
-        pass
     log.info("stopped")
-    return 0
+    # Not `return`: a thread in which a model still runs would hold the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -6,59 +6,18 @@ provider asked for is an error.
 
 import io
 from contextlib import redirect_stdout
-from importlib import metadata
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime
-import structlog
 from numpy.typing import NDArray
 
 from kan_bundle.errors import IntegrityError
 from kan_bundle.manifest import Manifest, TensorSpec
 from serving.errors import EngineError, StartupError
+from serving.runtime import EXECUTION_PROVIDERS, FATAL_ONLY, Provider
 
-Provider = Literal["cpu", "cuda"]
-"""Where models run."""
-
-_EXECUTION_PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
-    "cpu": ("CPUExecutionProvider", {}),
-    # TF32 keeps 10 bits of the mantissa; parity is proven in float32.
-    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
-}
 _ONNX_TYPES = {"FP32": "tensor(float)"}
-_FATAL = 4  # onnxruntime's severity
-
-_log = structlog.get_logger()
-
-
-def prepare_runtime(provider: Provider) -> None:
-    """Make onnxruntime ready for a provider, and refuse one that is not what it seems.
-
-    It is a process-wide setting: onnxruntime's own log, which is not JSON, is turned off.
-
-    Raises:
-        StartupError: Both onnxruntime packages are installed, or the provider is not available.
-    """
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
-    if len(installed) > 1:
-        raise StartupError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
-            "uninstall both, then install kanserve[cpu] or kanserve[gpu]"
-        )
-    onnxruntime.set_default_logger_severity(_FATAL)
-    name, _ = _EXECUTION_PROVIDERS[provider]
-    available = onnxruntime.get_available_providers()
-    if name not in available:
-        raise StartupError(
-            f"provider {provider} was asked for, but this onnxruntime has only "
-            f"{', '.join(available)}; install kanserve[gpu], or start with --provider cpu"
-        )
-    if provider == "cuda":
-        with redirect_stdout(io.StringIO()) as printed:  # it prints what it does not find
-            onnxruntime.preload_dlls()  # CUDA and cuDNN from their wheels, where installed
-        if printed.getvalue():
-            _log.warning("cuda_libraries", found=printed.getvalue())
 
 
 class Engine:
@@ -81,15 +40,16 @@ class Engine:
         options.inter_op_num_threads = 1
         # Idle pool threads otherwise spin for work after each run and burn a core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = _FATAL  # what matters is raised
-        name, provider_options = _EXECUTION_PROVIDERS[provider]
+        options.log_severity_level = FATAL_ONLY
+        wanted = EXECUTION_PROVIDERS[provider]
         try:
-            self._session = onnxruntime.InferenceSession(
-                model, sess_options=options, providers=[(name, provider_options)]
-            )
+            with redirect_stdout(io.StringIO()):  # it prints when it falls back
+                self._session = onnxruntime.InferenceSession(
+                    model, sess_options=options, providers=[wanted]
+                )
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise IntegrityError(f"onnxruntime cannot load the model: {error}") from error
-        if self._session.get_providers()[0] != name:
+        if self._session.get_providers()[0] != wanted[0]:
             raise StartupError(
                 f"provider {provider} was asked for, but onnxruntime chose "
                 f"{', '.join(self._session.get_providers())}: no usable device or driver was "
@@ -118,19 +78,11 @@ class Engine:
             )
         except Exception as error:
             raise EngineError(f"onnxruntime failed: {error}") from error
-        rows = inputs[0].shape[0]
-        if any(output.shape[0] != rows for output in outputs):
+        rows = inputs[0].shape[:1]
+        if any(output.shape[:1] != rows for output in outputs):
             shapes = [output.shape for output in outputs]
-            raise EngineError(f"{rows} rows went in, but the outputs have shapes {shapes}")
+            raise EngineError(f"{rows[0]} rows went in, but the outputs have shapes {shapes}")
         return outputs
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        metadata.distribution(distribution)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _require_tensors(found: list[Any], expected: tuple[TensorSpec, ...]) -> None:

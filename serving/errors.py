@@ -1,15 +1,14 @@
 """What can go wrong while serving, by whose fault it is. Nothing here knows gRPC.
 
-    ServingError
-    ├── RequestError          the caller's
-    │   ├── InvalidRequest      a tensor is not what the model takes
-    │   └── ModelNotFound       no such model or version
-    ├── ModelNotReady         the operator's: the model is known and was refused at load
-    ├── EngineError           ours, while running
-    └── StartupError          the operator's: the server refuses to start
-
-The message of a `RequestError` or `ModelNotReady` is sent to the client as it is, so it never
-holds a path or another error's text. The others' messages are for the log alone.
+ServingError
+├── VisibleError          its message is sent to the client, so it holds no path, no other
+│   │                     error's text, and never more than a line of what the client sent
+│   ├── InvalidRequest      the caller's: a tensor is not what the model takes
+│   ├── ModelNotFound       the caller's: no such model or version
+│   └── ModelNotReady       the operator's: the model is known and was refused at load
+├── EngineError           ours, while running; for the log
+└── StartupError          the operator's: the server refuses to start; for the log
+└── WrongSetting        a flag or an environment variable has no usable value
 """
 
 
@@ -17,20 +16,20 @@ class ServingError(Exception):
     """Anything that goes wrong while serving."""
 
 
-class RequestError(ServingError):
-    """The caller asked for something that cannot be; the message is sent to the caller."""
+class VisibleError(ServingError):
+    """An error whose message the client is sent."""
 
 
-class InvalidRequest(RequestError):
-    """A tensor of the request is not what the model takes."""
+class InvalidRequest(VisibleError):
+    """A request, or a tensor of it, is not what the model takes."""
 
 
-class ModelNotFound(RequestError):
+class ModelNotFound(VisibleError):
     """There is no such model, or no such version of it."""
 
 
-class ModelNotReady(ServingError):
-    """The model is known, but was refused at load; the message is sent to the caller."""
+class ModelNotReady(VisibleError):
+    """The model is known, but was refused at load."""
 
 
 class EngineError(ServingError):
@@ -39,3 +38,7 @@ class EngineError(ServingError):
 
 class StartupError(ServingError):
     """The server refuses to start; the message says what to change."""
+
+
+class WrongSetting(StartupError):
+    """A flag or an environment variable has no usable value."""

@@ -31,7 +31,6 @@ class LoadedModel:
 class RefusedModel:
     """One version of a model that has not, and why. The reason is for the log, not for clients."""
 
-    folder: BundleFolder
     reason: str
 
 
@@ -102,7 +101,10 @@ class Repository:
 
 
 def load_repository(
-    root: Path, make_engine: EngineMaker, on_version: Callable[[BundleFolder, ModelVersion], None]
+    root: Path,
+    make_engine: EngineMaker,
+    on_version: Callable[[BundleFolder, ModelVersion], None],
+    on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
 ) -> Repository:
     """Load every bundle of a model repository.
 
@@ -110,16 +112,17 @@ def load_repository(
         root: The repository.
         make_engine: Makes an engine from verified bytes.
         on_version: Told the outcome for each version as it is known.
+        on_skipped: Told of each folder that is no model and no version.
 
     Raises:
         LayoutError: The folder cannot be read.
         StartupError: There is no bundle in it, or the provider is not there.
     """
-    folders = find_bundles(root)
+    folders = find_bundles(root, on_skipped)
     if not folders:
         raise StartupError(
             f"{root}: no bundle found; expected MODEL/VERSION/ folders, as "
-            "`python -m export model.pt --output` writes them"
+            f"`python -m export model.pt --output {root}` writes them"
         )
     models: dict[str, dict[int, ModelVersion]] = {}
     for folder in folders:
@@ -130,10 +133,15 @@ def load_repository(
 
 
 def _load(folder: BundleFolder, make_engine: EngineMaker) -> ModelVersion:
+    """Load a bundle, or say why not: whatever is wrong with one never stops the others."""
     try:
         return load_bundle(folder, make_engine)
+    except StartupError:
+        raise
     except (BundleError, EngineError) as error:
-        return RefusedModel(folder, str(error))
+        return RefusedModel(str(error))
+    except Exception as error:  # what no check has foreseen
+        return RefusedModel(f"{folder.path}: {type(error).__name__}: {error}; export again")
 
 
 def load_bundle(folder: BundleFolder, make_engine: EngineMaker) -> LoadedModel:

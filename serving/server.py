@@ -1,32 +1,40 @@
 """The server's life: load, listen, serve, drain, stop.
 
-Models are loaded before the port answers, so whoever can connect gets answers. On the way out
+Models are loaded before the port is taken, so whoever can connect gets answers. On the way out
 readiness goes off first, so that balancers look elsewhere while requests are still taken; only
 then are new ones refused and the running ones waited for.
+
+Requests run in one pool of threads; health, readiness and reflection in others, so that none of
+them waits for the rest.
 """
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from kan_bundle.layout import BundleFolder
 from kan_bundle.manifest import Manifest
-from protos import inference_pb2, inference_pb2_grpc
-from serving.engine import Engine, prepare_runtime
+from serving import health, runtime
+from serving.engine import Engine
 from serving.errors import StartupError
 from serving.repository import LoadedModel, ModelVersion, Repository, load_repository
-from serving.service import InferenceService
+from serving.service import SERVICE, InferenceService
 from serving.settings import Settings
 
-_HEALTH_WATCHERS = 16
-SERVICE = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_PROBE_THREADS = 2
+_REFLECTION_THREADS = 2
+_LOOK_S = 0.05
 
 _log = structlog.get_logger()
 
@@ -42,30 +50,34 @@ class Server:
     def __init__(
         self,
         settings: Settings,
-        address: str,
         repository: Repository,
         grpc_server: grpc.Server,
-        health_servicer: health.HealthServicer,
+        health_service: health.HealthService,
+        reflection_service: "_Reflection",
         draining: threading.Event,
     ) -> None:
-        self.address = address
+        self.address = _bind(grpc_server, settings)
         self.repository = repository
         self._settings = settings
         self._grpc_server = grpc_server
-        self._health = health_servicer
+        self._health = health_service
+        self._reflection = reflection_service
         self._draining = draining
 
     def announce(self) -> None:
-        """Log the address and write it to the address file, of which a reader sees all or nothing.
+        """Log the address and write it to the address file.
 
         Raises:
-            OSError: The file cannot be written.
+            StartupError: The file cannot be written.
         """
         file = self._settings.address_file
         if file is not None:
-            partial = file.with_name(f".{file.name}.partial")
-            partial.write_text(json.dumps({"grpc": self.address}) + "\n", encoding="utf-8")
-            partial.replace(file)
+            try:
+                _write_whole(file, json.dumps({"grpc": self.address}) + "\n")
+            except OSError as error:
+                raise StartupError(
+                    f"--address-file {file}: cannot be written: {error.strerror}"
+                ) from error
         _log.info(
             "listening",
             grpc=self.address,
@@ -76,11 +88,28 @@ class Server:
     def drain(self) -> None:
         """Turn readiness and health off; requests are still taken."""
         self._draining.set()
-        self._health.enter_graceful_shutdown()
+        self._health.set(False)
 
-    def stop(self, grace_s: float) -> None:
-        """Take no more requests, give the running ones `grace_s` seconds, and return when done."""
-        self._grpc_server.stop(grace_s).wait()
+    def stop(self, grace_s: float, now: threading.Event) -> None:
+        """Take no more requests, give the running ones time to end, and return when they have.
+
+        Args:
+            grace_s: How long they have, in seconds.
+            now: Once set, they are not waited for any longer.
+        """
+        stopped = self._grpc_server.stop(grace_s)
+        self._health.close()  # streams that would last as long as their clients like
+        self._reflection.close()
+        while not stopped.wait(_LOOK_S) and not now.is_set():
+            pass  # neither event can be waited for with the other
+        self._grpc_server.stop(None)
+
+    def close(self) -> None:
+        """Withdraw the address and cut off whatever still runs."""
+        file = self._settings.address_file
+        if file is not None and file.is_file():
+            file.unlink()
+        self._grpc_server.stop(None).wait()
 
 
 @contextmanager
@@ -91,65 +120,101 @@ def running(settings: Settings) -> Iterator[Server]:
         StartupError: It cannot serve what it was asked to, or not there.
         LayoutError: The model repository cannot be read.
     """
-    prepare_runtime(settings.provider)
-    grpc_server = grpc.server(
-        ThreadPoolExecutor(settings.rpc_threads, thread_name_prefix="rpc"),
-        options=[
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),  # a port in use is an error, not a port shared
-        ],
-    )
-    address = _bind(grpc_server, settings)
+    runtime.prepare(settings.provider)
 
     def make_engine(model: bytes, manifest: Manifest) -> Engine:
         return Engine(model, manifest, settings.provider, settings.engine_threads)
 
-    repository = load_repository(settings.model_repository, make_engine, _log_version)
+    repository = load_repository(settings.model_repository, make_engine, _log_version, _log_skipped)
     draining = threading.Event()
     service = InferenceService(
         repository,
         is_ready=lambda: repository.ready and not draining.is_set(),
         max_message_bytes=settings.max_message_bytes,
     )
-    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, grpc_server)
-    health_servicer = _add_health(grpc_server, repository.ready)
-    reflection.enable_server_reflection(
-        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server
-    )
+    requests = ThreadPoolExecutor(settings.rpc_threads, thread_name_prefix="rpc")
+    probes = ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="probe")
+    reflections = ThreadPoolExecutor(_REFLECTION_THREADS, thread_name_prefix="reflection")
+    with ExitStack() as cleanup:
+        for pool in (requests, probes, reflections):
+            cleanup.callback(pool.shutdown, wait=False)
+        grpc_server = grpc.server(
+            requests,
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # a port in use is an error, not a port shared
+            ],
+        )
+        grpc_server.add_generic_rpc_handlers((service.handlers(probes),))
+        health_service = health.HealthService(("", SERVICE), repository.ready, probes)
+        health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
+        reflection_service = _Reflection(
+            (SERVICE, health.SERVICE, reflection.SERVICE_NAME), reflections
+        )
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection_service, grpc_server)
+        server = Server(
+            settings, repository, grpc_server, health_service, reflection_service, draining
+        )
+        cleanup.callback(server.close)
+        grpc_server.start()
+        yield server
 
-    grpc_server.start()
-    try:
-        yield Server(settings, address, repository, grpc_server, health_servicer, draining)
-    finally:
-        grpc_server.stop(None).wait()
+
+class _Reflection(reflection.ReflectionServicer):  # type: ignore[misc]
+    """Reflection in a pool of its own, whose streams can be ended."""
+
+    def __init__(self, services: tuple[str, ...], pool: Executor) -> None:
+        super().__init__(services)
+        self._open: set[grpc.ServicerContext] = set()
+        self._lock = threading.Lock()
+        # gRPC reads the attribute from the handler; see HealthService.
+        answer = super().ServerReflectionInfo
+        self.ServerReflectionInfo = partial(self._tracked, answer)
+        self.ServerReflectionInfo.experimental_thread_pool = pool  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        with self._lock:
+            for context in self._open:
+                context.cancel()
+
+    def _tracked(self, answer: Any, requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        with self._lock:
+            self._open.add(context)
+        try:
+            yield from answer(requests, context)
+        finally:
+            with self._lock:
+                self._open.discard(context)
 
 
 def _bind(grpc_server: grpc.Server, settings: Settings) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    wanted = f"{host}:{settings.grpc_port}"
+    """Take the port on the one address that the host stands for."""
     try:
-        port = grpc_server.add_insecure_port(wanted)
-    except RuntimeError as error:
+        found = socket.getaddrinfo(settings.host, settings.grpc_port, type=socket.SOCK_STREAM)
+        addresses = sorted(info[4][0] for info in found if isinstance(info[4][0], str))
+        host = min(addresses, key=lambda address: ":" in address)  # IPv4 of both, as localhost
+        host = f"[{host}]" if ":" in host else host
+        return f"{host}:{grpc_server.add_insecure_port(f'{host}:{settings.grpc_port}')}"
+    except (RuntimeError, OSError) as error:
         raise StartupError(
-            f"cannot listen on {wanted}: the port is taken or the address is not this machine's; "
-            "choose another --grpc-port (0 takes a free one) or --host"
+            f"cannot listen on {settings.host}:{settings.grpc_port}: the port is taken or the "
+            "address is not this machine's; choose another --grpc-port (0 takes a free one) or "
+            "--host"
         ) from error
-    return f"{host}:{port}"
 
 
-def _add_health(grpc_server: grpc.Server, ready: bool) -> health.HealthServicer:
-    """Offer grpc.health.v1; the empty service name stands for the server's readiness."""
-    # A watcher would otherwise hold one of the threads that requests need.
-    servicer = health.HealthServicer(
-        experimental_non_blocking=True,
-        experimental_thread_pool=ThreadPoolExecutor(_HEALTH_WATCHERS, thread_name_prefix="watch"),
-    )
-    status = health_pb2.HealthCheckResponse
-    for name in (health.OVERALL_HEALTH, SERVICE):
-        servicer.set(name, status.SERVING if ready else status.NOT_SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, grpc_server)
-    return servicer
+def _write_whole(file: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or nothing; a pipe or a device is written to."""
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    partial_file = file.with_name(f".{file.name}.partial")
+    try:
+        partial_file.write_text(text, encoding="utf-8")
+        partial_file.replace(file)
+    finally:
+        partial_file.unlink(missing_ok=True)
 
 
 def _log_version(folder: BundleFolder, outcome: ModelVersion) -> None:
@@ -158,3 +223,7 @@ def _log_version(folder: BundleFolder, outcome: ModelVersion) -> None:
         log.info("model_ready", source_sha256=outcome.manifest.source.sha256)
     else:
         log.error("model_refused", reason=outcome.reason)
+
+
+def _log_skipped(path: Path, reason: str) -> None:
+    _log.warning("folder_skipped", path=str(path), reason=reason)

@@ -1,46 +1,48 @@
 """The Open Inference Protocol: wire to domain and back, one method per call.
 
 This is where errors become gRPC status codes, in one table and one place. What a client is told is
-the message of a `RequestError` or `ModelNotReady`; of anything else it learns only that it was
-not its fault.
+the message of a `VisibleError`; of anything else it learns only that it was not its fault.
 """
 
+import math
 from collections.abc import Callable
-from typing import TypeVar
+from concurrent.futures import Executor
+from typing import Any
 
 import grpc
 import structlog
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from kan_bundle import __version__
 from kan_bundle.layout import MODEL_FILE
 from kan_bundle.manifest import TensorSpec
 from protos import inference_pb2 as pb
-from protos import inference_pb2_grpc as pb_grpc
 from protos import model_config_pb2 as config_pb
-from serving.errors import InvalidRequest, ModelNotFound, ModelNotReady, ServingError
+from serving.errors import InvalidRequest, ModelNotFound, ModelNotReady, VisibleError
 from serving.repository import Repository
 from serving.tensors import choose_outputs, decode_inputs, encode_outputs
 
+SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 SERVER_NAME = "kanserve"
 PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ("model_configuration",)
 
-_STATUS: dict[type[ServingError], grpc.StatusCode] = {
+_STATUS: dict[type[VisibleError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     ModelNotReady: grpc.StatusCode.UNAVAILABLE,
 }
-
+_BYTES_PER_ELEMENT = {"FP32": 4}
 _DATA_TYPES = {"FP32": config_pb.TYPE_FP32}
+_ENVELOPE_BYTES = 1024  # of a request beside its tensors: names, shape, id
+_PROBES = ("ServerLive", "ServerReady")  # must be answered however busy the server is
 
 _log = structlog.get_logger()
-Request = TypeVar("Request", bound=Message)
-Response = TypeVar("Response", bound=Message)
 
 
-class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
-    """Answers for the models of a repository.
+class InferenceService:
+    """Answers for the models of a repository. The public methods are the protocol's.
 
     Args:
         repository: The models.
@@ -55,58 +57,50 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         self._is_ready = is_ready
         self._max_message_bytes = max_message_bytes
 
-    def ServerLive(
-        self, request: pb.ServerLiveRequest, context: grpc.ServicerContext
-    ) -> pb.ServerLiveResponse:
+    def handlers(self, probe_pool: Executor) -> grpc.GenericRpcHandler:
+        """Make the handlers of every method of the service, for `add_generic_rpc_handlers`.
+
+        Requests are parsed in the handler, because bytes that are no message are the client's
+        fault and gRPC's own parsing would call them ours.
+
+        Args:
+            probe_pool: Runs what must be answered however busy the server is.
+        """
+        methods = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
+        handlers: dict[str, Any] = {}
+        for method in methods:
+            behavior = _answering(getattr(self, method.name), GetMessageClass(method.input_type))
+            if method.name in _PROBES:
+                behavior.experimental_thread_pool = probe_pool  # type: ignore[attr-defined]
+            handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                behavior, response_serializer=GetMessageClass(method.output_type).SerializeToString
+            )
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    def ServerLive(self, request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
         """Tell that the process is up."""
         return pb.ServerLiveResponse(live=True)
 
-    def ServerReady(
-        self, request: pb.ServerReadyRequest, context: grpc.ServicerContext
-    ) -> pb.ServerReadyResponse:
+    def ServerReady(self, request: pb.ServerReadyRequest) -> pb.ServerReadyResponse:
         """Tell whether at least one model can be served and the server is not draining."""
         return pb.ServerReadyResponse(ready=self._is_ready())
 
-    def ModelReady(
-        self, request: pb.ModelReadyRequest, context: grpc.ServicerContext
-    ) -> pb.ModelReadyResponse:
-        """Tell whether a model, or one version of it, can be served."""
-        return _answer(self._model_ready, request, context)
-
-    def ServerMetadata(
-        self, request: pb.ServerMetadataRequest, context: grpc.ServicerContext
-    ) -> pb.ServerMetadataResponse:
+    def ServerMetadata(self, request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         """Tell the server's name, version and extensions."""
         return pb.ServerMetadataResponse(
             name=SERVER_NAME, version=__version__, extensions=EXTENSIONS
         )
 
-    def ModelMetadata(
-        self, request: pb.ModelMetadataRequest, context: grpc.ServicerContext
-    ) -> pb.ModelMetadataResponse:
-        """Tell a model's versions and tensors."""
-        return _answer(self._model_metadata, request, context)
-
-    def ModelConfig(
-        self, request: pb.ModelConfigRequest, context: grpc.ServicerContext
-    ) -> pb.ModelConfigResponse:
-        """Tell a model's configuration in Triton's terms."""
-        return _answer(self._model_config, request, context)
-
-    def ModelInfer(
-        self, request: pb.ModelInferRequest, context: grpc.ServicerContext
-    ) -> pb.ModelInferResponse:
-        """Run one batch."""
-        return _answer(self._model_infer, request, context)
-
-    def _model_ready(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
+    def ModelReady(self, request: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
+        """Tell whether a model, or one version of it, can be served."""
         try:
             self._repository.find(request.name, request.version)
         except ModelNotReady:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
 
-    def _model_metadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
+    def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
+        """Tell a model's versions and tensors."""
         manifest = self._repository.find(request.name, request.version).manifest
         ready = self._repository.ready_versions(request.name)
         return pb.ModelMetadataResponse(
@@ -123,14 +117,18 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             },
         )
 
-    def _model_config(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
+    def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
+        """Tell a model's configuration in Triton's terms."""
         manifest = self._repository.find(request.name, request.version).manifest
-        row_bytes = sum(4 * _elements_per_row(spec) for spec in manifest.inputs)
+        row_bytes = sum(
+            _BYTES_PER_ELEMENT[spec.datatype] * math.prod(spec.shape[1:])
+            for spec in manifest.inputs
+        )
         config = config_pb.ModelConfig(
             name=manifest.name,
             platform=PLATFORM,
             backend="onnxruntime",
-            max_batch_size=max(1, self._max_message_bytes // row_bytes),
+            max_batch_size=max(1, (self._max_message_bytes - _ENVELOPE_BYTES) // row_bytes),
             default_model_filename=MODEL_FILE,
         )
         for spec in manifest.inputs:
@@ -143,7 +141,8 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
             )
         return pb.ModelConfigResponse(config=config)
 
-    def _model_infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+    def ModelInfer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
+        """Run one batch."""
         model = self._repository.find(request.model_name, request.model_version)
         inputs = decode_inputs(request, model.manifest.inputs)
         chosen = choose_outputs(request, model.manifest.outputs)
@@ -162,34 +161,38 @@ class InferenceService(pb_grpc.GRPCInferenceServiceServicer):
         return response
 
 
-def _answer(
-    method: Callable[[Request], Response], request: Request, context: grpc.ServicerContext
-) -> Response:
-    """Call a method, and turn what it raises into a status."""
-    try:
-        return method(request)
-    except ServingError as error:
-        code = _STATUS.get(type(error))
-        if code is None:
-            _log.exception("request_failed", method=method.__name__)
+def _answering(
+    method: Callable[[Any], Message], request_type: type[Message]
+) -> Callable[[bytes, grpc.ServicerContext], Message]:
+    """Wrap a method for gRPC: parse the request, and turn what is raised into a status."""
+
+    def answer(raw: bytes, context: grpc.ServicerContext) -> Message:
+        request = None
+        try:
+            request = request_type.FromString(raw)
+            return method(request)
+        except DecodeError:
+            code = grpc.StatusCode.INVALID_ARGUMENT
+            details = f"expected {request_type.DESCRIPTOR.full_name}, found no such message"
+        except VisibleError as error:
+            code, details = _STATUS[type(error)], str(error)
+        except Exception:
+            _log.exception("request_failed", method=method.__name__, **_identity(request))
             code, details = grpc.StatusCode.INTERNAL, "internal error; the server's log says more"
-        else:
-            details = str(error)
-    except Exception:
-        _log.exception("request_failed", method=method.__name__)
-        code, details = grpc.StatusCode.INTERNAL, "internal error; the server's log says more"
-    context.abort(code, details)
-    raise AssertionError("abort returned")  # it never does
+        context.abort(code, details)
+        raise AssertionError("abort returned")  # it never does
+
+    return answer
+
+
+def _identity(request: Any) -> dict[str, str]:
+    """Say which request it was, for the log."""
+    if not isinstance(request, pb.ModelInferRequest):
+        return {}
+    return {"model": request.model_name, "version": request.model_version, "id": request.id[:128]}
 
 
 def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
     return pb.ModelMetadataResponse.TensorMetadata(
         name=spec.name, datatype=spec.datatype, shape=spec.shape
     )
-
-
-def _elements_per_row(spec: TensorSpec) -> int:
-    count = 1
-    for size in spec.shape[1:]:
-        count *= size
-    return count

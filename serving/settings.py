@@ -8,11 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from serving.engine import Provider
-from serving.errors import StartupError
+from serving.errors import WrongSetting
+from serving.runtime import Provider
+
+_DAY_S = 86_400
+
+
+def _named(path: Path) -> Path:
+    if not path.name:
+        raise ValueError("expected a file, found a folder")
+    return path
 
 
 class Settings(BaseSettings):
@@ -24,6 +32,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        env_ignore_empty=True,  # compose files set variables that have no value
         frozen=True,
         protected_namespaces=(),
         extra="forbid",
@@ -35,24 +44,24 @@ class Settings(BaseSettings):
         8001, description="port for gRPC; 0 takes a free one"
     )
     provider: Provider = Field("cpu", description="where models run")
-    address_file: Path | None = Field(
+    address_file: Annotated[Path, AfterValidator(_named)] | None = Field(
         None, description="write the addresses taken to this file, as JSON"
     )
-    max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = Field(
+    max_message_bytes: Annotated[int, Field(ge=4096, le=2**31 - 1)] = Field(
         64 * 2**20, description="largest request accepted"
     )
-    rpc_threads: Annotated[int, Field(ge=1)] = Field(
+    rpc_threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         4, description="requests worked on at the same time"
     )
-    engine_threads: Annotated[int, Field(ge=1)] = Field(
+    engine_threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         1, description="threads that one run of a model may use"
     )
-    drain_s: Annotated[float, Field(ge=0)] = Field(
+    drain_s: Annotated[float, Field(ge=0, le=_DAY_S)] = Field(
         0.5,
         description="after SIGTERM, seconds between turning readiness off and taking no more "
         "requests, for balancers to notice",
     )
-    grace_s: Annotated[float, Field(ge=0)] = Field(
+    grace_s: Annotated[float, Field(ge=0, le=_DAY_S)] = Field(
         10.0, description="after that, seconds for running requests to end"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -67,20 +76,21 @@ def read_settings(argv: Sequence[str]) -> Settings:
         argv: Arguments after the program's name.
 
     Raises:
-        StartupError: A value is missing or wrong; the message names it.
+        WrongSetting: A value is missing or wrong; the message names it.
         SystemExit: A flag is unknown, or help was asked for.
     """
     try:
         return Settings(_cli_parse_args=list(argv))
     except ValidationError as error:
         faults = [
-            f"{_both_names(str(fault['loc'][0]))}: {fault['msg']}"
+            f"{_both_names(fault['loc'])}: {fault['msg']}"
             for fault in error.errors(include_url=False, include_input=False)
         ]
-        raise StartupError("; ".join(faults)) from error
+        raise WrongSetting("; ".join(faults)) from error
     except SettingsError as error:
-        raise StartupError(str(error)) from error
+        raise WrongSetting(str(error)) from error
 
 
-def _both_names(field: str) -> str:
+def _both_names(location: tuple[int | str, ...]) -> str:
+    field = str(location[0]) if location else "settings"
     return f"--{field.replace('_', '-')} (KANSERVE_{field.upper()})"

@@ -3,7 +3,7 @@
 The rules are the Open Inference Protocol's: either every input is raw bytes in
 `raw_input_contents`, one entry per input in the same order, or every input is typed `contents`;
 never both. The answer comes in the form the question had. Everything is checked here, before
-anything is queued or run, so that a bad request cannot reach its neighbours.
+anything is run, so that a bad request cannot reach its neighbours.
 """
 
 import math
@@ -39,7 +39,7 @@ def decode_inputs(
     """
     names = [tensor.name for tensor in request.inputs]
     wanted = [spec.name for spec in expected]
-    if sorted(names) != sorted(wanted):
+    if len(names) != len(wanted) or sorted(names) != sorted(wanted):
         raise InvalidRequest(f"expected inputs {wanted}, found {_shown(names)}")
     raw = request.raw_input_contents
     if raw:

@@ -3,6 +3,9 @@ and a real server over it."""
 
 import io
 import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
+
 import subprocess
 import sys
 from collections.abc import Iterator

@@ -105,17 +105,17 @@ def test_an_activation_with_weights_takes_them_from_the_file(tmp_path: Path) -> 
 BAD_STATES = [
     pytest.param(
         lambda: with_value(good(), "layers.1.grid", (2, 4), float("nan")),
-        r"layers\.1\.grid: 1 of 36 values are not finite, the first at \(2, 4\): nan",
+        r"layers\.1\.grid: 1 of 36 values are not finite in float32, the first at \(2, 4\): nan",
         id="nan knot",
     ),
     pytest.param(
         lambda: with_value(good(), "layers.0.base_weight", (1, 0), float("inf")),
-        r"layers\.0\.base_weight: 1 of 6 values are not finite, the first at \(1, 0\): inf",
+        r"layers\.0\.base_weight: 1 of 6 values are not finite .* the first at \(1, 0\): inf",
         id="infinite weight",
     ),
     pytest.param(
         lambda: with_value(good(), "layers.0.grid", (1, 5), -1.0),
-        r"layers\.0\.grid: the knots of feature 1 do not rise: knot 4 is .*, knot 5 is -1\.0",
+        r"layers\.0\.grid: the knots of feature 1 do not rise .* knot 4 is .*, knot 5 is -1\.0",
         id="falling knots",
     ),
     pytest.param(
@@ -168,7 +168,7 @@ BAD_STATES = [
         id="missing layer",
     ),
     pytest.param(
-        lambda: good() | {"layers.999999999.grid": torch.zeros(1, 4)},
+        lambda: good() | {"layers.99999.grid": torch.zeros(1, 4)},
         r"missing tensors: .*layers\.2\.base_weight",
         id="absurd layer number",
     ),
@@ -189,13 +189,61 @@ BAD_STATES = [
     ),
     pytest.param(
         lambda: good() | {"layers.0.grid": torch.arange(24).reshape(2, 12)},
-        r"layers\.0\.grid: expected floating point, found torch\.int64",
+        r"layers\.0\.grid: expected torch\.float16, .* found torch\.int64",
         id="integers",
     ),
     pytest.param(
         lambda: good() | {"layers.0.base_weight": good()["layers.0.base_weight"].to_sparse()},
-        r"layers\.0\.base_weight: expected a dense tensor",
+        r"layers\.0\.base_weight: expected a dense tensor, found a sparse one",
         id="sparse",
+    ),
+    pytest.param(
+        lambda: good() | {"layers.0.grid": torch.zeros(1).expand(2, 10**11)},
+        r"layers\.0\.grid: shape \(2, 100000000000\) is 800000000000 bytes, the file has",
+        id="larger than its file",
+    ),
+    pytest.param(
+        lambda: good() | {"layers.0.grid": good()["layers.0.grid"][:, :-1].clone()},
+        r"layers\.0\.grid: shape \(2, 11\) means grid size and order \(6, 2\), but "
+        r"layers\.1\.grid of shape \(3, 12\) means \(5, 3\)",
+        id="a lost knot",
+    ),
+    pytest.param(
+        lambda: (
+            with_value(
+                {key: value.double() for key, value in good().items()},
+                "layers.0.grid",
+                (0, 4),
+                -0.6,
+            )
+            | {"layers.1.spline_weight": torch.full((1, 3, 8), 1e300, dtype=torch.float64)}
+        ),
+        r"layers\.1\.spline_weight: 24 of 24 values are not finite in float32",
+        id="too large for float32",
+    ),
+    pytest.param(
+        lambda: (
+            {key: value.double() for key, value in good().items()}
+            | {"layers.0.grid": 1e8 + torch.arange(12, dtype=torch.float64).expand(2, 12)}
+        ),
+        r"layers\.0\.grid: the knots of feature 0 do not rise in float32",
+        id="too close for float32",
+    ),
+    pytest.param(
+        lambda: good() | {"evil\n\x1b[31m": torch.zeros(1)},
+        r"unexpected tensors: 'evil\\n\\x1b\[31m'",
+        id="control characters",
+    ),
+    pytest.param(
+        lambda: (
+            {
+                key.removeprefix("layers.0."): value
+                for key, value in KAN([2, 3]).state_dict().items()
+            }
+            | {"grid": torch.zeros(2, 12)}
+        ),
+        r"model\.pt: grid: the knots of feature 0 do not rise",
+        id="a bare layer's own names",
     ),
     pytest.param(
         lambda: {"conv1.weight": torch.zeros(8, 3, 3, 3), "conv1.bias": torch.zeros(8)},
@@ -297,7 +345,7 @@ def test_files_that_are_no_checkpoints_are_refused(
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9, 0.9999])
 def test_truncated_checkpoints_are_refused(tmp_path: Path, share: float) -> None:
     whole = saved(tmp_path, good()).read_bytes()
     path = tmp_path / "truncated.pt"
@@ -311,6 +359,11 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match="found a folder"):
         load_checkpoint(tmp_path)
+
+
+def test_a_torchscript_archive_is_refused_without_a_warning(repository: Path) -> None:
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        load_checkpoint(repository / "uniform_4x8x3" / "1" / "model.ts")
 
 
 def test_a_whole_pickled_module_is_refused_with_its_remedy() -> None:
@@ -343,6 +396,10 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, legacy: bool) -> None:
     assert trace.exists(), "the payload must be a real one"
 
 
+def in_place() -> nn.Module:
+    return nn.ReLU(inplace=True)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -351,6 +408,9 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, legacy: bool) -> None:
         ("torch.nn:Linear", "cannot be made: TypeError"),
         ("math:tau", "cannot be made: TypeError"),
         ("builtins:list", "makes a list, expected a torch.nn.Module"),
+        ("tests.test_checkpoint:in_place", "works in place"),
+        ("torch.nn:GLU", "fails on a tensor of shape (2, 3)"),
+        ("torch.nn:Module", "fails on a tensor of shape (2, 3): NotImplementedError"),
     ],
 )
 def test_unusable_activations_are_refused(name: str, message: str) -> None:

@@ -7,7 +7,8 @@ import onnxruntime
 import pytest
 
 from kan_bundle.manifest import read_manifest
-from serving.engine import Engine, prepare_runtime
+from serving import runtime
+from serving.engine import Engine
 from serving.errors import EngineError, StartupError
 
 
@@ -33,13 +34,13 @@ def test_what_onnxruntime_refuses_is_an_engine_error(loaded: Engine) -> None:
 def test_both_runtimes_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "distribution", lambda name: name)
     with pytest.raises(StartupError, match="both installed and overwrite each other"):
-        prepare_runtime("cpu")
+        runtime.require_onnxruntime()
 
 
 def test_cuda_that_is_not_built_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(StartupError, match="provider cuda was asked for"):
-        prepare_runtime("cuda")
+        runtime.prepare("cuda")
 
 
 def test_a_session_that_fell_back_to_another_provider_is_refused(
@@ -58,4 +59,4 @@ def test_a_session_that_fell_back_to_another_provider_is_refused(
 
 
 def test_the_cpu_provider_is_found() -> None:
-    prepare_runtime("cpu")
+    runtime.prepare("cpu")

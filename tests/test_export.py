@@ -30,6 +30,13 @@ from tests.conftest import GOLDENS, ROOT, Golden, run_module
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
 
 
+class Branching(torch.nn.Module):
+    """Cannot be traced: it branches on values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
 def bundle(repository: Path, golden: Golden) -> Path:
     return repository / golden.name / "1"
 
@@ -125,6 +132,22 @@ def test_the_command_prints_the_path_and_tells_the_story(tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
+def test_a_stdout_that_cannot_be_written_is_told(tmp_path: Path, where: str) -> None:
+    if where == "/dev/full":
+        stdout = os.open(where, os.O_WRONLY)
+    else:
+        reader, stdout = os.pipe()
+        os.close(reader)
+    command = [sys.executable, "-m", "export", str(UNIFORM), "--output", str(tmp_path / "models")]
+    done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    os.close(stdout)
+    assert done.returncode == 1
+    assert "the bundle is published, but stdout cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:
     done = run_module("export", UNIFORM, "--output", tmp_path, "--activation", "silu", "--json")
     assert done.returncode == 0, done.stderr
@@ -145,7 +168,17 @@ def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:
         pytest.param([str(UNIFORM), "--name", "a/b"], 1, "model name 'a/b'", id="name"),
         pytest.param([str(UNIFORM), "--output", "/proc/none"], 1, "/proc/none", id="unwritable"),
         pytest.param([], 2, "required: FILE", id="no file"),
-        pytest.param([str(UNIFORM), "--version", "0"], 2, "--version", id="version"),
+        pytest.param(
+            [str(UNIFORM), "--version", "0"], 2, "expected a positive integer", id="version"
+        ),
+        pytest.param([str(UNIFORM), "--version", "9" * 19], 2, "18 digits", id="huge version"),
+        pytest.param([str(UNIFORM), "--name", ""], 1, "model name ''", id="empty name"),
+        pytest.param(
+            [str(UNIFORM), "--activation", "tests.test_export:Branching"],
+            1,
+            "the network cannot be written as ONNX",
+            id="untraceable",
+        ),
         pytest.param([str(UNIFORM), "--no-such-flag"], 2, "--no-such-flag", id="flag"),
     ],
 )

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kan_model import KANLinear
-from kan_model.splines import fit_coefficients
+from kan_model.splines import b_spline_basis, fit_coefficients
 from tests.oracle import kan as oracle_kan
 from tests.oracle import silu
 
@@ -101,6 +101,8 @@ def test_wrong_width_is_an_error_with_both_shapes(shape: tuple[int, ...]) -> Non
         ({"grid_range": [1.0, -1.0]}, "finite with low < high"),
         ({"grid_range": [0.0, math.inf]}, "finite with low < high"),
         ({"grid_range": [0.0]}, r"must be \(low, high\)"),
+        ({"grid_range": [1e6, 1e6 + 0.1]}, "too narrow for 5 intervals"),
+        ({"grid_eps": 1.5}, r"grid_eps must be in \[0, 1\]"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -179,10 +181,36 @@ def test_update_grid_refuses_and_changes_nothing(samples: torch.Tensor, message:
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
 
 
-def test_update_grid_survives_a_constant_feature() -> None:
-    layer = KANLinear(2, 2)
-    layer.update_grid(torch.stack([torch.full((100,), 0.5), torch.randn(100)], dim=1))
-    assert layer(torch.randn(20, 2)).isfinite().all()
+SAMPLES = {
+    "one sample": lambda g: torch.full((1, 3), 0.3),
+    "constant": lambda g: torch.full((200, 3), 0.5),
+    "binary": lambda g: torch.randint(0, 2, (1000, 3), generator=g).float(),
+    "five values": lambda g: torch.randint(0, 5, (1000, 3), generator=g) / 5,
+    "mostly zero": lambda g: (
+        torch.randn(1000, 3, generator=g) * (torch.rand(1000, 3, generator=g) < 0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+@pytest.mark.parametrize("scaler", [True, False])
+def test_update_grid_fits_as_well_as_can_be_where_samples_are_few_or_alike(
+    kind: str, scaler: bool
+) -> None:
+    """Basis functions without samples lose rank; the refit must still be the least-squares one."""
+    torch.manual_seed(0)
+    layer = KANLinear(3, 2, enable_standalone_scale_spline=scaler).double()
+    x = SAMPLES[kind](torch.Generator().manual_seed(0)).double()
+    old = b_spline_basis(x, layer.grid, 3).numpy()  # (points, in, n)
+    weight = layer.scaled_spline_weight.detach().numpy().copy()
+    layer.update_grid(x)
+    new = b_spline_basis(x, layer.grid, 3).numpy()
+    found = layer.scaled_spline_weight.detach().numpy()
+    for i in range(3):
+        before = old[:, i] @ weight[:, i].T  # (points, out)
+        best = new[:, i] @ (np.linalg.pinv(new[:, i]) @ before)
+        after = new[:, i] @ found[:, i].T
+        np.testing.assert_allclose(after, best, atol=1e-9 * np.abs(before).max())
 
 
 def test_regularization_is_l1_plus_entropy_of_the_edges() -> None:

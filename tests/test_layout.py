@@ -9,7 +9,7 @@ from kan_bundle.layout import (
     find_bundles,
     next_version,
     parse_version,
-    refuse_existing,
+    require_place,
     staging,
 )
 
@@ -37,7 +37,16 @@ def test_names_that_are_no_plain_folder_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("1", 1), ("42", 42), ("0", None), ("01", None), ("-1", None), ("1.0", None), ("x", None)],
+    [
+        ("1", 1),
+        ("42", 42),
+        ("0", None),
+        ("01", None),
+        ("-1", None),
+        ("1.0", None),
+        ("x", None),
+        ("9" * 19, None),
+    ],
 )
 def test_versions_are_positive_integers_written_plainly(text: str, number: int | None) -> None:
     assert parse_version(text) == number
@@ -74,11 +83,53 @@ def test_nothing_is_seen_before_it_is_published(tmp_path: Path) -> None:
 def test_an_existing_version_stays_without_force(tmp_path: Path) -> None:
     place = target(tmp_path)
     publish(place, "first")
-    with pytest.raises(LayoutError, match=r"version 1 of m exists; .* --force"):
+    with pytest.raises(LayoutError, match="another export published version 1 of m meanwhile"):
         publish(place, "second")
     assert (place.path / "file").read_text() == "first"
+    with pytest.raises(LayoutError, match=r"version 1 of m exists; .* --force"):
+        require_place(place, force=False)
+    require_place(place, force=True)
+
+
+@pytest.mark.parametrize("in_the_way", ["models", "models/m"])
+def test_a_file_in_the_way_is_named(tmp_path: Path, in_the_way: str) -> None:
+    path = tmp_path / in_the_way
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(LayoutError, match=f"{path}: expected a folder, found a file"):
+        require_place(target(tmp_path), force=True)
+
+
+def test_a_dangling_link_or_an_odd_configuration_is_named(tmp_path: Path) -> None:
+    place = target(tmp_path)
+    place.path.parent.mkdir(parents=True)
+    place.path.symlink_to("nowhere")
     with pytest.raises(LayoutError, match="exists"):
-        refuse_existing(place, force=False)
+        require_place(place, force=True)
+    (place.path.parent / "config.pbtxt").mkdir()
+    with pytest.raises(LayoutError, match=r"config\.pbtxt: expected a file"):
+        require_place(target(tmp_path, 2), force=True)
+
+
+@pytest.mark.parametrize("interruption", [SystemExit, KeyboardInterrupt, OSError])
+def test_an_interrupted_replacement_keeps_the_old_version(
+    tmp_path: Path, interruption: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal may arrive between moving the old version away and the new one into place."""
+    place = target(tmp_path)
+    publish(place, "first")
+    rename = Path.rename
+
+    def interrupted(path: Path, new: Path) -> Path:
+        if new == place.path and path.parent.name.startswith(".export-") and path.name == "1":
+            raise interruption
+        return rename(path, new)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(interruption):
+        publish(place, "second", force=True)
+    assert (place.path / "file").read_text() == "first"
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["m"]
 
 
 def test_force_replaces_a_version_and_its_configuration(tmp_path: Path) -> None:
@@ -101,6 +152,9 @@ def test_the_next_version_follows_the_highest(tmp_path: Path) -> None:
     publish(target(tmp_path, 2), "")
     publish(target(tmp_path, 10), "")
     assert next_version(tmp_path / "models", "m") == 11
+    publish(target(tmp_path, 10**18 - 1), "")
+    with pytest.raises(LayoutError, match="is the highest"):
+        next_version(tmp_path / "models", "m")
 
 
 def test_only_version_folders_of_visible_models_are_found(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is served and what is not: verification, replay, versions."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from export.pipeline import ExportOptions, export_checkpoint
 from export.report import Report
 from kan_bundle.errors import BundleError, IntegrityError, LayoutError
-from kan_bundle.golden import read_golden, write_golden
+from kan_bundle.golden import Golden, read_golden, write_golden
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest, read_manifest, write_manifest
@@ -103,6 +104,59 @@ def test_other_answers_with_true_hashes_fail_the_golden_replay(folder: BundleFol
     reseal(folder)
     with pytest.raises(IntegrityError, match="golden replay is off by"):
         load_bundle(folder, make_engine)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.ts", "golden.npz", "manifest.json"])
+def test_a_pipe_or_a_device_is_not_waited_for(folder: BundleFolder, name: str) -> None:
+    (folder.path / name).unlink()
+    os.mkfifo(folder.path / name)
+    with pytest.raises(BundleError, match="regular file"):
+        load_bundle(folder, make_engine)
+    (folder.path / name).unlink()
+    (folder.path / name).symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match="regular file"):
+        load_bundle(folder, make_engine)
+
+
+@pytest.mark.parametrize(
+    "golden",
+    [
+        pytest.param(Golden(np.float32(0), np.zeros((1, 3)), np.zeros((1, 3))), id="scalar"),  # type: ignore[arg-type]
+        pytest.param(
+            Golden(np.zeros((0, 4), np.float32), np.zeros((0, 3)), np.zeros((0, 3))), id="no rows"
+        ),
+        pytest.param(
+            Golden(np.zeros((1, 4), np.float32), np.full((1, 3), 9.0), np.full((1, 3), -1.0)),
+            id="negative tolerance",
+        ),
+        pytest.param(
+            Golden(np.zeros((1, 4), np.float32), np.full((1, 3), 9.0), np.full((1, 3), np.inf)),
+            id="infinite tolerance",
+        ),
+        pytest.param(
+            Golden(np.zeros((1, 4), np.float32), np.array([["x"] * 3]), np.zeros((1, 3))),  # type: ignore[arg-type]
+            id="text",
+        ),
+    ],
+)
+def test_a_golden_that_proves_nothing_is_not_served(folder: BundleFolder, golden: Golden) -> None:
+    write_golden(golden, folder.path / "golden.npz")
+    reseal(folder)
+    with pytest.raises(IntegrityError, match=r"golden\.npz: expected"):
+        load_bundle(folder, make_engine)
+
+
+def test_what_no_check_has_foreseen_refuses_one_bundle_only(repository: Path) -> None:
+    def fail_for_one(model: bytes, manifest: Manifest) -> Engine:
+        if manifest.name == MODEL:
+            raise ZeroDivisionError("unforeseen")
+        return make_engine(model, manifest)
+
+    outcomes: list[ModelVersion] = []
+    load_repository(repository, fail_for_one, lambda _, outcome: outcomes.append(outcome))
+    refused = [outcome for outcome in outcomes if isinstance(outcome, RefusedModel)]
+    assert len(refused) == 1
+    assert "ZeroDivisionError: unforeseen" in refused[0].reason
 
 
 def test_a_file_that_is_no_model_is_not_served(folder: BundleFolder) -> None:

@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
@@ -27,6 +28,7 @@ from tests.conftest import ROOT, STATE_DICTS, run_module
 from tests.wire import raw_output, raw_request
 
 UNIFORM = STATE_DICTS[0]
+SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 @dataclass
@@ -117,35 +119,188 @@ def test_draining_turns_readiness_off_while_requests_are_still_answered(reposito
         assert process.popen.wait(10) == 0
 
 
-def test_a_running_request_is_finished_while_new_ones_are_refused(
+@contextmanager
+def one_running(
     repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Iterator[tuple[Server, GRPCInferenceServiceStub, Any, threading.Event]]:
+    """A server with one request that runs until the event is set, and that request."""
     entered, leave = threading.Event(), threading.Event()
     run = Engine.run
 
     def slow(engine: Any, inputs: Any) -> Any:
         if len(inputs[0]) == 1:
             entered.set()
-            assert leave.wait(30)
+            assert leave.wait(60)
         return run(engine, inputs)
-
-    def call_until_refused(stub: GRPCInferenceServiceStub) -> None:
-        while True:
-            stub.ServerLive(pb.ServerLiveRequest(), timeout=30)
 
     monkeypatch.setattr(Engine, "run", slow)
     with served(repository) as (server, stub):
         answer = stub.ModelInfer.future(raw_request(UNIFORM.x[:1]))
         assert entered.wait(30)
+        try:
+            yield server, stub, answer, leave
+        finally:
+            leave.set()
+
+
+def call_until_refused(stub: GRPCInferenceServiceStub) -> None:
+    for _ in range(100_000):
+        stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=30)
+
+
+def test_a_running_request_is_finished_while_new_ones_are_refused(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_running(repository, monkeypatch) as (server, stub, answer, leave):
         server.drain()
-        stopping = threading.Thread(target=server.stop, args=(30,))
+        stopping = threading.Thread(target=server.stop, args=(60, threading.Event()))
         stopping.start()
         with pytest.raises(grpc.RpcError):
             call_until_refused(stub)
         assert not answer.done()
         leave.set()
         assert raw_output(answer.result(30)).shape == (1, 3)
-        stopping.join()
+        stopping.join(30)
+        assert not stopping.is_alive()
+
+
+def test_a_second_signal_does_not_wait_for_running_requests(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_running(repository, monkeypatch) as (server, stub, answer, _):
+        now = threading.Event()
+        stopping = threading.Thread(target=server.stop, args=(600, now))
+        stopping.start()
+        with pytest.raises(grpc.RpcError):
+            call_until_refused(stub)
+        assert stopping.is_alive()
+        now.set()
+        stopping.join(30)
+        assert not stopping.is_alive()
+        assert answer.exception(30).code() is not grpc.StatusCode.OK
+
+
+def test_probes_are_answered_however_busy_the_server_is(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_running(repository, monkeypatch) as (server, stub, _, _):
+        row = raw_request(UNIFORM.x[:1])
+        waiting = [stub.ModelInfer.future(row) for _ in range(10)]  # more than there are threads
+        assert stub.ServerLive(pb.ServerLiveRequest(), timeout=30).live
+        assert stub.ServerReady(pb.ServerReadyRequest(), timeout=30).ready
+        with grpc.insecure_channel(server.address) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            assert check(health_pb2.HealthCheckRequest(), timeout=30).status == SERVING
+        assert not any(answer.done() for answer in waiting)
+
+
+def open_reflection(channel: grpc.Channel) -> Any:
+    """A reflection stream that has had one answer and stays open."""
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    hold = threading.Event()
+
+    def requests() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield request
+        hold.wait(60)
+
+    stream = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(requests())
+    next(stream)
+    return hold
+
+
+def test_open_streams_neither_block_requests_nor_hold_up_the_end(repository: Path) -> None:
+    with (
+        serving("--model-repository", repository, "--drain-s", "0", "--grace-s", "600") as process,
+        grpc.insecure_channel(process.address) as channel,
+    ):
+        watches = [
+            health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            for _ in range(5)
+        ]
+        assert [next(watch).status for watch in watches] == [SERVING] * 5
+        holds = [open_reflection(channel) for _ in range(2)]
+        stub = GRPCInferenceServiceStub(channel)
+        found = raw_output(stub.ModelInfer(raw_request(UNIFORM.x), timeout=30))
+        assert found.shape == UNIFORM.y64.shape
+        process.popen.send_signal(signal.SIGTERM)
+        process.until("stopped")
+        assert process.popen.wait(30) == 0
+        for hold in holds:
+            hold.set()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_moment_of_the_start_ends_it_cleanly(
+    repository: Path, signum: signal.Signals
+) -> None:
+    """Before its handlers are set Python's own apply; after that it is 0, and never a traceback."""
+    command = [sys.executable, "-m", "serving", "--model-repository", str(repository)]
+    for hundredths in range(5, 80, 5):
+        with subprocess.Popen(
+            [*command, "--grpc-port", "0"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        ) as popen:
+            with pytest.raises(subprocess.TimeoutExpired):
+                popen.wait(hundredths / 100)
+            popen.send_signal(signum)
+            _, log = popen.communicate(timeout=30)
+        if popen.returncode == -signum or (signum is signal.SIGINT and "runpy" in log):
+            continue  # the interpreter itself was still starting
+        assert popen.returncode == 0, log
+        assert all(json.loads(line) for line in log.splitlines())
+
+
+@pytest.mark.parametrize("home", ["fresh", "/proc/none"])
+def test_nothing_is_sent_or_kept_about_the_user(
+    repository: Path, tmp_path: Path, home: str
+) -> None:
+    """onnxruntime's telemetry is off: it would keep a database below HOME, or complain."""
+    folder = tmp_path if home == "fresh" else Path(home)
+    environment = {"HOME": str(folder), "ORT_DISABLE_TELEMETRY": ""}
+    environment |= {"XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
+    inherited = {k: v for k, v in os.environ.items() if k not in environment}
+    command = [sys.executable, "-m", "serving", "--model-repository", str(repository)]
+    with subprocess.Popen(
+        [*command, "--grpc-port", "0", "--drain-s", "0"],
+        cwd=ROOT,
+        env=inherited | {"HOME": str(folder)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as popen:
+        process = Process(popen, "")
+        process.until("listening")  # every line up to here was JSON
+        popen.terminate()
+        process.until("stopped")
+    if home == "fresh":
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_address_file_is_gone_after_the_end(repository: Path, tmp_path: Path) -> None:
+    file = tmp_path / "address"
+    with serving(
+        "--model-repository", repository, "--address-file", file, "--drain-s", "0"
+    ) as process:
+        assert json.loads(file.read_text())["grpc"] == process.address
+        process.popen.terminate()
+        process.until("stopped")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_as_address_file_is_written_to_and_not_replaced(repository: Path) -> None:
+    with serving("--model-repository", repository, "--address-file", "/dev/null"):
+        assert Path("/dev/null").is_char_device()
+    assert Path("/dev/null").is_char_device()
+
+
+def test_folders_that_are_no_bundles_are_skipped_and_logged(
+    repository: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(repository, root)
+    for folder in ("lost+found", "digits/latest", ".hidden"):
+        (root / folder).mkdir(parents=True)
+    with serving("--model-repository", root) as process:
+        skipped = [Path(e["path"]).name for e in process.events if e["event"] == "folder_skipped"]
+        assert sorted(skipped) == ["latest", "lost+found"]
 
 
 def test_a_damaged_model_is_logged_and_not_ready_and_the_others_are(
@@ -203,6 +358,13 @@ def test_an_internal_error_tells_the_client_nothing(
         pytest.param(["--model-repository", "REPO", "--host", "192.0.2.1"], {}, 1,
                      "cannot listen on 192.0.2.1:8001", id="host"),
         pytest.param(["--model-repository", "EMPTY"], {}, 1, "no bundle found", id="empty"),
+        pytest.param(["--model-repository", "REPO", "--drain-s", "inf"], {}, 2,
+                     "--drain-s (KANSERVE_DRAIN_S)", id="for ever"),
+        pytest.param(["--model-repository", "REPO", "--engine-threads", "100000000000"], {}, 2,
+                     "--engine-threads (KANSERVE_ENGINE_THREADS)", id="threads"),
+        pytest.param(["--model-repository", "REPO", "--address-file", "."], {}, 2,
+                     "--address-file (KANSERVE_ADDRESS_FILE)", id="address folder"),
+        pytest.param([], {"KANSERVE_MODEL_REPOSITORY": ""}, 2, "--model-repository", id="unset"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_served_is_refused_in_one_line(

@@ -9,6 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ def server(repository: Path) -> Iterator[str]:
             for line in process.stderr:  # ends when the server does
                 event = json.loads(line)
                 if event["event"] == "listening":
+                    # Its log must go on being read: a full pipe would make the server wait.
+                    threading.Thread(target=process.stderr.read, daemon=True).start()
                     yield event["grpc"]
                     break
                 print(f"  server: {event['event']} {event.get('reason', '')}", file=sys.stderr)
@@ -48,7 +51,7 @@ def server(repository: Path) -> Iterator[str]:
                 raise SystemExit("the server did not start")
         finally:
             process.terminate()
-            process.communicate()
+            process.wait()
 
 
 def classify(stub: GRPCInferenceServiceStub, images: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -1,0 +1,78 @@
+"""onnxruntime as it is installed: the right package, alone, with the provider asked for.
+
+`require_onnxruntime` comes before any other import of onnxruntime, because two packages that
+overwrote each other may not even import.
+"""
+
+import io
+from contextlib import redirect_stdout
+from importlib import metadata
+from typing import Literal
+
+import structlog
+
+from serving.errors import StartupError
+
+Provider = Literal["cpu", "cuda"]
+"""Where models run."""
+
+EXECUTION_PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    # TF32 keeps 10 bits of the mantissa; parity is proven in float32.
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+}
+FATAL_ONLY = 4
+"""onnxruntime's log severity that leaves out everything that is also raised."""
+
+_log = structlog.get_logger()
+
+
+def require_onnxruntime() -> None:
+    """Refuse an environment without a working onnxruntime, or with both of its packages.
+
+    Raises:
+        StartupError: There is none, there are two, or it cannot be imported.
+    """
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(installed) > 1:
+        raise StartupError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
+            "uninstall both, then install kanserve[cpu] or kanserve[gpu]"
+        )
+    try:
+        import onnxruntime  # noqa: F401 - whether it can be
+    except ImportError as error:
+        raise StartupError(
+            f"onnxruntime cannot be imported: {error}; install kanserve[cpu] or kanserve[gpu]"
+        ) from error
+
+
+def prepare(provider: Provider) -> None:
+    """Make onnxruntime ready for a provider. Turns off its own log, which is not JSON.
+
+    Raises:
+        StartupError: onnxruntime does not have the provider.
+    """
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(FATAL_ONLY)
+    name, _ = EXECUTION_PROVIDERS[provider]
+    available = onnxruntime.get_available_providers()
+    if name not in available:
+        raise StartupError(
+            f"provider {provider} was asked for, but this onnxruntime has only "
+            f"{', '.join(available)}; install kanserve[gpu], or start with --provider cpu"
+        )
+    if provider == "cuda":
+        with redirect_stdout(io.StringIO()) as printed:  # it prints what it does not find
+            onnxruntime.preload_dlls()  # CUDA and cuDNN from their wheels, where installed
+        if printed.getvalue():
+            _log.warning("cuda_libraries", found=printed.getvalue())
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
