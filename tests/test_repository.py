@@ -134,7 +134,7 @@ def test_a_pipe_or_a_device_is_not_waited_for(folder: BundleFolder, name: str) -
             id="infinite tolerance",
         ),
         pytest.param(
-            Golden(np.zeros((1, 4), np.float32), np.array([["x"] * 3]), np.zeros((1, 3))),  # type: ignore[arg-type]
+            Golden(np.zeros((1, 4), np.float32), np.array([["x"] * 3]), np.zeros((1, 3))),
             id="text",
         ),
     ],

@@ -367,7 +367,7 @@ def test_an_internal_error_tells_the_client_nothing(
         pytest.param([], {"KANSERVE_MODEL_REPOSITORY": ""}, 2, "--model-repository", id="unset"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_served_is_refused_in_one_line(
+def test_what_cannot_be_served_is_refused_with_one_reason(
     repository: Path,
     tmp_path: Path,
     arguments: list[str],
@@ -378,7 +378,8 @@ def test_what_cannot_be_served_is_refused_in_one_line(
     places = {"REPO": str(repository), "EMPTY": str(tmp_path)}
     done = run_module("serving", *(places.get(a, a) for a in arguments), environment=environment)
     assert done.returncode == code, done.stderr
-    (line,) = [json.loads(text) for text in done.stderr.splitlines()]
+    *before, line = [json.loads(text) for text in done.stderr.splitlines()]
+    assert {event["event"] for event in before} <= {"model_ready"}
     assert message in line["reason"]
     assert line["level"] == "error"
     assert done.stdout == ""
