@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export.reference import Reference, evaluate, largest
+from export.reference import BATCH_SIZES, Reference, evaluate, largest
 from kan_bundle.golden import Golden, excess
 from kan_model import KAN
 
-BATCH_SIZES = (1, 2, 7, 64)
 _GOLDEN_ROWS_PER_GROUP = 8
 
 Runner = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -113,7 +112,7 @@ def measure(runtime: str, run: Runner, reference: Reference) -> Measurement:
 def eager_runner(network: KAN) -> Runner:
     """Run the untouched model in float32, to be measured like any runtime."""
     single = copy.deepcopy(network).float()
-    return lambda x: evaluate(single, x).astype(np.float32)
+    return lambda x: evaluate(single, x, len(x)).astype(np.float32)
 
 
 def choose_golden(reference: Reference) -> Golden:

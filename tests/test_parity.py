@@ -6,9 +6,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.parity import BATCH_SIZES, Runner, choose_golden, eager_runner, measure
+from export.parity import Runner, choose_golden, eager_runner, measure
 from export.probes import make_probes
-from export.reference import RELATIVE_TOLERANCE, Reference, make_reference
+from export.reference import BATCH_SIZES, RELATIVE_TOLERANCE, Reference, make_reference
 from kan_bundle.golden import excess
 from kan_model import KAN, load_checkpoint
 from tests.conftest import Golden
