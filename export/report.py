@@ -71,8 +71,8 @@ class Report:
         self._console.print(table)
         self._console.print(
             Text(
-                "  max rel is |y - y64| / max(1, |y64|); ULPs are float32's, at y64; allowed is 1e-5 "
-                "of the output's\n  size or, where eager itself is further off, twice eager's error",
+                "  max rel is |y - y64| / max(1, |y64|); ULPs are float32's, at y64\n"
+                "  allowed is 1e-5 of an output's size, or twice eager's error if that is more",
                 style="dim",
             )
         )

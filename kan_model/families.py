@@ -1,4 +1,4 @@
-"""Other KAN families, told by the names of their tensors.
+"""Other KAN families, told by the names of their tensors, and KANX, which takes ours, by shapes.
 
 A file of another family is refused in any case, because its tensors are not efficient-KAN's; this
 table only lets the refusal say what the file looks like. Order matters: the first match wins.
