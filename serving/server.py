@@ -50,13 +50,14 @@ class Server:
     def __init__(
         self,
         settings: Settings,
+        address: str,
         repository: Repository,
         grpc_server: grpc.Server,
         health_service: health.HealthService,
         reflection_service: "_Reflection",
         draining: threading.Event,
     ) -> None:
-        self.address = _bind(grpc_server, settings)
+        self.address = address
         self.repository = repository
         self._settings = settings
         self._grpc_server = grpc_server
@@ -154,7 +155,13 @@ def running(settings: Settings) -> Iterator[Server]:
         )
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection_service, grpc_server)
         server = Server(
-            settings, repository, grpc_server, health_service, reflection_service, draining
+            settings,
+            _bind(grpc_server, settings),
+            repository,
+            grpc_server,
+            health_service,
+            reflection_service,
+            draining,
         )
         cleanup.callback(server.close)
         grpc_server.start()
