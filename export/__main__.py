@@ -95,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", type=Path, metavar="FILE", help="saved by torch.save(model.state_dict(), ...)"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("models"), metavar="DIR", help="the model repository"
+        "--output",
+        type=Path,
+        default=Path("models"),
+        metavar="DIR",
+        help="the model repository (default: models)",
     )
     parser.add_argument("--name", help="model name (default: the file's stem)")
     parser.add_argument(
