@@ -1,7 +1,6 @@
-"""The server as its operators meet it: a process, its log, its signals, its exit codes."""
+"""The server's life: it starts, serves, drains and stops, whatever its clients do."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,54 +22,12 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.engine import Engine
 from serving.server import Server, running
 from serving.settings import Settings
-from tests.conftest import ROOT, STATE_DICTS, run_module
+from tests.conftest import ROOT, STATE_DICTS
+from tests.processes import serving
 from tests.wire import raw_output, raw_request
 
 UNIFORM = STATE_DICTS[0]
 SERVING = health_pb2.HealthCheckResponse.SERVING
-
-
-@dataclass
-class Process:
-    """A server in a process of its own, after it has said that it listens."""
-
-    popen: subprocess.Popen[str]
-    address: str
-    events: list[dict[str, Any]] = field(default_factory=list)
-
-    def names(self) -> list[str]:
-        return [event["event"] for event in self.events]
-
-    def until(self, name: str) -> dict[str, Any]:
-        """Read the log up to an event. Every line must be JSON."""
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            self.events.append(json.loads(line))
-            if self.events[-1]["event"] == name:
-                return self.events[-1]
-        raise AssertionError(f"no {name!r} in the log: {self.events}")
-
-
-@contextmanager
-def serving(
-    *arguments: str | Path, python: str = sys.executable, environment: dict[str, str] | None = None
-) -> Iterator[Process]:
-    command = [python, "-m", "serving", *map(str, arguments), "--grpc-port", "0"]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | (environment or {}),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as popen:
-        try:
-            process = Process(popen, "")
-            process.address = process.until("listening")["grpc"]
-            yield process
-        finally:
-            popen.kill()
-            popen.communicate()
 
 
 @contextmanager
@@ -249,60 +205,6 @@ def test_a_signal_at_any_moment_of_the_start_ends_it_cleanly(
         assert all(json.loads(line) for line in log.splitlines())
 
 
-@pytest.mark.parametrize("home", ["fresh", "/proc/none"])
-def test_nothing_is_sent_or_kept_about_the_user(
-    repository: Path, tmp_path: Path, home: str
-) -> None:
-    """onnxruntime's telemetry is off: it would keep a database below HOME, or complain."""
-    folder = tmp_path if home == "fresh" else Path(home)
-    environment = {"HOME": str(folder), "ORT_DISABLE_TELEMETRY": ""}
-    environment |= {"XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
-    inherited = {k: v for k, v in os.environ.items() if k not in environment}
-    command = [sys.executable, "-m", "serving", "--model-repository", str(repository)]
-    with subprocess.Popen(
-        [*command, "--grpc-port", "0", "--drain-s", "0"],
-        cwd=ROOT,
-        env=inherited | {"HOME": str(folder)},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as popen:
-        process = Process(popen, "")
-        process.until("listening")  # every line up to here was JSON
-        popen.terminate()
-        process.until("stopped")
-    if home == "fresh":
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_the_address_file_is_gone_after_the_end(repository: Path, tmp_path: Path) -> None:
-    file = tmp_path / "address"
-    with serving(
-        "--model-repository", repository, "--address-file", file, "--drain-s", "0"
-    ) as process:
-        assert json.loads(file.read_text())["grpc"] == process.address
-        process.popen.terminate()
-        process.until("stopped")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_device_as_address_file_is_written_to_and_not_replaced(repository: Path) -> None:
-    with serving("--model-repository", repository, "--address-file", "/dev/null"):
-        assert Path("/dev/null").is_char_device()
-    assert Path("/dev/null").is_char_device()
-
-
-def test_folders_that_are_no_bundles_are_skipped_and_logged(
-    repository: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "models"
-    shutil.copytree(repository, root)
-    for folder in ("lost+found", "digits/latest", ".hidden"):
-        (root / folder).mkdir(parents=True)
-    with serving("--model-repository", root) as process:
-        skipped = [Path(e["path"]).name for e in process.events if e["event"] == "folder_skipped"]
-        assert sorted(skipped) == ["latest", "lost+found"]
-
-
 def test_a_damaged_model_is_logged_and_not_ready_and_the_others_are(
     repository: Path, tmp_path: Path
 ) -> None:
@@ -340,104 +242,6 @@ def test_an_internal_error_tells_the_client_nothing(
             stub.ModelInfer(raw_request(UNIFORM.x))
     assert error.value.code() is grpc.StatusCode.INTERNAL
     assert error.value.details() == "internal error; the server's log says more"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environment", "code", "message"),
-    [
-        pytest.param([], {}, 2, "--model-repository (KANSERVE_MODEL_REPOSITORY)", id="none"),
-        pytest.param(["--model-repository", "/none"], {}, 1, "/none: cannot be read", id="missing"),
-        pytest.param(["--model-repository", "REPO", "--grpc-port", "70000"], {}, 2,
-                     "--grpc-port (KANSERVE_GRPC_PORT)", id="port"),
-        pytest.param(["--model-repository", "REPO"], {"KANSERVE_GRPC_PORT": "x"}, 2,
-                     "--grpc-port (KANSERVE_GRPC_PORT)", id="environment"),
-        pytest.param(["--model-repository", "REPO", "--provider", "tpu"], {}, 2,
-                     "--provider (KANSERVE_PROVIDER)", id="provider"),
-        pytest.param(["--model-repository", "REPO", "--provider", "cuda"], {}, 1,
-                     "provider cuda was asked for", id="cuda"),
-        pytest.param(["--model-repository", "REPO", "--host", "192.0.2.1"], {}, 1,
-                     "cannot listen on 192.0.2.1:8001", id="host"),
-        pytest.param(["--model-repository", "EMPTY"], {}, 1, "no bundle found", id="empty"),
-        pytest.param(["--model-repository", "REPO", "--drain-s", "inf"], {}, 2,
-                     "--drain-s (KANSERVE_DRAIN_S)", id="for ever"),
-        pytest.param(["--model-repository", "REPO", "--engine-threads", "100000000000"], {}, 2,
-                     "--engine-threads (KANSERVE_ENGINE_THREADS)", id="threads"),
-        pytest.param(["--model-repository", "REPO", "--address-file", "."], {}, 2,
-                     "--address-file (KANSERVE_ADDRESS_FILE)", id="address folder"),
-        pytest.param([], {"KANSERVE_MODEL_REPOSITORY": ""}, 2, "--model-repository", id="unset"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_served_is_refused_with_one_reason(
-    repository: Path,
-    tmp_path: Path,
-    arguments: list[str],
-    environment: dict[str, str],
-    code: int,
-    message: str,
-) -> None:
-    places = {"REPO": str(repository), "EMPTY": str(tmp_path)}
-    done = run_module("serving", *(places.get(a, a) for a in arguments), environment=environment)
-    assert done.returncode == code, done.stderr
-    *before, line = [json.loads(text) for text in done.stderr.splitlines()]
-    assert {event["event"] for event in before} <= {"model_ready"}
-    assert message in line["reason"]
-    assert line["level"] == "error"
-    assert done.stdout == ""
-
-
-def test_a_port_in_use_is_refused(server: Server, repository: Path) -> None:
-    port = server.address.rpartition(":")[2]
-    done = run_module("serving", "--model-repository", repository, "--grpc-port", port)
-    assert done.returncode == 1
-    assert (
-        f"cannot listen on 127.0.0.1:{port}" in json.loads(done.stderr.splitlines()[-1])["reason"]
-    )
-
-
-def test_environment_sets_what_flags_do_not(repository: Path) -> None:
-    environment = {"KANSERVE_MODEL_REPOSITORY": str(repository), "KANSERVE_LOG_LEVEL": "info"}
-    with serving(environment=environment) as process:
-        assert process.address.startswith("127.0.0.1:")
-
-
-def test_an_unknown_flag_is_wrong_usage() -> None:
-    done = run_module("serving", "--no-such-flag")
-    assert done.returncode == 2
-    assert "--no-such-flag" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_help_names_every_setting() -> None:
-    done = run_module("serving", "--help")
-    assert done.returncode == 0
-    for name in Settings.model_fields:
-        assert f"--{name.replace('_', '-')}" in done.stdout
-
-
-def test_the_log_holds_no_values_of_variables() -> None:
-    """A traceback's local variables are what clients send; they stay out of the log."""
-    script = """
-import structlog
-from serving.logs import configure_logging
-configure_logging("info")
-def fail():
-    payload = "what a client sent"
-    raise ValueError("reason")
-try:
-    fail()
-except ValueError:
-    structlog.get_logger().exception("request_failed")
-import logging, warnings
-logging.getLogger("grpc").warning("from the library")
-warnings.warn("a warning")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    events = [json.loads(line) for line in done.stderr.splitlines()]
-    assert [event["level"] for event in events] == ["error", "warning", "warning"]
-    assert events[0]["exception"][0]["exc_value"] == "reason"
-    assert "what a client sent" not in done.stderr.replace("payload = ", "")
 
 
 def test_protobuf_7_serves_a_protobuf_6_client(repository: Path) -> None:

@@ -1,0 +1,31 @@
+"""State dicts to make checkpoints of."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kan_model import KAN
+
+State = dict[str, Any]
+
+
+def good() -> State:
+    torch.manual_seed(0)
+    return dict(KAN([2, 3, 1]).state_dict())
+
+
+def saved(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "model.pt"
+    torch.save(content, path)
+    return path
+
+
+def without(state: State, *keys: str) -> State:
+    return {key: value for key, value in state.items() if key not in keys}
+
+
+def with_value(state: State, key: str, index: tuple[int, ...], value: float) -> State:
+    state[key] = state[key].clone()
+    state[key][index] = value
+    return state

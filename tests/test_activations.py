@@ -1,0 +1,28 @@
+import re
+
+import pytest
+from torch import nn
+
+from kan_model import ActivationError, resolve_activation
+
+
+def in_place() -> nn.Module:
+    return nn.ReLU(inplace=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("swish", "not known; expected one of silu, gelu, relu, tanh, identity"),
+        ("no_such_module:Thing", "cannot be made: ModuleNotFoundError"),
+        ("torch.nn:Linear", "cannot be made: TypeError"),
+        ("math:tau", "cannot be made: TypeError"),
+        ("builtins:list", "makes a list, expected a torch.nn.Module"),
+        ("tests.test_activations:in_place", "works in place"),
+        ("torch.nn:GLU", "fails on a tensor of shape (2, 3)"),
+        ("torch.nn:Module", "fails on a tensor of shape (2, 3): NotImplementedError"),
+    ],
+)
+def test_unusable_activations_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ActivationError, match=re.escape(message)):
+        resolve_activation(name)
