@@ -17,7 +17,7 @@ import torch
 from export.errors import ParityError
 from export.lowering import lower
 from export.onnx_graph import INPUT_NAME, OUTPUT_NAME, load_onnx, write_onnx
-from export.parity import Measurement, choose_golden, eager_runner, measure
+from export.parity import Measurement, choose_golden, measure, run_probes
 from export.reference import RELATIVE_TOLERANCE, make_reference
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
@@ -124,12 +124,12 @@ def export_checkpoint(options: ExportOptions, report: Report) -> Exported:
         with report.stage("compute the float64 reference"):
             reference = make_reference(network)
         with report.stage("compare the files as written"):
-            runners = {
-                "eager": eager_runner(network),
-                "onnxruntime cpu": load_onnx(model_path),
-                "torchscript": load_torchscript(script_path),
+            outputs = {
+                "eager": reference.eager,
+                "onnxruntime cpu": run_probes(load_onnx(model_path), reference),
+                "torchscript": run_probes(load_torchscript(script_path), reference),
             }
-            measured = [measure(runtime, run, reference) for runtime, run in runners.items()]
+            measured = [measure(runtime, found, reference) for runtime, found in outputs.items()]
         report.parity(measured)
         _require_parity(measured)
 

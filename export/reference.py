@@ -38,13 +38,14 @@ class Reference:
     Attributes:
         probes: The inputs.
         outputs: float64 answers, shape (rows, out).
-        eager: The eager float32 model's answers in the largest batches, shape (rows, out).
+        eager: The eager float32 model's answers in batches of each of `BATCH_SIZES`, shape
+            (batch sizes, rows, out).
         tolerance: Largest allowed |y - outputs|, shape (rows, out).
     """
 
     probes: Probes
     outputs: NDArray[np.float64]
-    eager: NDArray[np.float32]
+    eager: NDArray[np.float64]
     tolerance: NDArray[np.float64]
 
 
@@ -67,7 +68,7 @@ def make_reference(network: KAN) -> Reference:
     single = copy.deepcopy(network).float()
     eager = np.stack([evaluate(single, probes.inputs, size) for size in BATCH_SIZES])
     tolerance = _tolerance(probes.groups, outputs, eager, scale, _longest_sum(network))
-    return Reference(probes, outputs, eager[-1].astype(np.float32), tolerance)
+    return Reference(probes, outputs, eager, tolerance)
 
 
 def evaluate(

@@ -172,7 +172,7 @@ class Staging:
         try:
             self.path.rename(target)
         except OSError as error:
-            if target.exists():  # `staging` has not seen it, so it appeared meanwhile
+            if target.exists():  # `require_place` has not seen it, so it appeared meanwhile
                 raise LayoutError(
                     f"{target}: another export published version {self._target.version} of "
                     f"{self._target.name} meanwhile; run this one again"

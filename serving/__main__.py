@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.info("draining", seconds=settings.drain_s)
             server.drain()
             stop_now.wait(settings.drain_s)
-            server.stop(0 if stop_now.is_set() else settings.grace_s, stop_now)
+            server.stop(settings.grace_s, stop_now)
     except WrongSetting as error:
         log.error("wrong_setting", reason=str(error))
         return 2

@@ -4,7 +4,6 @@ This is where errors become gRPC status codes, in one table and one place. What 
 the message of a `VisibleError`; of anything else it learns only that it was not its fault.
 """
 
-import math
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
@@ -21,7 +20,7 @@ from protos import inference_pb2 as pb
 from protos import model_config_pb2 as config_pb
 from serving.errors import InvalidRequest, ModelNotFound, ModelNotReady, VisibleError
 from serving.repository import Repository
-from serving.tensors import choose_outputs, decode_inputs, encode_outputs
+from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 SERVER_NAME = "kanserve"
@@ -33,7 +32,6 @@ _STATUS: dict[type[VisibleError], grpc.StatusCode] = {
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     ModelNotReady: grpc.StatusCode.UNAVAILABLE,
 }
-_BYTES_PER_ELEMENT = {"FP32": 4}
 _DATA_TYPES = {"FP32": config_pb.TYPE_FP32}
 _ENVELOPE_BYTES = 1024  # of a request beside its tensors: names, shape, id
 _PROBES = ("ServerLive", "ServerReady")  # must be answered however busy the server is
@@ -120,15 +118,12 @@ class InferenceService:
     def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """Tell a model's configuration in Triton's terms."""
         manifest = self._repository.find(request.name, request.version).manifest
-        row_bytes = sum(
-            _BYTES_PER_ELEMENT[spec.datatype] * math.prod(spec.shape[1:])
-            for spec in manifest.inputs
-        )
+        one_row = sum(row_bytes(spec) for spec in manifest.inputs)
         config = config_pb.ModelConfig(
             name=manifest.name,
             platform=PLATFORM,
             backend="onnxruntime",
-            max_batch_size=max(1, (self._max_message_bytes - _ENVELOPE_BYTES) // row_bytes),
+            max_batch_size=max(1, (self._max_message_bytes - _ENVELOPE_BYTES) // one_row),
             default_model_filename=MODEL_FILE,
         )
         for spec in manifest.inputs:

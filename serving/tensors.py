@@ -120,6 +120,11 @@ def encode_outputs(
             response.raw_output_contents.append(array.astype(_WIRE[spec.datatype]).tobytes())
 
 
+def row_bytes(spec: TensorSpec) -> int:
+    """Count the bytes that one row of a tensor takes on the wire."""
+    return _WIRE[spec.datatype].itemsize * math.prod(spec.shape[1:])
+
+
 def _checked_shape(tensor: ModelInferRequest.InferInputTensor, spec: TensorSpec) -> tuple[int, ...]:
     if "shared_memory_region" in tensor.parameters:
         raise InvalidRequest("input parameter 'shared_memory_region' is not offered")
