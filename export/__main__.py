@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
 from export.errors import ExportError
 from export.pipeline import DEFAULT_ACTIVATION, ExportOptions, export_checkpoint
@@ -52,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # onnxruntime would send usage data home and keep a database in the user's folder.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     report = Report()
-    signal.signal(signal.SIGTERM, _leave)  # so that what was staged is cleared away
+    # An exception, so that what was staged is cleared away.
+    signal.signal(signal.SIGTERM, lambda signum, _: report.end(128 + signum))
     try:
         exported = export_checkpoint(options, report)
     except (ExportError, BundleError, KanModelError) as error:
@@ -127,10 +127,6 @@ def _version(text: str) -> int:
             f"expected a positive integer of at most 18 digits, found {text!r}"
         )
     return number
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

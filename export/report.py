@@ -4,9 +4,11 @@ Everything goes to stderr; stdout is for the result alone.
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 from rich import box
 from rich.console import Console
@@ -27,10 +29,23 @@ class Report:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         if not self._console.is_terminal:  # a log has no width of its own; do not fold the table
             self._console.width = 120
+        self._exit_code: int | None = None
+
+    def end(self, exit_code: int) -> NoReturn:
+        """End the process, at the latest before the next stage.
+
+        Raises:
+            SystemExit: Here, and, because a library on the way out may catch everything, again
+                when a stage is about to begin.
+        """
+        self._exit_code = exit_code
+        sys.exit(exit_code)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Show that a stage runs and, when it has succeeded, how long it took."""
+        if self._exit_code is not None:
+            sys.exit(self._exit_code)
         started = time.perf_counter()
         with self._console.status(name):
             yield

@@ -248,6 +248,19 @@ def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_end_that_a_library_swallows_comes_before_the_next_stage(
+    tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallow(*_: object) -> None:
+        with pytest.raises(SystemExit):
+            quiet.end(143)
+
+    monkeypatch.setattr("export.pipeline.write_onnx", swallow)
+    with pytest.raises(SystemExit, match="143"):
+        export_checkpoint(ExportOptions(UNIFORM, output=tmp_path / "models"), quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_float64_checkpoint_is_compared_in_its_own_precision(
     tmp_path: Path, quiet: Report
 ) -> None:
