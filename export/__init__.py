@@ -1,1 +1,14 @@
-"""From a trained checkpoint to a verified bundle."""
+"""From a trained KAN to a verified bundle: `python -m export`, and the same in Python."""
+
+from export.errors import ConversionError, ExportError, InputError, NetworkError, ParityError
+from export.pipeline import export_checkpoint, export_module
+
+__all__ = [
+    "ConversionError",
+    "ExportError",
+    "InputError",
+    "NetworkError",
+    "ParityError",
+    "export_checkpoint",
+    "export_module",
+]

@@ -9,17 +9,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
 from export.errors import ExportError
-from export.pipeline import DEFAULT_ACTIVATION, ExportOptions, export_checkpoint
-from export.report import Report
+from export.pipeline import DEFAULT_ACTIVATION, export_checkpoint
+from export.report import Report, render_inspection
 from kan_bundle import __version__
 from kan_bundle.errors import BundleError
 from kan_bundle.layout import parse_version
-from kan_model import KanModelError
+from kan_model import KanModelError, inspect_checkpoint
 from kan_model.activations import NAMED
 
 _EXAMPLES = """\
@@ -27,6 +28,10 @@ examples:
   python -m export model.pt                          models/model/1, SiLU assumed
   python -m export model.pt --activation gelu        the activation it was trained with
   python -m export runs/best.pt --name digits        models/digits, the next free version
+  python -m export inspect model.pt                  what is in the file; nothing is exported
+  python -m export last.ckpt --prefix ema.           one of several KANs in a file
+  python -m export head.pt --model nets:build --input-shape 3,224,224
+                                                     a network of your own with KAN layers inside
 """
 
 
@@ -39,44 +44,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = _parser().parse_args(argv)
-    options = ExportOptions(
-        checkpoint=arguments.checkpoint,
-        output=arguments.output,
-        name=arguments.name,
-        version=arguments.version,
-        activation=arguments.activation,
-        force=arguments.force,
-    )
-    # onnxruntime would send usage data home and keep a database in the user's folder.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["inspect"]:  # a file of that name is ./inspect
+        words[0] = "--inspect"
+    arguments = _parser().parse_args(words)
     report = Report()
-    # An exception, so that what was staged is cleared away.
     signal.signal(signal.SIGTERM, lambda signum, _: report.end(128 + signum))
+    sys.path.insert(0, str(Path.cwd()))  # for --model and --activation, also as kan-export
+    run: Callable[[argparse.Namespace, Report], tuple[int, str]] = (
+        _inspect if arguments.inspect else _export
+    )
     try:
-        exported = export_checkpoint(options, report)
+        with redirect_stdout(sys.stderr):  # what a user's own network prints is no result
+            code, result = run(arguments, report)
     except (ExportError, BundleError, KanModelError) as error:
         report.fail(str(error))
         return 1
     except OSError as error:
-        report.fail(f"{error.filename or options.output}: {error.strerror or error}")
+        report.fail(f"{error.filename or arguments.output}: {error.strerror or error}")
         return 1
     except KeyboardInterrupt:
         report.fail("interrupted")
         return 128 + signal.SIGINT
-    result = (
-        json.dumps({"path": str(exported.path), "manifest": asdict(exported.manifest)})
-        if arguments.json
-        else str(exported.path)
+    return _print_result(result, report) or code
+
+
+def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
+    manifest = export_checkpoint(
+        arguments.checkpoint,
+        output=arguments.output,
+        name=arguments.name,
+        version=arguments.version,
+        activation=arguments.activation,
+        prefix=arguments.prefix,
+        model=arguments.model,
+        input_shape=arguments.input_shape,
+        samples=arguments.samples,
+        trust_pickle=arguments.trust_pickle,
+        force=arguments.force,
+        report=report,
     )
-    return _print_result(result, report)
+    path = arguments.output / manifest.name / str(manifest.version)
+    if arguments.json:
+        return 0, json.dumps({"path": str(path), "manifest": asdict(manifest)})
+    return 0, str(path)
+
+
+def _inspect(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
+    """Tell what is in the file; the exit code says whether an export would take it."""
+    found = inspect_checkpoint(arguments.checkpoint, prefix=arguments.prefix)
+    code = 0 if found.refused is None else 1
+    if arguments.json:
+        return code, json.dumps(asdict(found))
+    return code, render_inspection(found)
 
 
 def _print_result(result: str, report: Report) -> int:
     try:
         print(result, flush=True)
     except (OSError, ValueError) as error:  # a pipe that was closed, a full disk
-        report.fail(f"the bundle is published, but stdout cannot be written: {error}")
+        report.fail(f"the work is done, but stdout cannot be written: {error}")
         # The interpreter flushes stdout once more at its end, and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -86,36 +113,83 @@ def _print_result(result: str, report: Report) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
-        description="Turn a trained efficient-KAN checkpoint into a verified ONNX and TorchScript "
-        "bundle that python -m serving can serve.",
+        usage="python -m export [inspect] FILE [options]",
+        description="Turn a trained efficient-KAN, or a network with KAN layers inside, into a "
+        "verified ONNX and TorchScript bundle that python -m serving can serve.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoint", type=Path, metavar="FILE", help="saved by torch.save(model.state_dict(), ...)"
+        "checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="a state dict, a trainer's checkpoint or a whole module written by torch.save, or a "
+        "safetensors file",
     )
     parser.add_argument(
+        "--inspect",
+        action="store_true",
+        help="print what is in the file and export nothing; 'inspect FILE' does the same",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    bundle = parser.add_argument_group("the bundle")
+    bundle.add_argument(
         "--output",
         type=Path,
         default=Path("models"),
         metavar="DIR",
         help="the model repository (default: models)",
     )
-    parser.add_argument("--name", help="model name (default: the file's stem)")
-    parser.add_argument(
+    bundle.add_argument("--name", help="model name (default: the file's stem)")
+    bundle.add_argument(
         "--version",
         type=_version,
         metavar="N",
         help="model version, a positive integer (default: the next free one)",
     )
-    parser.add_argument(
+    bundle.add_argument("--force", action="store_true", help="replace an existing version")
+
+    file = parser.add_argument_group("what is in the file")
+    file.add_argument(
         "--activation",
         metavar="NAME",
-        help=f"base activation: {', '.join(NAMED)}, or package.module:Class "
-        f"(default: {DEFAULT_ACTIVATION}, with a warning)",
+        help=f"base activation, if the file does not tell it: {', '.join(NAMED)}, or "
+        f"package.module:Class (default: {DEFAULT_ACTIVATION}, with a warning)",
     )
-    parser.add_argument("--force", action="store_true", help="replace an existing version")
-    parser.add_argument("--json", action="store_true", help="print a summary as JSON")
+    file.add_argument(
+        "--prefix",
+        metavar="PREFIX",
+        help="take the weights behind this prefix, where the file holds several sets or more "
+        "than a KAN; inspect shows them",
+    )
+    file.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="RUN the code in the file; only for files from people whose programs you would run",
+    )
+
+    network = parser.add_argument_group("a network of your own")
+    network.add_argument(
+        "--model",
+        metavar="PACKAGE.MODULE:FACTORY",
+        help="a function without arguments that builds the network the weights belong to; it is "
+        "imported and run",
+    )
+    network.add_argument(
+        "--input-shape",
+        action="append",
+        metavar="[NAME=]SIZES",
+        help="sizes of one row of an input, without the batch: 3,224,224 or image=3,224,224; once "
+        "for each input, in the order of forward",
+    )
+    network.add_argument(
+        "--samples",
+        action="append",
+        metavar="[NAME=]FILE",
+        help="rows of real data, to compare on and to take shapes from: .npy, or .npz with an "
+        "array for each input",
+    )
     parser.add_argument("--kanserve-version", action="version", version=f"kanserve {__version__}")
     return parser
 

@@ -1,16 +1,28 @@
 """What can stop an export, beside a bad checkpoint (`kan_model.errors`) or layout (`kan_bundle`).
 
 ExportError
+├── InputError        what the network takes is not known, or does not fit it
+├── NetworkError      the network cannot be built, or its weights do not fit it
 ├── ConversionError   a file could not be written in the form that was asked for
 └── ParityError       the files do not compute what the checkpoint computes
 """
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class ExportError(Exception):
     """An export that was refused; the message says why and what to do."""
+
+
+class InputError(ExportError):
+    """What the network takes is not known, contradictory, or does not fit it."""
+
+
+class NetworkError(ExportError):
+    """The user's network cannot be built, or its weights do not fit it."""
 
 
 class ConversionError(ExportError):
@@ -19,6 +31,15 @@ class ConversionError(ExportError):
 
 class ParityError(ExportError):
     """The files as written do not compute what the checkpoint computes."""
+
+
+def cause(error: Exception) -> str:
+    """Say in one line what a user's own code raised, and where."""
+    line = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    return (
+        f"{line} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else line
+    )
 
 
 @contextmanager
@@ -36,9 +57,9 @@ def conversion(form: str) -> Iterator[None]:
     except (OSError, ConversionError):
         raise
     except Exception as error:  # converters fail in many ways and at great length
-        cause = error.__cause__ or error
-        line = f"{type(cause).__name__}: {cause}".strip().partition("\n")[0]
+        first = error.__cause__ or error
+        line = f"{type(first).__name__}: {first}".strip().partition("\n")[0]
         raise ConversionError(
-            f"the network cannot be written as {form}: {line}; an activation of your own must "
-            "trace: tensor operations only, no branch on values"
+            f"the network cannot be written as {form}: {line}; layers and activations of your own "
+            "must trace: tensor operations only, no branch on values, no fixed batch"
         ) from error

@@ -1,15 +1,19 @@
-"""A network to the form that is exported: one that keeps its precision in every runtime.
+"""KANLinear layers to the form that is exported, which keeps its precision in every runtime.
 
 The untouched network stays the reference; nothing here is trusted without the comparison in
 parity.py.
 """
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from kan_model import KAN
+from export.network import Call, Network, swapped
+from kan_model import KANLinear
+from kan_model.splines import b_spline_basis
 
 
 class ExpSiLU(nn.Module):
@@ -26,17 +30,43 @@ class ExpSiLU(nn.Module):
         return x / (1 + torch.exp(-x))
 
 
-def lower(network: KAN) -> KAN:
-    """Copy a network into the form that is exported: float32, activations in precise forms.
+class LoweredKANLinear(nn.Module):
+    """A KANLinear for inference: the scaler is folded into the spline weights, once.
 
     Args:
-        network: As loaded. It is not changed.
-
-    Returns:
-        A copy in evaluation mode that shares no memory with `network`.
+        layer: In float32. Its other tensors are shared.
     """
-    lowered = copy.deepcopy(network).float().eval()
-    for layer in lowered.layers:
-        if type(layer.base_activation) is nn.SiLU:
-            layer.base_activation = ExpSiLU()
-    return lowered
+
+    grid: Tensor
+    base_weight: Tensor
+    spline_weight: Tensor
+
+    def __init__(self, layer: KANLinear) -> None:
+        super().__init__()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.spline_order = layer.spline_order
+        silu = type(layer.base_activation) is nn.SiLU
+        self.base_activation = ExpSiLU() if silu else layer.base_activation
+        self.register_buffer("grid", layer.grid)
+        self.register_buffer("base_weight", layer.base_weight.detach())
+        self.register_buffer("spline_weight", layer.scaled_spline_weight.detach().flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer; shape (..., in) to (..., out)."""
+        if x.dim() != 2:
+            y: Tensor = self(x.reshape(-1, self.in_features))
+            return y.reshape(*x.shape[:-1], self.out_features)
+        base = linear(self.base_activation(x), self.base_weight)
+        basis = b_spline_basis(x, self.grid, self.spline_order)
+        return base + linear(basis.flatten(1), self.spline_weight)
+
+
+@contextmanager
+def lowered(network: Network) -> Iterator[Call]:
+    """Hold a network in the form that is exported; afterwards it is as it was."""
+    forms = {
+        module: LoweredKANLinear(network.layers[name]) for name, module in network.replaced.items()
+    }
+    with swapped(network.call, forms):
+        yield network.call.eval()

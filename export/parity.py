@@ -4,18 +4,21 @@
 an export.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.reference import BATCH_SIZES, Reference, largest
-from kan_bundle.golden import Golden, excess
+from kan_bundle.golden import Golden, excess, side_by_side
 
 _GOLDEN_ROWS_PER_GROUP = 8
+_GOLDEN_BUDGET = 2**19  # numbers of a group, which the server runs in one batch
 
-Runner = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Runner = Callable[[Sequence[NDArray[Any]]], Sequence[NDArray[Any]]]
+"""Takes one array for each input of a network, (batch, ...); gives one for each output."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Worst:
         group: The probe's group.
         batch_size: The batch it ran in.
         row: Its row in the reference's probes.
-        output: Index of the output.
+        output: Index among the numbers of the row.
         expected: The float64 answer.
         found: The runtime's answer.
         allowed: Largest deviation that would have been right.
@@ -76,16 +79,21 @@ def run_probes(run: Runner, reference: Reference) -> NDArray[np.float64]:
     """Run every probe in batches of each of `BATCH_SIZES`.
 
     Args:
-        run: Takes (batch, in), gives (batch, out).
+        run: A runtime.
         reference: From `make_reference`.
 
     Returns:
-        Outputs, shape (batch sizes, rows, out).
+        Outputs, shape (batch sizes, rows, numbers).
     """
-    inputs = reference.probes.inputs
+    probes = reference.probes
     return np.stack(
         [
-            np.concatenate([run(inputs[i : i + size]) for i in range(0, len(inputs), size)])
+            np.concatenate(
+                [
+                    side_by_side(run([array[i : i + size] for array in probes.inputs]))
+                    for i in range(0, len(probes), size)
+                ]
+            )
             for size in BATCH_SIZES
         ]
     ).astype(np.float64)
@@ -127,15 +135,11 @@ def measure(runtime: str, found: NDArray[np.float64], reference: Reference) -> M
 
 def choose_golden(reference: Reference) -> Golden:
     """Pick probes of every group, evenly spread, for the server to replay."""
-    rows = np.concatenate(
-        [
-            members[np.linspace(0, len(members) - 1, _GOLDEN_ROWS_PER_GROUP).astype(int)]
-            for group in np.unique(reference.probes.groups)
-            if len(members := np.flatnonzero(reference.probes.groups == group))
-        ]
-    )
+    elements = sum(array[0].size for array in reference.probes.inputs)
+    most = max(1, min(_GOLDEN_ROWS_PER_GROUP, _GOLDEN_BUDGET // max(1, elements)))
+    rows = reference.probes.evenly(most)
     return Golden(
-        inputs=reference.probes.inputs[rows],
+        inputs=reference.probes.take(rows).inputs,
         outputs=reference.outputs[rows],
         tolerance=reference.tolerance[rows],
     )

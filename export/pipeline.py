@@ -4,21 +4,30 @@ Everything is written to a staging folder and compared there, from the files as 
 bundle that passed becomes visible in the repository.
 """
 
+import copy
+import gc
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
-from export.errors import ParityError
-from export.lowering import lower
-from export.onnx_graph import INPUT_NAME, OUTPUT_NAME, load_onnx, write_onnx
+from export.errors import InputError, ParityError
+from export.factory import build_module, load_weights
+from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
+from export.lowering import lowered
+from export.network import Network, describe_network, example
+from export.onnx_graph import load_onnx, write_onnx
 from export.parity import Measurement, choose_golden, measure, run_probes
-from export.reference import RELATIVE_TOLERANCE, make_reference
+from export.reference import RELATIVE_TOLERANCE, Reference, make_reference
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
@@ -38,191 +47,324 @@ from kan_bundle.layout import (
 )
 from kan_bundle.manifest import (
     FORMAT,
-    FileRecord,
     InputRange,
     LayerRecord,
     Manifest,
     ParityRecord,
     Source,
-    TensorSpec,
     write_manifest,
 )
-from kan_model import KAN, load_checkpoint, resolve_activation
+from kan_model import resolve_activation
+from kan_model.activations import activation_name
+from kan_model.checkpoint import Checkpoint, build_kan, read_checkpoint
 from kan_model.splines import is_uniform
 
 DEFAULT_ACTIVATION = "silu"
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """What to export, and to where.
+class _Target:
+    """Where a bundle goes, and whether it may replace another."""
 
-    Attributes:
-        checkpoint: The file.
-        output: The model repository.
-        name: Model name; None takes the checkpoint's stem.
-        version: Model version; None takes the next free one.
-        activation: Base activation; None assumes `DEFAULT_ACTIVATION` and says so.
-        force: Whether an existing version may be replaced.
-    """
-
-    checkpoint: Path
-    output: Path = Path("models")
-    name: str | None = None
-    version: int | None = None
-    activation: str | None = None
-    force: bool = False
+    folder: BundleFolder
+    force: bool
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A published bundle."""
-
-    path: Path
-    manifest: Manifest
-
-
-def export_checkpoint(options: ExportOptions, report: Report) -> Exported:
-    """Turn a checkpoint into a verified bundle.
+def export_checkpoint(
+    checkpoint: Path | str,
+    *,
+    output: Path | str = "models",
+    name: str | None = None,
+    version: int | None = None,
+    activation: str | None = None,
+    prefix: str | None = None,
+    model: str | Callable[[], nn.Module] | None = None,
+    input_shape: Shapes | None = None,
+    samples: Samples | None = None,
+    trust_pickle: bool = False,
+    force: bool = False,
+    report: Report | None = None,
+) -> Manifest:
+    """Turn a checkpoint into a verified bundle, as `python -m export` does.
 
     Args:
-        options: What and where.
-        report: Is told each stage, the measurements and the warnings.
+        checkpoint: The file: a state dict, a trainer's checkpoint, a whole module, or safetensors.
+        output: The model repository.
+        name: Model name; None takes the file's stem.
+        version: Model version; None takes the next free one.
+        activation: Base activation, where the file does not tell it; None assumes
+            `DEFAULT_ACTIVATION` and warns.
+        prefix: The KAN to take, where the file holds several or more than a KAN.
+        model: `package.module:factory`, or the function itself, which builds the network that the
+            weights belong to. None for a KAN.
+        input_shape: Sizes of one row of each input, as `parse_shapes` reads them.
+        samples: Rows of real data, as `read_samples` reads them.
+        trust_pickle: Run the code in the file. Only for files from people whose programs you run.
+        force: Whether an existing version may be replaced.
+        report: Is told each stage, the measurements and the warnings; None only warns.
 
     Returns:
-        The bundle, as published.
+        The manifest of the bundle, which lies in OUTPUT/NAME/VERSION.
 
     Raises:
         CheckpointError: The checkpoint cannot be used.
-        ActivationError: The base activation cannot be had.
+        ActivationError: The base activation cannot be had, or contradicts the file.
+        InputError: What the network takes is not known, or does not fit it.
+        NetworkError: The network cannot be built, or its weights do not fit it.
         LayoutError: The name cannot be used or the version exists.
         ConversionError: A file could not be written as asked for, or not be run.
         ParityError: A file does not compute what the checkpoint computes.
         OSError: Something could not be written.
     """
-    activation = DEFAULT_ACTIVATION if options.activation is None else options.activation
+    path = Path(checkpoint)
+    report = report or Report.silent()
+    target = _choose_target(Path(output), path.stem if name is None else name, version, force)
+    inputs = read_inputs(input_shape, samples)
+    if trust_pickle:
+        report.warn(f"--trust-pickle: the code in {path} is RUN, as if it were a program of yours")
     with report.stage("read the checkpoint"):
-        network = load_checkpoint(options.checkpoint, resolve_activation(activation))
-        checkpoint = record_file(options.checkpoint)
-    name = check_name(options.checkpoint.stem if options.name is None else options.name)
-    version = options.version or next_version(options.output, name)
-    target = BundleFolder(name, version, options.output / name / str(version))
-    require_place(target, force=options.force)
-    contract = _contract(options, target, network, activation, checkpoint)
-    _say_what_was_found(report, network, contract, assumed=options.activation is None)
+        file = read_checkpoint(path, trust_pickle=trust_pickle)
+        record = record_file(path)
+        source = Source(os.fsencode(path.name).decode(errors="replace"), record.sha256)
+    with report.stage("build the network"):
+        module = _build(file, activation, prefix, model, report)
+    return _export(module, inputs, target, source, report)
 
-    lowered = lower(network)
-    width = contract.layers[0].in_features
-    notes = _metadata_props(contract)
-    with staging(target) as place:
+
+def export_module(
+    module: nn.Module,
+    *,
+    name: str,
+    output: Path | str = "models",
+    version: int | None = None,
+    input_shape: Shapes | None = None,
+    samples: Samples | None = None,
+    force: bool = False,
+    report: Report | None = None,
+) -> Manifest:
+    """Turn a network that is in memory into a verified bundle.
+
+    Args:
+        module: A KAN, or any network with or without KANLinear layers, ours or another project's.
+            When this returns it is as it was, to the bit.
+        name: Model name.
+        output: As in `export_checkpoint`, as every argument below.
+        version: As above.
+        input_shape: As above. A KAN needs none.
+        samples: As above.
+        force: As above.
+        report: As above.
+
+    Returns:
+        The manifest of the bundle, which lies in OUTPUT/NAME/VERSION.
+
+    Raises:
+        InputError: What the network takes is not known, or does not fit it.
+        NetworkError: The network cannot be exported as it is.
+        LayoutError: The name cannot be used or the version exists.
+        ConversionError: A file could not be written as asked for, or not be run.
+        ParityError: A file does not compute what the network computes.
+        OSError: Something could not be written.
+    """
+    target = _choose_target(Path(output), name, version, force)
+    inputs = read_inputs(input_shape, samples)
+    on_cpu = all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
+    own = module if on_cpu else copy.deepcopy(module).cpu()
+    with _evaluating(own):
+        return _export(own, inputs, target, None, report or Report.silent())
+
+
+def _choose_target(output: Path, name: str, version: int | None, force: bool) -> _Target:
+    number = next_version(output, check_name(name)) if version is None else version
+    folder = BundleFolder(name, number, output / name / str(number))
+    require_place(folder, force=force)
+    return _Target(folder, force)
+
+
+def _build(
+    file: Checkpoint,
+    activation: str | None,
+    prefix: str | None,
+    model: str | Callable[[], nn.Module] | None,
+    report: Report,
+) -> nn.Module:
+    """Make the network of a file: the user's own, the file's own, or a KAN."""
+    if model is not None or file.module is not None:
+        if activation is not None:
+            raise InputError(
+                "--activation: the network says itself which activations it has; leave it out"
+            )
+        if model is None:
+            assert file.module is not None
+            return file.module.eval().cpu()
+        module = build_module(model)
+        found = load_weights(module, file, prefix)
+        if found:
+            report.say(f"weights behind the prefix {found!r}")
+        return module.eval().cpu()
+
+    stack = file.find_kan(prefix)
+    kan = build_kan(file, None if activation is None else resolve_activation(activation), prefix)
+    if stack.prefix:
+        report.say(f"KAN behind the prefix {stack.prefix!r}")
+    if stack.around:
+        report.warn(
+            f"the file holds a pickled {', '.join(stack.around)}; what it does besides the KAN "
+            f"at {stack.prefix!r} is code, which is not in the file: the KAN ALONE is exported; to "
+            "export the whole, give the network with --model package.module:factory"
+        )
+    if activation is None and any(layer.activation is None for layer in stack.layers.values()):
+        report.warn(
+            f"the file does not say which base activation was trained; {DEFAULT_ACTIVATION} is "
+            "ASSUMED. If it was another, every answer is wrong: name it with --activation"
+        )
+    return kan
+
+
+def _export(
+    module: nn.Module, inputs: Inputs | None, target: _Target, source: Source | None, report: Report
+) -> Manifest:
+    network = describe_network(module, inputs)
+    layers = _describe_layers(network)
+    _say_what_was_found(report, network, layers)
+    folder = target.folder
+    notes = _metadata_props(folder.name, source, layers)
+    with staging(folder) as place:
         model_path, script_path = place.path / MODEL_FILE, place.path / TORCHSCRIPT_FILE
-        with report.stage(f"write {MODEL_FILE}"):
-            write_onnx(lowered, width, model_path, name, notes)
-        with report.stage(f"write {TORCHSCRIPT_FILE}"):
-            write_torchscript(lowered, width, script_path, notes)
+        with lowered(network) as call:
+            rows = example(network.inputs, 2)
+            with report.stage(f"write {MODEL_FILE}"):
+                specs = network.inputs.specs, network.outputs
+                write_onnx(call, rows, *specs, model_path, folder.name, notes)
+            with report.stage(f"write {TORCHSCRIPT_FILE}"):
+                write_torchscript(call, rows, script_path, notes)
+        gc.collect()  # the converters leave cycles that hold every weight
 
         with report.stage("compute the float64 reference"):
             reference = make_reference(network)
+        if reference.precision != "float64":
+            report.warn(
+                "the network cannot run in float64, so the files are compared with its own answers "
+                "in float32"
+            )
+        found: Mapping[str, NDArray[np.float64]] = {"eager": reference.eager}
         with report.stage("compare the files as written"):
-            outputs = {
-                "eager": reference.eager,
-                "onnxruntime cpu": run_probes(load_onnx(model_path), reference),
-                "torchscript": run_probes(load_torchscript(script_path), reference),
-            }
-            measured = [measure(runtime, found, reference) for runtime, found in outputs.items()]
-        report.parity(measured)
-        _require_parity(measured)
+            for runtime, load, path in (
+                ("onnxruntime cpu", load_onnx, model_path),
+                ("torchscript", load_torchscript, script_path),
+            ):
+                found = {**found, runtime: run_probes(load(path), reference)}
+                gc.collect()  # one runtime at a time, where memory is short
+        if network.kan is None:
+            reference, found = _set_nan_aside(reference, found, report)
+        measured = [measure(runtime, answers, reference) for runtime, answers in found.items()]
+        report.parity(measured, reference.precision)
+        _require_parity(measured, reference, network)
 
         with report.stage("publish"):
             write_golden(choose_golden(reference), place.path / GOLDEN_FILE)
-            manifest = replace(
-                contract,
-                files={path.name: record_file(path) for path in sorted(place.path.iterdir())},
+            manifest = Manifest(
+                format=FORMAT,
+                name=folder.name,
+                version=folder.version,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                source=source,
+                layers=layers,
+                input_range=_input_range(network),
+                inputs=network.inputs.specs,
+                outputs=network.outputs,
+                reference=reference.precision,
+                files={file.name: record_file(file) for file in sorted(place.path.iterdir())},
                 parity=tuple(_parity_record(m) for m in measured),
+                versions=_versions(),
             )
             write_manifest(manifest, place.path)
-            config = render_config(name, manifest.inputs, manifest.outputs)
-            config_kept = place.publish(config, force=options.force)
+            config = render_config(folder.name, manifest.inputs, manifest.outputs)
+            config_kept = place.publish(config, force=target.force)
     if config_kept:
         report.warn(
-            f"{target.path.parent / CONFIG_FILE} differs from what this version needs and was "
+            f"{folder.path.parent / CONFIG_FILE} differs from what this version needs and was "
             "kept; compare it before serving this folder with Triton, or rewrite it with --force"
         )
-    return Exported(target.path, manifest)
+    return manifest
 
 
-def _contract(
-    options: ExportOptions,
-    target: BundleFolder,
-    network: KAN,
-    activation: str,
-    checkpoint: FileRecord,
-) -> Manifest:
-    """Say what will be exported: the manifest without the files and the parity reached."""
-    layers = _describe_layers(network)
-    file = os.fsencode(options.checkpoint.name).decode(errors="replace")
-    return Manifest(
-        format=FORMAT,
-        name=target.name,
-        version=target.version,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        source=Source(file, checkpoint.sha256),
-        base_activation=activation,
-        layers=layers,
-        input_range=_input_range(network),
-        inputs=(TensorSpec(INPUT_NAME, "FP32", (-1, layers[0].in_features)),),
-        outputs=(TensorSpec(OUTPUT_NAME, "FP32", (-1, layers[-1].out_features)),),
-        files={},
-        parity=(),
-        versions=_versions(),
-    )
-
-
-def _describe_layers(network: KAN) -> tuple[LayerRecord, ...]:
+def _describe_layers(network: Network) -> tuple[LayerRecord, ...]:
     return tuple(
         LayerRecord(
+            name=name,
             in_features=layer.in_features,
             out_features=layer.out_features,
             grid_size=layer.grid_size,
             spline_order=layer.spline_order,
             grid="uniform" if bool(is_uniform(layer.grid).all()) else "adapted",
             standalone_scaler=layer.enable_standalone_scale_spline,
+            base_activation=activation_name(layer.base_activation),
             lowering="recursion",
         )
-        for layer in network.layers
+        for name, layer in network.layers.items()
     )
 
 
-def _say_what_was_found(report: Report, network: KAN, contract: Manifest, *, assumed: bool) -> None:
-    for i, layer in enumerate(contract.layers):
+def _say_what_was_found(report: Report, network: Network, layers: Sequence[LayerRecord]) -> None:
+    for layer in layers:
         scaler = "with" if layer.standalone_scaler else "without"
         report.say(
-            f"layers.{i}: {layer.in_features} -> {layer.out_features}, {layer.grid} grid of "
-            f"{layer.grid_size}, order {layer.spline_order}, {scaler} standalone scaler"
+            f"{layer.name}: {layer.in_features} -> {layer.out_features}, {layer.grid} grid of "
+            f"{layer.grid_size}, order {layer.spline_order}, {scaler} standalone scaler, "
+            f"{layer.base_activation}"
         )
-    report.say(f"base activation: {contract.base_activation}")
-    if assumed:
-        report.warn(
-            "a state dict does not say which base activation was trained; "
-            f"{contract.base_activation} is ASSUMED. If it was another, every answer is wrong: "
-            "name it with --activation"
-        )
-    if network.layers[0].grid.dtype == torch.float64:
-        report.warn("the checkpoint is in float64; the files are in float32, compared with float64")
+    for kind, specs in (("input", network.inputs.specs), ("output", network.outputs)):
+        for spec in specs:
+            report.say(f"{kind} {spec.name}: {spec.datatype} {shown(spec.shape)}")
+    for note in network.notes:
+        report.warn(note)
+    if not layers:
+        report.warn("the network has no KANLinear layer; it is exported as it is written")
+    if network.exact is not network.call:
+        report.warn("the weights are not all float32; the files are, and are compared with float64")
 
 
-def _metadata_props(contract: Manifest) -> Mapping[str, str]:
-    return {
+def _metadata_props(
+    name: str, source: Source | None, layers: Sequence[LayerRecord]
+) -> Mapping[str, str]:
+    notes = {
         "kanserve.version": __version__,
-        "kanserve.model": contract.name,
-        "kanserve.source": contract.source.file,
-        "kanserve.source_sha256": contract.source.sha256,
-        "kanserve.base_activation": contract.base_activation,
-        "kanserve.layers": json.dumps([asdict(layer) for layer in contract.layers]),
+        "kanserve.model": name,
+        "kanserve.layers": json.dumps([asdict(layer) for layer in layers]),
     }
+    if source is not None:
+        notes |= {"kanserve.source": source.file, "kanserve.source_sha256": source.sha256}
+    return notes
 
 
-def _require_parity(measured: Sequence[Measurement]) -> None:
+def _set_nan_aside(
+    reference: Reference, found: Mapping[str, NDArray[np.float64]], report: Report
+) -> tuple[Reference, Mapping[str, NDArray[np.float64]]]:
+    """Leave out the probes with NaN if a runtime's other layers swallow it.
+
+    A KANLinear answers NaN with NaN in every runtime. But onnxruntime's MaxPool and Relu, for two,
+    give numbers where torch's give NaN, and no form of the graph changes that.
+    """
+    nan = np.isnan(reference.outputs)
+    swallowing = [
+        runtime
+        for runtime, answers in found.items()
+        if bool((np.isnan(answers) != nan).any(axis=(0, 2))[reference.probes.groups == "nan"].any())
+    ]
+    if not swallowing:
+        return reference, found
+    report.warn(
+        f"{', '.join(swallowing)} gives numbers for some inputs with NaN that the network answers "
+        "with NaN, because of layers other than KANLinear; these inputs are not compared"
+    )
+    kept = reference.probes.groups != "nan"
+    return reference.take(kept), {runtime: answers[:, kept] for runtime, answers in found.items()}
+
+
+def _require_parity(
+    measured: Sequence[Measurement], reference: Reference, network: Network
+) -> None:
     """Raise for the runtime that is furthest off, if any is too far.
 
     Raises:
@@ -234,9 +376,19 @@ def _require_parity(measured: Sequence[Measurement]) -> None:
         raise ParityError(
             f"{m.runtime} does not compute what the checkpoint computes, nothing was published: at "
             f"probe {m.worst.row} ({m.worst.group}, batch {m.worst.batch_size}), output "
-            f"{m.worst.output}, expected {m.worst.expected!r} within {m.worst.allowed:.2e}, found "
-            f"{m.worst.found!r}; please report it with the checkpoint"
+            f"{_place(network, m.worst.output)}, expected {m.worst.expected!r} within "
+            f"{m.worst.allowed:.2e}, found {m.worst.found!r}; please report it with the checkpoint"
         )
+
+
+def _place(network: Network, column: int) -> str:
+    """Name one of the numbers of a row."""
+    for spec in network.outputs:
+        size = int(torch.Size(spec.shape[1:]).numel())
+        if column < size:
+            return f"{spec.name}[{column}]" if len(network.outputs) > 1 else str(column)
+        column -= size
+    raise AssertionError(f"{column} is beyond the outputs")
 
 
 def _parity_record(m: Measurement) -> ParityRecord:
@@ -251,13 +403,27 @@ def _parity_record(m: Measurement) -> ParityRecord:
     )
 
 
-def _input_range(network: KAN) -> InputRange:
-    first = network.layers[0]
-    k = first.spline_order
+def _input_range(network: Network) -> InputRange | None:
+    if network.leading is None:
+        return None
+    layer = network.layers[network.leading]
+    k = layer.spline_order
     return InputRange(
-        low=tuple(first.grid[:, k].tolist()),
-        high=tuple(first.grid[:, k + first.grid_size].tolist()),
+        low=tuple(layer.grid[:, k].tolist()),
+        high=tuple(layer.grid[:, k + layer.grid_size].tolist()),
     )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Hold a module in evaluation mode; afterwards every part is in the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def _versions() -> dict[str, str]:

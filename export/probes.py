@@ -1,4 +1,4 @@
-"""Inputs that matter for splines.
+"""Inputs that matter, for splines and for networks that hold them.
 
 Random points alone hide errors: what goes wrong in a spline goes wrong at a knot, in the last bit
 beside it, past the grid where the basis fades, or far away where only the base path is left. Each
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-ON_THE_GRID = ("knots", "inside", "margin")
-"""Groups of probes within the outermost knots, where the splines are not zero."""
+from export.inputs import Inputs
+from kan_bundle.manifest import DATATYPES, TensorSpec
+
+ORDINARY = ("knots", "inside", "margin", "samples", "small", "normal")
+"""Groups of probes that a network was made for; for a KAN, those within the outermost knots."""
 
 _RANDOM_ROWS = 64
 _LONE_ROWS = 16
@@ -23,28 +26,56 @@ class Probes:
     """Inputs and where they lie.
 
     Attributes:
-        inputs: float32, shape (rows, in).
+        inputs: One array for each input of the network, shape (rows, ...).
         groups: Name of each row's group, shape (rows,).
     """
 
-    inputs: NDArray[np.float32]
+    inputs: tuple[NDArray[np.generic], ...]
     groups: NDArray[np.str_]
 
+    def __len__(self) -> int:
+        """Count the rows."""
+        return len(self.groups)
 
-def make_probes(knots: NDArray[np.float32], order: int, seed: int = 0) -> Probes:
-    """Make the probes for a network whose first layer has these knots.
+    def take(self, rows: NDArray[np.bool_ | np.intp]) -> "Probes":
+        """Keep some rows, by mask or by number."""
+        return Probes(tuple(array[rows] for array in self.inputs), self.groups[rows])
+
+    def evenly(self, most: int) -> NDArray[np.intp]:
+        """Choose at most so many rows of every group, evenly spread, by number."""
+        kept = [
+            members[np.linspace(0, len(members) - 1, min(most, len(members))).astype(int)]
+            for group in dict.fromkeys(self.groups.tolist())
+            if len(members := np.flatnonzero(self.groups == group))
+        ]
+        return np.concatenate(kept)
+
+    def join(self, other: "Probes") -> "Probes":
+        """Put the rows of another set behind these."""
+        pairs = zip(self.inputs, other.inputs, strict=True)
+        return Probes(
+            tuple(np.concatenate(pair) for pair in pairs),
+            np.concatenate([self.groups, other.groups]),
+        )
+
+
+def make_kan_probes(
+    knots: NDArray[np.float32], order: int, rows_per_group: int | None = None, seed: int = 0
+) -> Probes:
+    """Make the probes for a layer with these knots.
 
     Groups: `knots` (every knot and its float32 neighbours on either side), `inside` the grid,
     `margin` (between the grid's ends and the outermost knots), `outside` those, and `nan` (one
     feature is NaN, or all).
 
     Args:
-        knots: Knots of the first layer, shape (in, G + 2k + 1).
+        knots: Knots of the layer, shape (in, G + 2k + 1).
         order: k, the spline order.
+        rows_per_group: Keep at most so many of each group.
         seed: Of the random choices.
 
     Returns:
-        Probes for `in` features.
+        Probes for one input of `in` features.
     """
     rng = np.random.default_rng(seed)
     features, count = knots.shape
@@ -89,7 +120,65 @@ def make_probes(knots: NDArray[np.float32], order: int, seed: int = 0) -> Probes
     }
     limit = float(np.finfo(np.float32).max)
     inputs = np.clip(np.concatenate(list(groups.values())), -limit, limit)  # NaN stays NaN
-    return Probes(
-        inputs=inputs.astype(np.float32),
-        groups=np.repeat(list(groups), [len(rows) for rows in groups.values()]),
+    probes = Probes(
+        (inputs.astype(np.float32),),
+        np.repeat(list(groups), [len(rows) for rows in groups.values()]),
     )
+    return probes if rows_per_group is None else probes.take(probes.evenly(rows_per_group))
+
+
+def make_probes(inputs: Inputs, seed: int = 0) -> Probes:
+    """Make the probes for a network of which only the inputs are known.
+
+    Groups: `samples` as given; `small` (uniform in [-1, 1] and a hundredth of that), `normal`
+    (standard normal), `large` (ten times that), `huge` (a hundred times), constants among the small
+    ones, and `nan`. Without floating-point inputs there are the samples only.
+
+    Args:
+        inputs: What the network takes.
+        seed: Of the random choices.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = {"small": 32, "normal": 32, "large": 16, "huge": 16, "nan": 8}
+    if inputs.samples is not None:
+        chosen = np.linspace(0, len(inputs.samples[0]) - 1, _RANDOM_ROWS).astype(int)
+        chosen = np.unique(chosen)
+        samples = Probes(
+            tuple(array[chosen] for array in inputs.samples), np.repeat("samples", len(chosen))
+        )
+        if all(spec.datatype != "FP32" for spec in inputs.specs):
+            return samples
+    arrays = [
+        _random(spec, sizes, rng, None if inputs.samples is None else inputs.samples[i])
+        for i, spec in enumerate(inputs.specs)
+    ]
+    probes = Probes(tuple(arrays), np.repeat(list(sizes), list(sizes.values())))
+    return probes if inputs.samples is None else samples.join(probes)
+
+
+def _random(
+    spec: TensorSpec,
+    sizes: dict[str, int],
+    rng: np.random.Generator,
+    samples: NDArray[np.generic] | None,
+) -> NDArray[np.generic]:
+    """Make one input's rows for every group; whole numbers are taken from the samples."""
+    rows = sum(sizes.values())
+    shape = spec.shape[1:]
+    if spec.datatype != "FP32":
+        if samples is not None:
+            return samples[rng.integers(len(samples), size=rows)]
+        values = rng.integers(2 if spec.datatype == "BOOL" else 256, size=(rows, *shape))
+        return values.astype(DATATYPES[spec.datatype])
+    small = rng.uniform(-1, 1, (sizes["small"], *shape))
+    small[::2] *= 0.01
+    for row, constant in zip((1, 3, 5), (0.0, 1.0, -1.0), strict=True):
+        small[row] = constant
+    normal = rng.standard_normal((sizes["normal"], *shape))
+    large = 10 * rng.standard_normal((sizes["large"], *shape))
+    huge = 100 * rng.standard_normal((sizes["huge"], *shape))
+    nan = rng.standard_normal((sizes["nan"], *shape))
+    flat = nan.reshape(sizes["nan"], -1)
+    flat[:-1, rng.integers(flat.shape[1])] = np.nan
+    flat[-1] = np.nan
+    return np.concatenate([small, normal, large, huge, nan]).astype(np.float32)

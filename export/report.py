@@ -1,14 +1,16 @@
-"""What a person reads while an export runs: stages with their times, and the parity table.
+"""What a person reads: the stages of an export with their times, the parity table, an inspection.
 
-Everything goes to stderr; stdout is for the result alone.
+The story of an export goes to stderr; stdout is for the result alone.
 """
 
+import io
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from rich import box
 from rich.console import Console
@@ -16,6 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from export.parity import Measurement
+from kan_model.inspection import Inspection, LayerFacts
+
+_MOST_LISTED = 12
 
 
 class Report:
@@ -30,6 +35,14 @@ class Report:
         if not self._console.is_terminal:  # a log has no width of its own; do not fold the table
             self._console.width = 120
         self._exit_code: int | None = None
+        self._in_python = False
+
+    @classmethod
+    def silent(cls) -> Self:
+        """Make one that tells nothing, but passes warnings on as Python's own."""
+        report = cls(Console(quiet=True))
+        report._in_python = True
+        return report
 
     def end(self, exit_code: int) -> NoReturn:
         """End the process, at the latest before the next stage.
@@ -57,16 +70,20 @@ class Report:
 
     def warn(self, line: str) -> None:
         """Tell something the user should act on."""
+        if self._in_python:
+            warnings.warn(line, stacklevel=3)
         self._console.print(Text(f"warning: {line}", style="bold yellow"))
 
     def fail(self, line: str) -> None:
         """Tell why there is no result."""
         self._console.print(Text(f"error: {line}", style="bold red"))
 
-    def parity(self, measurements: Sequence[Measurement]) -> None:
-        """Show how far each runtime is from the float64 recursion."""
+    def parity(self, measurements: Sequence[Measurement], precision: str) -> None:
+        """Show how far each runtime is from the network in `precision`."""
         table = Table(
-            title="Distance from the float64 recursion", title_justify="left", box=box.SIMPLE_HEAD
+            title=f"Distance from the network in {precision}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
         )
         table.add_column("runtime", no_wrap=True)
         for header in ("rows", "max abs", "max rel", "max ULP", "from eager", "of allowed"):
@@ -91,3 +108,50 @@ class Report:
                 style="dim",
             )
         )
+
+
+def render_inspection(found: Inspection) -> str:
+    """Show what a file holds, as text for stdout."""
+    console = Console(file=io.StringIO(), highlight=False, soft_wrap=True, width=200)
+    console.print(f"{found.file}: {found.format}, {found.size_bytes:,} bytes")
+    for kan in found.kans:
+        at = f"prefix {kan.prefix!r}" if kan.prefix else "no prefix"
+        console.print(f"\n{kan.kind} with {at}: {kan.parameters:,} parameters", markup=False)
+        if kan.layers:
+            console.print(_layer_table(kan.layers))
+        for label, lines in (("WRONG", kan.faults), ("note", kan.doubts)):
+            for line in lines:
+                console.print(f"  {label}: {line}", markup=False)
+    if found.other_tensors:
+        more = " ..." if len(found.other_tensors) > _MOST_LISTED else ""
+        names = ", ".join(found.other_tensors[:_MOST_LISTED])
+        console.print(f"\n{len(found.other_tensors)} other tensors: {names}{more}", markup=False)
+    verdict = "takes it" if found.refused is None else f"REFUSES it: {found.refused}"
+    console.print(f"\nexport {verdict}", markup=False)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
+
+
+def _layer_table(layers: Sequence[LayerFacts]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer", no_wrap=True)
+    for header in ("in", "out", "grid", "order"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for header in ("knots", "range", "scaler", "activation", "type"):
+        table.add_column(header, no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    for layer in layers:
+        low, high = layer.grid_range
+        table.add_row(
+            Text(layer.name),
+            str(layer.in_features),
+            str(layer.out_features),
+            str(layer.grid_size),
+            str(layer.spline_order),
+            layer.grid,
+            f"{low:.4g} to {high:.4g}",
+            "yes" if layer.standalone_scaler else "no",
+            Text(layer.base_activation or "not in the file"),
+            layer.dtype,
+            f"{layer.parameters:,}",
+        )
+    return table

@@ -1,34 +1,35 @@
 """A network to TorchScript, and back to something that runs.
 
-Traced, because the base activation may be any module, and scripting takes only some. A traced
-program is fixed to two-dimensional inputs. torch deprecates TorchScript in favour of torch.export;
-it is written for the C++ and mobile runtimes that still read it.
+Traced, because a network may be any module, and scripting takes only some. A traced program is
+fixed to as many dimensions as its example has. torch deprecates TorchScript in favour of
+torch.export; it is written for the C++ and mobile runtimes that still read it.
 """
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from export.errors import conversion
+from export.parity import Runner
 
 METADATA_FILE = "kanserve.json"
 
 
 def write_torchscript(
-    network: nn.Module, in_features: int, path: Path, metadata: Mapping[str, str]
+    network: nn.Module, example: tuple[Tensor, ...], path: Path, metadata: Mapping[str, str]
 ) -> None:
     """Write a network as TorchScript.
 
     Args:
-        network: In evaluation mode, float32; takes (batch, in), gives (batch, out).
-        in_features: Width of the input.
+        network: In evaluation mode, float32; takes one tensor for each input, gives a tuple.
+        example: Inputs of at least two rows.
         path: Where to write.
         metadata: Written to the archive as `extra/kanserve.json`.
 
@@ -38,19 +39,31 @@ def write_torchscript(
     extra = {METADATA_FILE: json.dumps(dict(metadata), indent=2)}
     with _deprecation_accepted(), conversion("TorchScript"), torch.no_grad():
         # check_trace would only compare the trace with itself; parity.py compares the saved file.
-        program = torch.jit.trace(network, (torch.zeros(2, in_features),), check_trace=False)
+        program = torch.jit.trace(_OneIsNoTuple(network), example, check_trace=False)
         torch.jit.save(program, path, _extra_files=extra)
 
 
-def load_torchscript(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+class _OneIsNoTuple(nn.Module):
+    """A network with one output returns it as it is, as its author wrote it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self.network(*inputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+
+def load_torchscript(path: Path) -> Runner:
     """Load a TorchScript file that this process has just written. It is code: never load others."""
     with _deprecation_accepted():
         program = torch.jit.load(path, map_location="cpu")
 
     @torch.no_grad()
-    def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
-        output: NDArray[np.float32] = program(torch.from_numpy(x)).numpy()
-        return output
+    def run(inputs: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        found = program(*(torch.from_numpy(array) for array in inputs))
+        return [y.numpy() for y in (found if isinstance(found, tuple) else (found,))]
 
     return run
 
@@ -58,6 +71,8 @@ def load_torchscript(path: Path) -> Callable[[NDArray[np.float32]], NDArray[np.f
 @contextmanager
 def _deprecation_accepted() -> Iterator[None]:
     with warnings.catch_warnings():
+        # What a trace takes for fixed shows in the comparison, which has batches of every size.
+        warnings.simplefilter("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         warnings.filterwarnings(
             "ignore", message=r"`torch\.jit\..*is deprecated", category=DeprecationWarning
         )

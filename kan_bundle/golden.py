@@ -5,6 +5,7 @@ provider before it calls a model ready. Both judge by `excess`.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kan_bundle.errors import IntegrityError
+from kan_bundle.manifest import DATATYPES, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,13 @@ class Golden:
     """Probes with known answers.
 
     Attributes:
-        inputs: float32, shape (rows, in).
-        outputs: The float64 recursion's answers, shape (rows, out).
-        tolerance: Largest allowed |y - outputs|, shape (rows, out).
+        inputs: One array for each input of the model, in the manifest's order, shape (rows, ...).
+        outputs: The reference's answers: every output of a row in the manifest's order, flattened
+            and side by side, shape (rows, numbers).
+        tolerance: Largest allowed |y - outputs|, shape (rows, numbers).
     """
 
-    inputs: NDArray[np.float32]
+    inputs: tuple[NDArray[np.generic], ...]
     outputs: NDArray[np.float64]
     tolerance: NDArray[np.float64]
 
@@ -52,36 +55,46 @@ def excess(
     return np.where(same, 0.0, np.where(np.isnan(ratio), np.inf, ratio))
 
 
+def side_by_side(outputs: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Bring the outputs of a run into the form of `Golden.outputs`."""
+    return np.concatenate([output.reshape(len(output), -1) for output in outputs], axis=1)
+
+
 def write_golden(golden: Golden, path: Path) -> None:
     """Write the probes with their answers."""
-    np.savez_compressed(
-        path, inputs=golden.inputs, outputs=golden.outputs, tolerance=golden.tolerance
-    )
+    arrays: dict[str, Any] = {f"input_{i}": array for i, array in enumerate(golden.inputs)}
+    np.savez_compressed(path, outputs=golden.outputs, tolerance=golden.tolerance, **arrays)
 
 
-def read_golden(content: bytes) -> Golden:
+def read_golden(content: bytes, inputs: Sequence[TensorSpec]) -> Golden:
     """Read the probes with their answers from the bytes of `golden.npz`.
+
+    Args:
+        content: The file.
+        inputs: What the model takes.
 
     Raises:
         IntegrityError: It is not such a file.
     """
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            golden = Golden(archive["inputs"], archive["outputs"], archive["tolerance"])
+            arrays = tuple(archive[f"input_{i}"] for i in range(len(inputs)))
+            golden = Golden(arrays, archive["outputs"], archive["tolerance"])
     except Exception as error:  # a damaged archive makes the parser fail in any way there is
         raise IntegrityError(f"golden.npz: cannot be read: {error}; export again") from error
-    shapes = [golden.inputs.shape, golden.outputs.shape, golden.tolerance.shape]
-    kinds = [golden.inputs.dtype, golden.outputs.dtype, golden.tolerance.dtype]
-    if (
-        kinds != [np.float32, np.float64, np.float64]
-        or any(len(shape) != 2 for shape in shapes)
-        or not shapes[0][0] == shapes[1][0] > 0
-        or shapes[1] != shapes[2]
-    ):
+    rows = len(golden.outputs) if golden.outputs.ndim == 2 else 0
+    wanted = [(np.dtype(DATATYPES[spec.datatype]), (rows, *spec.shape[1:])) for spec in inputs]
+    wanted += [(np.dtype(np.float64), golden.outputs.shape)] * 2
+    found = [(a.dtype, a.shape) for a in (*golden.inputs, golden.outputs, golden.tolerance)]
+    if rows == 0 or found != wanted:
         raise IntegrityError(
-            f"golden.npz: expected float32 (rows, in) and twice float64 (rows, out), found "
-            f"{shapes} of {[str(kind) for kind in kinds]}; export again"
+            f"golden.npz: expected at least one row and arrays {_shown(wanted)}, found "
+            f"{_shown(found)}; export again"
         )
     if bool((golden.tolerance < 0).any() or np.isinf(golden.tolerance).any()):
         raise IntegrityError("golden.npz: expected finite tolerances of at least 0; export again")
     return golden
+
+
+def _shown(arrays: Sequence[tuple[np.dtype[Any], tuple[int, ...]]]) -> str:
+    return ", ".join(f"{dtype} {shape}" for dtype, shape in arrays)

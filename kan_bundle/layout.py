@@ -5,6 +5,7 @@
         config.pbtxt      what Triton needs to serve the same folder
         1/                one version, a positive integer: a bundle
           model.onnx, model.ts, golden.npz, manifest.json
+          model.onnx.data   weights that do not fit into model.onnx
 
 A version is written into a hidden folder inside the repository, so on the same file system, and
 renamed into place when it is complete. Readers pass over hidden folders.
@@ -25,6 +26,7 @@ from pathlib import Path
 from kan_bundle.errors import LayoutError
 
 MODEL_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
 TORCHSCRIPT_FILE = "model.ts"
 GOLDEN_FILE = "golden.npz"
 MANIFEST_FILE = "manifest.json"

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from kan_bundle.errors import ManifestError
@@ -27,6 +28,17 @@ _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _Count = Annotated[int, Field(ge=1)]
 
 
+Datatype = Literal["FP32", "INT64", "INT32", "UINT8", "BOOL"]
+DATATYPES: dict[Datatype, type[np.generic]] = {
+    "FP32": np.float32,
+    "INT64": np.int64,
+    "INT32": np.int32,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""The Open Inference Protocol's names of the element types that are offered, and numpy's types."""
+
+
 @_STRICT
 @dataclass(frozen=True)
 class TensorSpec:
@@ -34,16 +46,16 @@ class TensorSpec:
 
     Attributes:
         name: Name on the wire and in the graph.
-        datatype: The Open Inference Protocol's name of the element type.
+        datatype: One of `DATATYPES`.
         shape: Dimensions; -1 stands for the batch, which comes first.
     """
 
-    name: str
-    datatype: Literal["FP32"]
-    shape: tuple[int, ...]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+    datatype: Datatype
+    shape: Annotated[tuple[int, ...], Field(min_length=1)]
 
 
-_OneTensor = Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=1)]
+_Tensors = Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
 
 
 @_STRICT
@@ -52,21 +64,25 @@ class LayerRecord:
     """One KANLinear.
 
     Attributes:
+        name: Its name in the network.
         in_features: Width of the input.
         out_features: Width of the output.
         grid_size: G, the number of grid intervals.
         spline_order: k, the polynomial degree.
         grid: `uniform` if the knots of every feature are equally spaced, else `adapted`.
         standalone_scaler: Whether the checkpoint had a scale per edge.
+        base_activation: As `--activation` names it.
         lowering: The form the layer was exported in.
     """
 
+    name: str
     in_features: _Count
     out_features: _Count
     grid_size: _Count
     spline_order: Annotated[int, Field(ge=0)]
     grid: Literal["uniform", "adapted"]
     standalone_scaler: bool
+    base_activation: str
     lowering: Literal["recursion"]
 
 
@@ -100,7 +116,7 @@ class Source:
 @_STRICT
 @dataclass(frozen=True)
 class ParityRecord:
-    """How far a runtime was from the float64 recursion.
+    """How far a runtime was from the reference.
 
     Attributes:
         runtime: What ran.
@@ -132,12 +148,14 @@ class Manifest:
         name: Model name, also its folder's.
         version: Model version, also its folder's.
         created: Time of export, UTC, ISO 8601.
-        source: The checkpoint.
-        base_activation: As named at export; a state dict does not hold it.
-        layers: From input to output.
-        input_range: Where the splines were trained.
-        inputs: Input tensors; of a KAN, one.
-        outputs: Output tensors; of a KAN, one.
+        source: The checkpoint; None for a module exported from Python.
+        layers: The KANLinear layers, in the network's order.
+        input_range: Where the first layer's splines were trained, if the inputs reach it as they
+            are; else None.
+        inputs: Input tensors, in the network's order.
+        outputs: Output tensors, in the network's order.
+        reference: Precision of the answers that parity was measured against: the network's own in
+            float64, or in float32 if it cannot run in float64.
         files: Every file of the version folder but the manifest.
         parity: One record per runtime.
         versions: Versions of the programs that took part, by name.
@@ -147,12 +165,12 @@ class Manifest:
     name: str
     version: _Count
     created: str
-    source: Source
-    base_activation: str
+    source: Source | None
     layers: tuple[LayerRecord, ...]
-    input_range: InputRange
-    inputs: _OneTensor
-    outputs: _OneTensor
+    input_range: InputRange | None
+    inputs: _Tensors
+    outputs: _Tensors
+    reference: Literal["float64", "float32"]
     files: dict[_FileName, FileRecord]
     parity: tuple[ParityRecord, ...]
     versions: dict[str, str]

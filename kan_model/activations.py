@@ -54,12 +54,24 @@ def resolve_activation(name: str) -> Callable[[], nn.Module]:
         raise ActivationError(
             f"activation {name!r} makes a {type(made).__name__}, expected a torch.nn.Module"
         )
-    _require_elementwise(name, made)
+    require_elementwise(name, made)
     return factory  # type: ignore[no-any-return]
 
 
-def _require_elementwise(name: str, activation: nn.Module) -> None:
-    """Refuse what does not map each number to a number, or does so in place."""
+def activation_name(activation: nn.Module) -> str:
+    """Name an activation as `--activation` does, or as Python shows it if it has settings."""
+    for name, make in NAMED.items():
+        if repr(activation) == repr(make()):
+            return name
+    return repr(activation)
+
+
+def require_elementwise(name: str, activation: nn.Module) -> None:
+    """Refuse what does not map each number to a number, or does so in place.
+
+    Raises:
+        ActivationError: Names the activation by `name`.
+    """
     x = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.5, 2.0]])
     given = x.clone()
     try:

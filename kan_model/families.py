@@ -18,15 +18,16 @@ class Family:
         name: What its users call it.
         marks: Each fragment occurs in some key.
         absent: None of these fragments occurs in any key.
+        remedy: What its user can do.
     """
 
     name: str
     marks: tuple[str, ...]
     absent: tuple[str, ...] = ()
+    remedy: str = "only efficient-KAN layers can be exported: export it from its own project"
 
 
 FAMILIES = (
-    Family("efficient-kan-plus (with a symbolic mask)", ("spline_weight", "symbolic_mask")),
     Family("BSRBF-KAN", ("rbf.grid", "base_weight")),
     Family("FasterKAN", ("rbf.inv_denominator",)),
     Family("FastKAN", ("rbf.grid",)),
@@ -41,7 +42,18 @@ FAMILIES = (
     Family("a polynomial KAN of torch-conv-kan", ("poly_weight",)),
     Family("a Gram-polynomial KAN of torch-conv-kan", ("grams_basis_weights",)),
     Family("a Bernstein-polynomial KAN of torch-conv-kan", ("bernstein_coeffs",)),
-    Family("convkan", (".kan_layer.", "spline_weight")),
+    Family(
+        "convkan",
+        (".kan_layer.", "spline_weight"),
+        remedy="its layers hold efficient-KAN's: give the network with --model "
+        "package.module:factory",
+    ),
+    Family(
+        "GraphKAN",
+        (".lins.", "spline_weight"),
+        remedy="its layers hold efficient-KAN's: give the network with --model "
+        "package.module:factory",
+    ),
     Family("ChebyKAN", ("cheby_coeffs",)),
     Family("JacobiKAN", ("jacobi_coeffs",)),
     Family("a Taylor-series KAN", ("taylor_coeffs",)),
@@ -55,14 +67,16 @@ FAMILIES = (
     Family("LKAN", ("coeff", "scale_base")),
 )
 
+_KANX = Family("KANX", ("base_weight", "spline_weight", "grid"))
 
-def recognise(state: Mapping[str, Tensor]) -> str | None:
-    """Name the family a state dict seems to come from; None when it resembles none known."""
+
+def recognise(state: Mapping[str, Tensor]) -> Family | None:
+    """Tell the family a state dict seems to come from; None when it resembles none known."""
     for family in FAMILIES:
         found = all(any(mark in key for key in state) for mark in family.marks)
         excluded = any(mark in key for mark in family.absent for key in state)
         if found and not excluded:
-            return family.name
+            return family
     for key, base in state.items():
         stem = key.removesuffix("base_weight")
         grid = state.get(stem + "grid")
@@ -72,5 +86,5 @@ def recognise(state: Mapping[str, Tensor]) -> str | None:
             transposed = base.shape[0] == grid.shape[0] and base.shape[1] != grid.shape[0]
             unextended = spline is not None and spline.shape[-1] >= grid.shape[1]
             if unextended and (transposed or base.shape[0] == base.shape[1]):
-                return "KANX"
+                return _KANX
     return None

@@ -1,4 +1,4 @@
-"""A state dict, names and tensors, to a validated KAN.
+"""The tensors of a KAN to a validated network.
 
 What a state dict tells is inferred from its shapes: widths, grid size, order, scaler, adapted
 grids. What it cannot tell, the base activation, is the caller's to say. Everything else is refused,
@@ -6,32 +6,26 @@ with the tensor's name, what was expected, what was found, and what to do. This 
 files.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from kan_model import splines
-from kan_model.errors import CheckpointError
+from kan_model.activations import require_elementwise
+from kan_model.errors import ActivationError, CheckpointError
 from kan_model.families import recognise
 from kan_model.layer import KANLinear
 from kan_model.model import KAN
+from kan_model.stacks import REQUIRED, RESAVE, Layer, Stack, listed
 
-RESAVE = "re-save it where it was trained: torch.save(model.state_dict(), 'model.pt')"
-"""The remedy for a file that cannot be used as it is."""
-
-_KEY = re.compile(
-    r"layers\.(?P<index>0|[1-9]\d{0,5})\."
-    r"(?P<tensor>base_weight|spline_weight|spline_scaler|grid|base_activation\..+)"
-)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_REQUIRED = ("base_weight", "spline_weight", "grid")
 
 
 @dataclass(frozen=True)
-class _LayerShape:
+class LayerShape:
     """What the shapes of one layer's tensors say."""
 
     in_features: int
@@ -41,176 +35,84 @@ class _LayerShape:
     standalone_scaler: bool
 
 
-def build_network(state: Mapping[str, Tensor], base_activation: Callable[[], nn.Module]) -> KAN:
-    """Build a network from the tensors of an efficient-KAN state dict.
+def build_network(stack: Stack, base_activation: Callable[[], nn.Module] | None = None) -> KAN:
+    """Build a network from the tensors of an efficient-KAN.
 
     Args:
-        state: Names `layers.N.base_weight` and so on, or those of a single bare KANLinear.
-        base_activation: Makes the activation of the base path.
+        stack: As found in a file.
+        base_activation: Makes the activation of the base path where the file does not tell it;
+            SiLU if None. Where the file tells it, only the same one is accepted.
 
     Returns:
-        The network in evaluation mode. It may share memory with `state`.
+        The network in evaluation mode, in the widest dtype found, at least float32. It may share
+        memory with `stack`.
 
     Raises:
-        CheckpointError: As in `load_checkpoint`.
+        CheckpointError: Tensors are missing, misshapen or not finite, knots do not rise, or the
+            activation contradicts the file.
     """
-    if set(_REQUIRED) <= set(state):  # a single KANLinear, saved by itself
-        stack = {f"layers.0.{key}": tensor for key, tensor in state.items()}
-        try:
-            return build_network(stack, base_activation)
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace("layers.0.", "")) from error
-    count = _count_layers(state)
-    shapes = [_infer_shape(state, i) for i in range(count)]
-    for i in range(count - 1):
-        if shapes[i].out_features != shapes[i + 1].in_features:
-            raise CheckpointError(
-                f"layers.{i + 1}.base_weight: shape "
-                f"{_shape(state, f'layers.{i + 1}.base_weight')} takes "
-                f"{shapes[i + 1].in_features} features, but layers.{i}.base_weight of shape "
-                f"{_shape(state, f'layers.{i}.base_weight')} gives {shapes[i].out_features}"
-            )
-        if _spline(shapes[i]) != _spline(shapes[i + 1]):
-            raise CheckpointError(
-                f"layers.{i}.grid: shape {_shape(state, f'layers.{i}.grid')} means grid size and "
-                f"order {_spline(shapes[i])}, but layers.{i + 1}.grid of shape "
-                f"{_shape(state, f'layers.{i + 1}.grid')} means {_spline(shapes[i + 1])}; "
-                "efficient-KAN has the same in every layer, so one of them has lost knots"
-            )
-    _check_values(state)
-
-    layers = []
-    for shape in shapes:
-        activation = base_activation()
-        with torch.device("meta"):  # shapes only; the values come from the file
-            layer = KANLinear(
-                shape.in_features,
-                shape.out_features,
-                grid_size=shape.grid_size,
-                spline_order=shape.spline_order,
-                enable_standalone_scale_spline=shape.standalone_scaler,
-            )
-        layer.base_activation = activation
-        layers.append(layer)
-    network = KAN.from_layers(layers)
-    _check_activation_tensors(network, state)
-
-    dtypes = [tensor.dtype for tensor in state.values()]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    tensors = {
-        key: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()
-        for key, tensor in state.items()
-    }
-    network.load_state_dict(tensors, assign=True)
-    return network.to(dtype).eval()
-
-
-def _spline(shape: _LayerShape) -> tuple[int, int]:
-    return shape.grid_size, shape.spline_order
-
-
-def _count_layers(state: Mapping[str, Tensor]) -> int:
-    """Count the layers, and refuse names that are missing or do not belong."""
-    parsed = {key: _KEY.fullmatch(key) for key in state}
-    unexpected = [key for key, match in parsed.items() if match is None]
-    if unexpected:
-        raise CheckpointError(_explain_foreign_keys(state, unexpected))
-    indices = {int(match["index"]) for match in parsed.values() if match}
-    count = max(indices) + 1
-    missing = [
-        f"layers.{i}.{name}"
-        # Up to the first gap and every layer that is there: a number may be absurd.
-        for i in sorted(indices | set(range(min(count, len(indices) + 1))))
-        for name in _REQUIRED
-        if f"layers.{i}.{name}" not in state
+    shapes = infer_shapes(stack)
+    for check in (check_symbolic, check_types, check_values):
+        check(stack)
+    tensors = [tensor for layer in stack.layers.values() for tensor in layer.tensors.values()]
+    dtype = torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+    layers = [
+        _build_layer(layer, shape, _activation(layer, base_activation), dtype)
+        for layer, shape in zip(stack.layers.values(), shapes, strict=True)
     ]
-    if missing:
-        family = recognise(state)
-        raise CheckpointError(
-            f"missing tensors: {listed(missing)}; every layer of efficient-KAN has "
-            f"{', '.join(_REQUIRED)}"
-            + (f"; the file looks like {family}" if family else f"; {RESAVE}")
-        )
-    return count
+    return KAN.from_layers(layers).eval()
 
 
-def _explain_foreign_keys(state: Mapping[str, Tensor], unexpected: list[str]) -> str:
-    family = recognise(state)
-    if family:
-        return (
-            f"the file looks like {family}, not efficient-KAN (found {listed(unexpected)}); only "
-            "efficient-KAN layers can be exported: export it from its own project"
-        )
-    prefixes = {match.group(1) for key in state if (match := re.match(r"(.+\.)layers\.\d+\.", key))}
-    if len(prefixes) == 1 and all(key.startswith(tuple(prefixes)) for key in state):
-        prefix = prefixes.pop()
-        return (
-            f"the names carry the prefix {prefix!r}; take it off: "
-            f"torch.save({{k.removeprefix({prefix!r}): v for k, v in state.items()}}, 'model.pt')"
-        )
-    if any(_KEY.fullmatch(key) for key in state):
-        return (
-            f"unexpected tensors: {listed(unexpected)}; a layer of efficient-KAN has "
-            f"{', '.join(_REQUIRED)} and maybe spline_scaler; save the KAN alone"
-        )
-    return (
-        "holds no efficient-KAN layer: expected names such as layers.0.base_weight, found "
-        f"{listed(unexpected)}"
-    )
+def infer_shapes(stack: Stack) -> list[LayerShape]:
+    """Infer every layer's sizes, and compare neighbours.
 
-
-def _infer_shape(state: Mapping[str, Tensor], index: int) -> _LayerShape:
-    """Infer a layer's sizes from its tensors: k = K - n - 1 and G = n - k."""
-    stem = f"layers.{index}."
-    base, spline, grid = (state[stem + name] for name in _REQUIRED)
-    scaler = state.get(stem + "spline_scaler")
-    for name, tensor, letters in (
-        ("base_weight", base, "(out, in)"),
-        ("spline_weight", spline, "(out, in, G + k)"),
-        ("grid", grid, "(in, G + 2k + 1)"),
-    ):
-        if tensor.dim() != letters.count(",") + 1 or 0 in tensor.shape:
+    Raises:
+        CheckpointError: Tensors are missing, or their shapes do not agree.
+    """
+    _require_complete(stack)
+    layers = list(stack.layers.values())
+    shapes = [infer_shape(layer) for layer in layers]
+    for (left, left_shape), (right, right_shape) in pairwise(zip(layers, shapes, strict=True)):
+        if left_shape.out_features != right_shape.in_features:
             raise CheckpointError(
-                f"{stem}{name}: expected shape {letters}, found {_shape(state, stem + name)}"
-                + _family_hint(state)
+                f"{right.stem}base_weight: shape {_shape(right, 'base_weight')} takes "
+                f"{right_shape.in_features} features, but {left.stem}base_weight of shape "
+                f"{_shape(left, 'base_weight')} gives {left_shape.out_features}"
             )
-    expected = {
-        "spline_weight": (*base.shape, spline.shape[2]),
-        "grid": (base.shape[1], grid.shape[1]),
-    }
-    if scaler is not None:
-        expected["spline_scaler"] = tuple(base.shape)
-    for name, shape in expected.items():
-        if _shape(state, stem + name) != shape:
+        if _spline(left_shape) != _spline(right_shape):
             raise CheckpointError(
-                f"{stem}{name}: shape {_shape(state, stem + name)} does not agree with "
-                f"{stem}base_weight {_shape(state, stem + 'base_weight')}; expected {shape}"
-                + _family_hint(state)
+                f"{left.stem}grid: shape {_shape(left, 'grid')} means grid size and order "
+                f"{_spline(left_shape)}, but {right.stem}grid of shape {_shape(right, 'grid')} "
+                f"means {_spline(right_shape)}; efficient-KAN has the same in every layer, so one "
+                "of them has lost knots"
             )
-    order = grid.shape[1] - spline.shape[2] - 1
-    grid_size = spline.shape[2] - order
-    if not (0 <= order <= splines.MAX_ORDER and grid_size >= 1):
-        raise CheckpointError(
-            f"{stem}grid: {grid.shape[1]} knots ({_shape(state, stem + 'grid')}) and "
-            f"{spline.shape[2]} coefficients (spline_weight "
-            f"{_shape(state, stem + 'spline_weight')}) mean spline order {order} and grid size "
-            f"{grid_size}; expected order 0 to {splines.MAX_ORDER} and at least one interval"
-            + _family_hint(state)
-        )
-    out_features, in_features = base.shape
-    return _LayerShape(in_features, out_features, grid_size, order, scaler is not None)
+    return shapes
 
 
-def _check_values(state: Mapping[str, Tensor]) -> None:
-    """Refuse values that mean nothing, in the float32 in which they will be served."""
-    for key, tensor in state.items():
-        if tensor.dtype not in _DTYPES:
-            if ".base_activation." in key:  # a counter or the like, as its module wants it
-                continue
+def check_types(stack: Stack) -> None:
+    """Refuse tensors of integers and the like.
+
+    Raises:
+        CheckpointError: Names the tensor.
+    """
+    for key, tensor in _named(stack):
+        # An activation may have a counter or the like, as its module wants it.
+        if tensor.dtype not in _DTYPES and ".base_activation." not in f".{key}":
             raise CheckpointError(
                 f"{key}: expected {', '.join(str(dtype) for dtype in _DTYPES)}, "
                 f"found {tensor.dtype}"
             )
+
+
+def check_values(stack: Stack) -> None:
+    """Refuse values that mean nothing, in the float32 in which they will be served.
+
+    Raises:
+        CheckpointError: Names the tensor and the first such value.
+    """
+    for key, tensor in _named(stack):
+        if tensor.dtype not in _DTYPES:
+            continue
         bad = ~torch.isfinite(tensor.float())
         if bool(bad.any()):
             place = tuple(int(i) for i in torch.nonzero(bad)[0])
@@ -219,48 +121,183 @@ def _check_values(state: Mapping[str, Tensor]) -> None:
                 f"the first at {place}: {float(tensor[place])}; training has diverged (often in "
                 "update_grid): take an earlier checkpoint"
             )
-    for key, knots in state.items():
-        if not key.endswith(".grid"):
-            continue
-        falls = knots.float().diff(dim=1) <= 0
+    for layer in stack.layers.values():
+        knots = layer.tensors["grid"].float()
+        falls = knots.diff(dim=1) <= 0
         if bool(falls.any()):
             feature, j = (int(i) for i in torch.nonzero(falls)[0])
             raise CheckpointError(
-                f"{key}: the knots of feature {feature} do not rise in float32: knot {j} is "
-                f"{float(knots[feature, j])!r}, knot {j + 1} is {float(knots[feature, j + 1])!r}; "
-                "repeated or falling knots make the spline undefined: retrain with a larger "
-                "grid_eps or without that constant feature"
+                f"{layer.stem}grid: the knots of feature {feature} do not rise in float32: knot "
+                f"{j} is {float(knots[feature, j])!r}, knot {j + 1} is "
+                f"{float(knots[feature, j + 1])!r}; repeated or falling knots make the spline "
+                "undefined: retrain with a larger grid_eps or without that constant feature"
             )
 
 
-def _check_activation_tensors(network: KAN, state: Mapping[str, Tensor]) -> None:
-    """Compare the base activation's own tensors, if any, with those in the file."""
-    mark = ".base_activation."
-    wanted = {k: tuple(v.shape) for k, v in network.state_dict().items() if mark in k}
-    found = {k: tuple(v.shape) for k, v in state.items() if mark in k}
-    if wanted != found:
+def check_symbolic(stack: Stack) -> None:
+    """Refuse what efficient-kan-plus has replaced by functions that are in no state dict.
+
+    Raises:
+        CheckpointError: Edges are masked.
+    """
+    for layer in stack.layers.values():
+        mask = layer.tensors.get("symbolic_mask")
+        if mask is not None and bool(mask.any()):
+            raise CheckpointError(
+                f"{layer.stem}symbolic_mask: {int((mask != 0).sum())} of {mask.numel()} edges are "
+                "symbolic functions of efficient-kan-plus, which a state dict does not hold; undo "
+                "them with unfix_symbolic and save again, or export it from its own project"
+            )
+
+
+def _named(stack: Stack) -> Iterator[tuple[str, Tensor]]:
+    for layer in stack.layers.values():
+        for name, tensor in layer.tensors.items():
+            if name != "symbolic_mask":
+                yield layer.stem + name, tensor
+
+
+def _activation(layer: Layer, base_activation: Callable[[], nn.Module] | None) -> nn.Module:
+    found = layer.activation
+    if found is None:
+        return nn.SiLU() if base_activation is None else base_activation()
+    asked = None if base_activation is None else base_activation()
+    if isinstance(found, str):
+        if asked is None:
+            raise ActivationError(
+                f"{layer.stem}base_activation: is a {found}, which is not torch's own and is not "
+                "run from the file; name it with --activation package.module:Class"
+            )
+        return asked
+    if asked is not None and repr(asked) != repr(found):
+        raise ActivationError(
+            f"{layer.stem}base_activation: the file says {found!r}, but {asked!r} was asked for; "
+            "leave --activation out"
+        )
+    require_elementwise(repr(found), found)
+    return found
+
+
+def _build_layer(
+    layer: Layer, shape: LayerShape, activation: nn.Module, dtype: torch.dtype
+) -> KANLinear:
+    with torch.device("meta"):  # shapes only; the values come from the file
+        built = KANLinear(
+            shape.in_features,
+            shape.out_features,
+            grid_size=shape.grid_size,
+            spline_order=shape.spline_order,
+            enable_standalone_scale_spline=shape.standalone_scaler,
+        )
+    built.base_activation = activation
+    _check_activation_tensors(built, layer)
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()
+        for name, tensor in layer.tensors.items()
+        if name != "symbolic_mask"
+    }
+    built.load_state_dict(tensors, assign=True)
+    return built.to(dtype)
+
+
+def _spline(shape: LayerShape) -> tuple[int, int]:
+    return shape.grid_size, shape.spline_order
+
+
+def _require_complete(stack: Stack) -> None:
+    """Refuse a stack in which layers or tensors are missing."""
+    indices = set(stack.layers)
+    some = next(iter(stack.layers.values()))
+    base = some.stem if stack.lone else some.stem.rpartition("layers.")[0] + "layers."
+    missing = [
+        f"{base}{'' if stack.lone else f'{i}.'}{name}"
+        # Up to the first gap and every layer that is there: a number may be absurd.
+        for i in sorted(indices | set(range(min(max(indices) + 1, len(indices) + 1))))
+        for name in REQUIRED
+        if i not in indices or name not in stack.layers[i].tensors
+    ]
+    if missing:
+        tensors = {k: t for layer in stack.layers.values() for k, t in _full_names(layer)}
+        family = recognise(tensors)
         raise CheckpointError(
-            "the base activation's tensors do not agree: the activation chosen has "
-            f"{_listed_shapes(wanted)}, the file has {_listed_shapes(found)}; name the activation "
-            "the model was trained with (--activation torch.nn:PReLU, for one)"
+            f"missing tensors: {listed(missing)}; every layer of efficient-KAN has "
+            f"{', '.join(REQUIRED)}"
+            + (f"; the file looks like {family.name}" if family else f"; {RESAVE}")
         )
 
 
-def _family_hint(state: Mapping[str, Tensor]) -> str:
-    family = recognise(state)
-    return f"; the file looks like {family}, not efficient-KAN" if family else ""
+def infer_shape(layer: Layer) -> LayerShape:
+    """Infer a layer's sizes from its tensors: k = K - n - 1 and G = n - k.
+
+    Raises:
+        CheckpointError: Their shapes do not agree.
+    """
+    stem = layer.stem
+    base, spline, grid = (layer.tensors[name] for name in REQUIRED)
+    scaler = layer.tensors.get("spline_scaler")
+    for name, tensor, letters in (
+        ("base_weight", base, "(out, in)"),
+        ("spline_weight", spline, "(out, in, G + k)"),
+        ("grid", grid, "(in, G + 2k + 1)"),
+    ):
+        if tensor.dim() != letters.count(",") + 1 or 0 in tensor.shape:
+            raise CheckpointError(
+                f"{stem}{name}: expected shape {letters}, found {_shape(layer, name)}"
+                + _family_hint(layer)
+            )
+    expected = {
+        "spline_weight": (*base.shape, spline.shape[2]),
+        "grid": (base.shape[1], grid.shape[1]),
+    }
+    for name in ("spline_scaler", "symbolic_mask"):
+        if name in layer.tensors:
+            expected[name] = tuple(base.shape)
+    for name, shape in expected.items():
+        if _shape(layer, name) != shape:
+            raise CheckpointError(
+                f"{stem}{name}: shape {_shape(layer, name)} does not agree with "
+                f"{stem}base_weight {_shape(layer, 'base_weight')}; expected {shape}"
+                + _family_hint(layer)
+            )
+    order = grid.shape[1] - spline.shape[2] - 1
+    grid_size = spline.shape[2] - order
+    if not (0 <= order <= splines.MAX_ORDER and grid_size >= 1):
+        raise CheckpointError(
+            f"{stem}grid: {grid.shape[1]} knots ({_shape(layer, 'grid')}) and "
+            f"{spline.shape[2]} coefficients (spline_weight {_shape(layer, 'spline_weight')}) mean "
+            f"spline order {order} and grid size {grid_size}; expected order 0 to "
+            f"{splines.MAX_ORDER} and at least one interval" + _family_hint(layer)
+        )
+    out_features, in_features = base.shape
+    return LayerShape(in_features, out_features, grid_size, order, scaler is not None)
 
 
-def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    return tuple(state[key].shape)
+def _check_activation_tensors(built: KANLinear, layer: Layer) -> None:
+    """Compare the base activation's own tensors, if any, with those in the file."""
+    mark = "base_activation."
+    wanted = {k: tuple(v.shape) for k, v in built.state_dict().items() if k.startswith(mark)}
+    found = {k: tuple(v.shape) for k, v in layer.tensors.items() if k.startswith(mark)}
+    if wanted != found:
+        raise CheckpointError(
+            "the base activation's tensors do not agree: the activation chosen has "
+            f"{_listed_shapes(layer.stem, wanted)}, the file has "
+            f"{_listed_shapes(layer.stem, found)}; name the activation the model was trained with "
+            "(--activation torch.nn:PReLU, for one)"
+        )
 
 
-def listed(names: list[str], most: int = 6) -> str:
-    """Show names, the first few of many, on one line whatever is in them."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    shown = [name if name.isprintable() else repr(name) for name in names[:most]]
-    return ", ".join(shown) + more
+def _family_hint(layer: Layer) -> str:
+    family = recognise(dict(_full_names(layer)))
+    return f"; the file looks like {family.name}, not efficient-KAN" if family else ""
 
 
-def _listed_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return listed([f"{name} {shape}" for name, shape in shapes.items()]) or "none"
+def _full_names(layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    return ((layer.stem + name, tensor) for name, tensor in layer.tensors.items())
+
+
+def _shape(layer: Layer, name: str) -> tuple[int, ...]:
+    return tuple(layer.tensors[name].shape)
+
+
+def _listed_shapes(stem: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return listed([f"{stem}{name} {shape}" for name, shape in shapes.items()]) or "none"

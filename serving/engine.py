@@ -5,7 +5,9 @@ provider asked for is an error.
 """
 
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,17 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from kan_bundle.errors import IntegrityError
-from kan_bundle.manifest import Manifest, TensorSpec
+from kan_bundle.manifest import Datatype, Manifest, TensorSpec
 from serving.errors import EngineError, StartupError
 from serving.runtime import EXECUTION_PROVIDERS, FATAL_ONLY, Provider
 
-_ONNX_TYPES = {"FP32": "tensor(float)"}
+_ONNX_TYPES: dict[Datatype, str] = {
+    "FP32": "tensor(float)",
+    "INT64": "tensor(int64)",
+    "INT32": "tensor(int32)",
+    "UINT8": "tensor(uint8)",
+    "BOOL": "tensor(bool)",
+}
 
 
 class Engine:
@@ -26,6 +34,7 @@ class Engine:
     Args:
         model: Bytes of the ONNX file, verified.
         manifest: What the file was exported as.
+        folder: Where the file of its weights lies, verified, if they are not in `model`.
         provider: Where to run.
         threads: Threads one run may use.
 
@@ -34,13 +43,19 @@ class Engine:
         StartupError: The session is not on the provider asked for.
     """
 
-    def __init__(self, model: bytes, manifest: Manifest, provider: Provider, threads: int) -> None:
+    def __init__(
+        self, model: bytes, manifest: Manifest, folder: Path, provider: Provider, threads: int
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # Idle pool threads otherwise spin for work after each run and burn a core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = FATAL_ONLY
+        # Without it a model from bytes would look for its weights in the current folder.
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
         wanted = EXECUTION_PROVIDERS[provider]
         try:
             with redirect_stdout(io.StringIO()):  # it prints when it falls back
@@ -60,7 +75,7 @@ class Engine:
         self._inputs = [spec.name for spec in manifest.inputs]
         self._outputs = [spec.name for spec in manifest.outputs]
 
-    def run(self, inputs: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    def run(self, inputs: Sequence[NDArray[np.generic]]) -> list[NDArray[np.float32]]:
         """Run one batch.
 
         Args:

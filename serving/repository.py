@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kan_bundle.errors import BundleError, IntegrityError
-from kan_bundle.golden import excess, read_golden
+from kan_bundle.golden import excess, read_golden, side_by_side
 from kan_bundle.integrity import check_file, read_checked
 from kan_bundle.layout import GOLDEN_FILE, MODEL_FILE, BundleFolder, find_bundles, parse_version
 from kan_bundle.manifest import Manifest, read_manifest
 from serving.engine import Engine
 from serving.errors import EngineError, ModelNotFound, ModelNotReady, StartupError
 
-EngineMaker = Callable[[bytes, Manifest], Engine]
+EngineMaker = Callable[[bytes, Manifest, Path], Engine]
+"""Makes an engine from verified bytes, what they are, and the folder of the rest."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ class Repository:
 
     def __init__(self, models: Mapping[str, Mapping[int, ModelVersion]]) -> None:
         self._models = models
+
+    @property
+    def ready_models(self) -> list[Manifest]:
+        """List what every version that can be served was exported as."""
+        return [
+            found.manifest
+            for versions in self._models.values()
+            for found in versions.values()
+            if isinstance(found, LoadedModel)
+        ]
 
     @property
     def ready(self) -> bool:
@@ -166,10 +177,11 @@ def load_bundle(folder: BundleFolder, make_engine: EngineMaker) -> LoadedModel:
         if name not in (MODEL_FILE, GOLDEN_FILE):  # those are hashed as they are read
             check_file(folder.path / name, record)
     model = read_checked(folder.path / MODEL_FILE, manifest.files[MODEL_FILE])
-    golden = read_golden(read_checked(folder.path / GOLDEN_FILE, manifest.files[GOLDEN_FILE]))
+    content = read_checked(folder.path / GOLDEN_FILE, manifest.files[GOLDEN_FILE])
+    engine = make_engine(model, manifest, folder.path)
 
-    engine = make_engine(model, manifest)
-    found = engine.run([golden.inputs])[0]
+    golden = read_golden(content, manifest.inputs)
+    found = side_by_side(engine.run(golden.inputs))
     if found.shape != golden.outputs.shape:
         raise IntegrityError(
             f"{folder.path}: golden replay gave shape {found.shape}, expected "

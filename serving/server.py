@@ -29,7 +29,7 @@ from serving import health, runtime
 from serving.engine import Engine
 from serving.errors import StartupError
 from serving.repository import LoadedModel, ModelVersion, Repository, load_repository
-from serving.service import SERVICE, InferenceService
+from serving.service import SERVICE, InferenceService, fitting_message_bytes
 from serving.settings import Settings
 
 _PROBE_THREADS = 2
@@ -123,15 +123,16 @@ def running(settings: Settings) -> Iterator[Server]:
     """
     runtime.prepare(settings.provider)
 
-    def make_engine(model: bytes, manifest: Manifest) -> Engine:
-        return Engine(model, manifest, settings.provider, settings.engine_threads)
+    def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
+        return Engine(model, manifest, folder, settings.provider, settings.engine_threads)
 
     repository = load_repository(settings.model_repository, make_engine, _log_version, _log_skipped)
+    max_message_bytes = settings.max_message_bytes or fitting_message_bytes(repository.ready_models)
     draining = threading.Event()
     service = InferenceService(
         repository,
         is_ready=lambda: repository.ready and not draining.is_set(),
-        max_message_bytes=settings.max_message_bytes,
+        max_message_bytes=max_message_bytes,
     )
     requests = ThreadPoolExecutor(settings.rpc_threads, thread_name_prefix="rpc")
     probes = ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="probe")
@@ -142,7 +143,7 @@ def running(settings: Settings) -> Iterator[Server]:
         grpc_server = grpc.server(
             requests,
             options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a port shared
             ],
@@ -227,7 +228,9 @@ def _write_whole(file: Path, text: str) -> None:
 def _log_version(folder: BundleFolder, outcome: ModelVersion) -> None:
     log = _log.bind(model=folder.name, version=folder.version)
     if isinstance(outcome, LoadedModel):
-        log.info("model_ready", source_sha256=outcome.manifest.source.sha256)
+        log.info(
+            "model_ready", source_sha256=outcome.manifest.source and outcome.manifest.source.sha256
+        )
     else:
         log.error("model_refused", reason=outcome.reason)
 

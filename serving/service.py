@@ -4,7 +4,7 @@ This is where errors become gRPC status codes, in one table and one place. What 
 the message of a `VisibleError`; of anything else it learns only that it was not its fault.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -15,7 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from kan_bundle import __version__
 from kan_bundle.layout import MODEL_FILE
-from kan_bundle.manifest import TensorSpec
+from kan_bundle.manifest import Datatype, Manifest, TensorSpec
 from protos import inference_pb2 as pb
 from protos import model_config_pb2 as config_pb
 from serving.errors import InvalidRequest, ModelNotFound, ModelNotReady, VisibleError
@@ -32,8 +32,17 @@ _STATUS: dict[type[VisibleError], grpc.StatusCode] = {
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     ModelNotReady: grpc.StatusCode.UNAVAILABLE,
 }
-_DATA_TYPES = {"FP32": config_pb.TYPE_FP32}
+_DATA_TYPES: dict[Datatype, config_pb.DataType] = {
+    "FP32": config_pb.TYPE_FP32,
+    "INT64": config_pb.TYPE_INT64,
+    "INT32": config_pb.TYPE_INT32,
+    "UINT8": config_pb.TYPE_UINT8,
+    "BOOL": config_pb.TYPE_BOOL,
+}
 _ENVELOPE_BYTES = 1024  # of a request beside its tensors: names, shape, id
+_LEAST_MESSAGE_BYTES = 64 * 2**20
+_LARGEST_MESSAGE_BYTES = 2**31 - 1  # protobuf's
+_ROWS_THAT_FIT = 64
 _PROBES = ("ServerLive", "ServerReady")  # must be answered however busy the server is
 
 _log = structlog.get_logger()
@@ -107,18 +116,13 @@ class InferenceService:
             platform=PLATFORM,
             inputs=[_tensor_metadata(spec) for spec in manifest.inputs],
             outputs=[_tensor_metadata(spec) for spec in manifest.outputs],
-            properties={
-                "version": str(manifest.version),
-                "model_sha256": manifest.files[MODEL_FILE].sha256,
-                "source_sha256": manifest.source.sha256,
-                "base_activation": manifest.base_activation,
-            },
+            properties=_properties(manifest),
         )
 
     def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """Tell a model's configuration in Triton's terms."""
         manifest = self._repository.find(request.name, request.version).manifest
-        one_row = sum(row_bytes(spec) for spec in manifest.inputs)
+        one_row = _row_bytes(manifest)
         config = config_pb.ModelConfig(
             name=manifest.name,
             platform=PLATFORM,
@@ -156,6 +160,20 @@ class InferenceService:
         return response
 
 
+def fitting_message_bytes(models: Sequence[Manifest]) -> int:
+    """Choose a limit for requests that leaves room for a batch of the model with the largest rows.
+
+    gRPC's own default, 4 MiB, is less than seven images of 3 x 224 x 224.
+    """
+    largest_row = max((_row_bytes(manifest) for manifest in models), default=0)
+    wanted = _ROWS_THAT_FIT * largest_row + _ENVELOPE_BYTES
+    return min(max(_LEAST_MESSAGE_BYTES, wanted), _LARGEST_MESSAGE_BYTES)
+
+
+def _row_bytes(manifest: Manifest) -> int:
+    return sum(row_bytes(spec) for spec in manifest.inputs)
+
+
 def _answering(
     method: Callable[[Any], Message], request_type: type[Message]
 ) -> Callable[[bytes, grpc.ServicerContext], Message]:
@@ -185,6 +203,17 @@ def _identity(request: Any) -> dict[str, str]:
     if not isinstance(request, pb.ModelInferRequest):
         return {}
     return {"model": request.model_name, "version": request.model_version, "id": request.id[:128]}
+
+
+def _properties(manifest: Manifest) -> dict[str, str]:
+    """Tell where a model comes from."""
+    activations = sorted({layer.base_activation for layer in manifest.layers})
+    return {
+        "version": str(manifest.version),
+        "model_sha256": manifest.files[MODEL_FILE].sha256,
+        "source_sha256": manifest.source.sha256 if manifest.source else "",
+        "base_activation": ", ".join(activations),
+    }
 
 
 def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:

@@ -47,8 +47,10 @@ class Settings(BaseSettings):
     address_file: Annotated[Path, AfterValidator(_named)] | None = Field(
         None, description="write the addresses taken to this file, as JSON"
     )
-    max_message_bytes: Annotated[int, Field(ge=4096, le=2**31 - 1)] = Field(
-        64 * 2**20, description="largest request accepted"
+    max_message_bytes: Annotated[int, Field(ge=4096, le=2**31 - 1)] | None = Field(
+        None,
+        description="largest request accepted; by default 64 MiB, or 64 rows of the model with "
+        "the largest rows if that is more",
     )
     rpc_threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         4, description="requests worked on at the same time"

@@ -8,22 +8,29 @@ anything is run, so that a bad request cannot reach its neighbours.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kan_bundle.manifest import TensorSpec
+from kan_bundle.manifest import DATATYPES, Datatype, TensorSpec
 from protos.inference_pb2 import InferTensorContents, ModelInferRequest, ModelInferResponse
 from serving.errors import InvalidRequest
 
-_WIRE = {"FP32": np.dtype("<f4")}
-_CONTENTS_FIELD = {"FP32": "fp32_contents"}
+_WIRE: dict[Datatype, np.dtype[Any]] = {
+    name: np.dtype(dtype).newbyteorder("<") for name, dtype in DATATYPES.items()
+}
+_CONTENTS_FIELD: dict[Datatype, str] = {
+    "FP32": "fp32_contents",
+    "INT64": "int64_contents",
+    "INT32": "int_contents",
+    "UINT8": "uint_contents",
+    "BOOL": "bool_contents",
+}
 _MOST_SHOWN = 64
 
 
-def decode_inputs(
-    request: ModelInferRequest, expected: Sequence[TensorSpec]
-) -> list[NDArray[np.float32]]:
+def decode_inputs(request: ModelInferRequest, expected: Sequence[TensorSpec]) -> list[NDArray[Any]]:
     """Read a request's tensors.
 
     Args:
@@ -146,7 +153,7 @@ def _checked_shape(tensor: ModelInferRequest.InferInputTensor, spec: TensorSpec)
     return shape
 
 
-def _from_raw(content: bytes, shape: tuple[int, ...], spec: TensorSpec) -> NDArray[np.float32]:
+def _from_raw(content: bytes, shape: tuple[int, ...], spec: TensorSpec) -> NDArray[Any]:
     dtype = _WIRE[spec.datatype]
     size = math.prod(shape) * dtype.itemsize  # Python's integers do not overflow
     if len(content) != size:
@@ -154,13 +161,15 @@ def _from_raw(content: bytes, shape: tuple[int, ...], spec: TensorSpec) -> NDArr
             f"input {spec.name!r}: shape {list(shape)} of {spec.datatype} is {size} bytes, "
             f"found {len(content)} in raw_input_contents"
         )
-    array: NDArray[np.float32] = np.frombuffer(content, dtype=dtype).reshape(shape)
+    array: NDArray[Any] = np.frombuffer(content, dtype=dtype).reshape(shape)
+    if spec.datatype == "BOOL" and bool((array.view(np.uint8) > 1).any()):
+        raise InvalidRequest(f"input {spec.name!r}: expected bytes of 0 or 1 for BOOL")
     return array
 
 
 def _from_contents(
     contents: InferTensorContents, shape: tuple[int, ...], spec: TensorSpec
-) -> NDArray[np.float32]:
+) -> NDArray[Any]:
     field = _CONTENTS_FIELD[spec.datatype]
     strays = [found.name for found, _ in contents.ListFields() if found.name != field]
     if strays:
@@ -173,7 +182,12 @@ def _from_contents(
             f"input {spec.name!r}: shape {list(shape)} is {math.prod(shape)} elements, found "
             f"{len(values)} in contents.{field}"
         )
-    array: NDArray[np.float32] = np.array(values, dtype=np.float32).reshape(shape)
+    try:
+        array: NDArray[Any] = np.array(values, dtype=DATATYPES[spec.datatype]).reshape(shape)
+    except OverflowError as error:
+        raise InvalidRequest(
+            f"input {spec.name!r}: expected numbers in the range of {spec.datatype}, found others"
+        ) from error
     return array
 
 

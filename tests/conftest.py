@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from export.pipeline import ExportOptions, export_checkpoint
+from export import export_checkpoint
 from export.report import Report
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server, running
@@ -82,8 +82,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     report = Report(Console(file=io.StringIO()))
     for golden in STATE_DICTS:
-        options = ExportOptions(golden.checkpoint, output=root, activation=golden.activation)
-        export_checkpoint(options, report)
+        export_checkpoint(
+            golden.checkpoint, output=root, activation=golden.activation, report=report
+        )
     return root
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kan_model import CheckpointError, load_checkpoint
-from tests.conftest import GOLDENS
 from tests.states import good, saved
 
 
@@ -54,14 +53,6 @@ def test_a_torchscript_archive_is_refused_without_a_warning(repository: Path) ->
         load_checkpoint(repository / "uniform_4x8x3" / "1" / "model.ts")
 
 
-def test_a_whole_pickled_module_is_refused_with_its_remedy() -> None:
-    with pytest.raises(CheckpointError) as error:
-        load_checkpoint(GOLDENS / "pickled_module_4x6x2.pt")
-    message = str(error.value)
-    assert "whole pickled module (efficient_kan.kan.KAN" in message
-    assert "torch.save(model.state_dict(), 'model.pt')" in message
-
-
 class Payload:
     """Would write a file when unpickled."""
 
@@ -77,7 +68,9 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, legacy: bool) -> None:
     trace, path = tmp_path / "trace", tmp_path / "model.pt"
     content = OrderedDict(good()) | {"layers.0.extra": Payload(trace)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match=r"would run code when loaded|is not a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"when (it is )?loaded, so it is not opened|is not a checkpoint"
+    ):
         load_checkpoint(path)
     assert not trace.exists()
     torch.load(path, weights_only=False)

@@ -10,8 +10,7 @@ import torch
 
 from examples.digits.data import load_split
 from examples.digits.train import train
-from export.pipeline import ExportOptions, export_checkpoint
-from export.report import Report
+from export import export_checkpoint
 from export.torchscript import load_torchscript
 from kan_model import load_checkpoint
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
@@ -21,13 +20,13 @@ from tests.wire import raw_output, raw_request
 
 
 def test_digits_are_classified_alike_by_eager_onnx_torchscript_and_grpc(
-    tmp_path: Path, quiet: Report
+    tmp_path: Path,
 ) -> None:
     network, accuracy = train()
     assert accuracy >= 0.96
     torch.save(network.state_dict(), tmp_path / "digits.pt")
-    options = ExportOptions(tmp_path / "digits.pt", output=tmp_path / "models", activation="silu")
-    folder = export_checkpoint(options, quiet).path
+    export_checkpoint(tmp_path / "digits.pt", output=tmp_path / "models", activation="silu")
+    folder = tmp_path / "models" / "digits" / "1"
 
     _, images, _, labels = load_split()
     with torch.no_grad():
@@ -38,7 +37,7 @@ def test_digits_are_classified_alike_by_eager_onnx_torchscript_and_grpc(
         response = GRPCInferenceServiceStub(channel).ModelInfer(raw_request(images, "digits"))
     classes = {
         "onnx": session.run(["output"], {"input": images})[0].argmax(1),
-        "torchscript": load_torchscript(folder / "model.ts")(images).argmax(1),
+        "torchscript": load_torchscript(folder / "model.ts")([images])[0].argmax(1),
         "grpc": raw_output(response).argmax(1),
     }
     for found in classes.values():

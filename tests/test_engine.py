@@ -15,7 +15,9 @@ from serving.errors import EngineError, StartupError
 @pytest.fixture
 def loaded(repository: Path) -> Engine:
     folder = repository / "uniform_4x8x3" / "1"
-    return Engine((folder / "model.onnx").read_bytes(), read_manifest(folder), "cpu", threads=1)
+    return Engine(
+        (folder / "model.onnx").read_bytes(), read_manifest(folder), folder, "cpu", threads=1
+    )
 
 
 def test_runs_in_several_threads_give_the_same_answers(loaded: Engine) -> None:
@@ -55,7 +57,9 @@ def test_a_session_that_fell_back_to_another_provider_is_refused(
         lambda model, sess_options, providers: make(model, sess_options, ["CPUExecutionProvider"]),
     )
     with pytest.raises(StartupError, match="no usable device"):
-        Engine((folder / "model.onnx").read_bytes(), read_manifest(folder), "cuda", threads=1)
+        Engine(
+            (folder / "model.onnx").read_bytes(), read_manifest(folder), folder, "cuda", threads=1
+        )
 
 
 def test_the_cpu_provider_is_found() -> None:

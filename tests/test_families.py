@@ -33,13 +33,6 @@ FAMILIES: dict[str, dict[str, tuple[int, ...]]] = {
         "layers.0.layer_norm.weight": (3,),
         "layers.0.prelu.weight": (1,),
     },
-    "efficient-kan-plus": {
-        "layers.0.base_weight": (3, 2),
-        "layers.0.spline_weight": (3, 2, 8),
-        "layers.0.spline_scaler": (3, 2),
-        "layers.0.grid": (2, 12),
-        "layers.0.symbolic_mask": (3, 2),
-    },
     "KANX": {
         "layers.0.base_weight": (2, 3),
         "layers.0.spline_weight": (2, 3, 8),

@@ -33,7 +33,10 @@ def test_what_is_written_is_read_back(tmp_path: Path, manifest: Manifest) -> Non
 
 def test_it_says_what_was_exported(manifest: Manifest) -> None:
     assert (manifest.name, manifest.version) == ("uniform_4x8x3", 1)
-    assert manifest.base_activation == "silu"
+    assert [(layer.name, layer.base_activation) for layer in manifest.layers] == [
+        ("layers.0", "silu"),
+        ("layers.1", "silu"),
+    ]
     assert [(layer.in_features, layer.out_features) for layer in manifest.layers] == [
         (4, 8),
         (8, 3),
@@ -41,6 +44,8 @@ def test_it_says_what_was_exported(manifest: Manifest) -> None:
     assert {layer.grid for layer in manifest.layers} == {"uniform"}
     assert manifest.inputs[0].shape == (-1, 4)
     assert manifest.outputs[0].shape == (-1, 3)
+    assert manifest.reference == "float64"
+    assert manifest.input_range is not None
     assert manifest.input_range.low == pytest.approx([-1.0] * 4)
     assert manifest.input_range.high == pytest.approx([1.0] * 4)
     assert set(manifest.files) == {"model.onnx", "model.ts", "golden.npz"}

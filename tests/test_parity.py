@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -6,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from export.parity import Measurement, Runner, choose_golden, measure, run_probes
-from export.probes import make_probes
+from export.network import Call, describe_network
+from export.parity import Measurement, choose_golden, measure, run_probes
+from export.probes import Probes, make_kan_probes
 from export.reference import (
     BATCH_SIZES,
     RELATIVE_TOLERANCE,
@@ -21,15 +23,26 @@ from tests.conftest import Golden
 from tests.oracle import kan as oracle_kan
 from tests.oracle import silu
 
+Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
-def eager_runner(network: KAN) -> Runner:
+
+def reference_of(network: KAN) -> Reference:
+    return make_reference(describe_network(network.eval(), None))
+
+
+def eager_runner(network: KAN) -> Run:
     """The network in float32, as a runtime."""
-    single = copy.deepcopy(network).float()
-    return lambda x: evaluate(single, x, len(x)).astype(np.float32)
+    call = Call(copy.deepcopy(network).float(), ["x"])
+
+    def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return evaluate(call, Probes((x,), np.repeat("x", len(x))), len(x)).astype(np.float32)
+
+    return run
 
 
-def measured(runtime: str, run: Runner, reference: Reference) -> Measurement:
-    return measure(runtime, run_probes(run, reference), reference)
+def measured(runtime: str, run: Run, reference: Reference) -> Measurement:
+    answers = run_probes(lambda inputs: [run(inputs[0])], reference)
+    return measure(runtime, answers, reference)
 
 
 @pytest.fixture
@@ -40,12 +53,12 @@ def network() -> KAN:
 
 @pytest.fixture
 def reference(network: KAN) -> Reference:
-    return make_reference(network)
+    return reference_of(network)
 
 
 def test_probes_hold_every_knot_and_its_neighbours(network: KAN) -> None:
     knots = network.layers[0].grid.numpy()
-    inputs = make_probes(knots, 3).inputs
+    inputs = make_kan_probes(knots, 3).inputs[0]
     for i in range(3):
         for knot in knots[i]:
             for wanted in (
@@ -58,11 +71,11 @@ def test_probes_hold_every_knot_and_its_neighbours(network: KAN) -> None:
 
 def test_probes_lie_where_their_group_says(network: KAN) -> None:
     knots = network.layers[0].grid.numpy()
-    probes = make_probes(knots, 3)
+    probes = make_kan_probes(knots, 3)
     first, low, high, last = knots[0, [0, 3, -4, -1]]
 
     def of(group: str) -> NDArray[np.float32]:
-        rows: NDArray[np.float32] = probes.inputs[probes.groups == group]
+        rows: NDArray[np.float32] = probes.inputs[0][probes.groups == group]
         return rows
 
     assert ((of("inside") >= low) & (of("inside") <= high)).all()
@@ -72,13 +85,13 @@ def test_probes_lie_where_their_group_says(network: KAN) -> None:
     assert beyond.any(axis=1).all()
     assert np.abs(of("outside")).max() > 1e6
     assert np.isnan(of("nan")).any(axis=1).all()
-    assert not np.isnan(probes.inputs[probes.groups != "nan"]).any()
+    assert not np.isnan(probes.inputs[0][probes.groups != "nan"]).any()
 
 
 def test_the_reference_is_the_definition_in_float64(network: KAN, reference: Reference) -> None:
     state = {k: v.double().numpy() for k, v in network.state_dict().items()}
     finite = reference.probes.groups != "nan"
-    expected = oracle_kan(state, reference.probes.inputs[finite], silu)
+    expected = oracle_kan(state, reference.probes.inputs[0][finite], silu)
     np.testing.assert_allclose(reference.outputs[finite], expected, rtol=1e-11, atol=1e-12)
     assert np.isnan(reference.outputs[~finite]).all()
 
@@ -92,10 +105,10 @@ def test_eager_passes_and_leaves_the_network_as_it_was(network: KAN, reference: 
     )
 
 
-def changed_at(network: KAN, group: str, reference: Reference, change: float) -> Runner:
+def changed_at(network: KAN, group: str, reference: Reference, change: float) -> Run:
     """A runtime that is right but for one output at one probe of a group."""
     row = int(np.flatnonzero(reference.probes.groups == group)[3])
-    victim = reference.probes.inputs[row]
+    victim = reference.probes.inputs[0][row]
 
     def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
         y = eager_runner(network)(x)
@@ -156,7 +169,7 @@ def test_a_model_of_any_size_is_compared_at_its_own(size: float) -> None:
     with torch.no_grad():
         last.base_weight.mul_(size)
         last.spline_weight.mul_(size)
-    reference = make_reference(network)
+    reference = reference_of(network)
     assert measured("eager", eager_runner(network), reference).passed
     broken = copy.deepcopy(network)
     with torch.no_grad():
@@ -171,7 +184,7 @@ def test_an_activation_without_a_slope_can_be_compared() -> None:
 
     torch.manual_seed(0)
     network = KAN([2, 3, 1], base_activation=Steps).eval()
-    assert measured("eager", eager_runner(network), make_reference(network)).passed
+    assert measured("eager", eager_runner(network), reference_of(network)).passed
 
 
 def test_probes_beyond_float32_are_left_out() -> None:
@@ -181,7 +194,7 @@ def test_probes_beyond_float32_are_left_out() -> None:
 
     torch.manual_seed(0)
     network = KAN([2, 3, 3, 3, 1], base_activation=Square).eval()
-    reference = make_reference(network)
+    reference = reference_of(network)
     assert np.isfinite(reference.eager[:, reference.probes.groups != "nan"]).all()
     assert (reference.probes.groups == "outside").any()
     assert measured("eager", eager_runner(network), reference).passed
@@ -192,7 +205,7 @@ def test_a_staircase_whose_knots_float32_rounds_is_not_held_to_a_side() -> None:
     network = KAN([3, 2], spline_order=0, grid_range=(-1.1, 1.3)).double().eval()
     with torch.no_grad():
         network.layers[0].grid.copy_(torch.linspace(-1.1, 1.3, 6, dtype=torch.float64))
-    found = measured("eager", eager_runner(network), make_reference(network))
+    found = measured("eager", eager_runner(network), reference_of(network))
     assert found.max_relative < 1e-5
 
 
@@ -202,7 +215,7 @@ def test_where_eager_is_further_away_twice_its_error_is_allowed() -> None:
     network = KAN([64, 3]).eval()
     with torch.no_grad():
         network.layers[0].base_weight.mul_(1e3)
-    reference = make_reference(network)
+    reference = reference_of(network)
     off = np.abs(reference.eager - reference.outputs).max(axis=0)
     rule = RELATIVE_TOLERANCE * np.abs(reference.outputs)
     assert (off > np.maximum(RELATIVE_TOLERANCE, rule)).any()
@@ -210,7 +223,7 @@ def test_where_eager_is_further_away_twice_its_error_is_allowed() -> None:
     assert measured("eager", eager_runner(network), reference).passed
 
 
-def with_columns(network: KAN, order: NDArray[np.int64]) -> Runner:
+def with_columns(network: KAN, order: NDArray[np.int64]) -> Run:
     run = eager_runner(network)
     return lambda x: run(x[:, order])
 
@@ -219,7 +232,7 @@ def test_any_order_of_summation_passes() -> None:
     """Two float32 runtimes that add the same terms in another order are both right."""
     torch.manual_seed(0)
     network = KAN([200, 40, 5]).eval()
-    reference = make_reference(network)
+    reference = reference_of(network)
     for seed in range(5):
         order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
         shuffled = copy.deepcopy(network)
@@ -236,7 +249,7 @@ def test_one_wrong_weight_of_many_fails() -> None:
     """The tolerance that noise is given is not one that a wrong weight fits into."""
     torch.manual_seed(0)
     network = KAN([200, 40, 5]).eval()
-    reference = make_reference(network)
+    reference = reference_of(network)
     broken = copy.deepcopy(network)
     with torch.no_grad():
         broken.layers[0].spline_weight[7, 123, 4] += 1e-2
@@ -246,9 +259,9 @@ def test_one_wrong_weight_of_many_fails() -> None:
 
 def test_the_golden_rows_come_from_every_group_and_hold(network: KAN, reference: Reference) -> None:
     golden = choose_golden(reference)
-    assert np.isnan(golden.inputs).any()
-    assert np.abs(np.nan_to_num(golden.inputs)).max() > 1e3
-    found = eager_runner(network)(golden.inputs)
+    assert np.isnan(golden.inputs[0]).any()
+    assert np.abs(np.nan_to_num(golden.inputs[0])).max() > 1e3
+    found = eager_runner(network)(golden.inputs[0].astype(np.float32))
     assert (excess(found, golden.outputs, golden.tolerance) <= 1).all()
 
 
@@ -260,9 +273,9 @@ def test_a_staircase_is_not_held_to_a_side_of_its_steps() -> None:
         network.layers[0].base_weight.zero_()
         network.layers[0].spline_scaler.fill_(1.0)
         network.layers[0].spline_weight.fill_(-0.3)
-    reference = make_reference(network)
-    total = len(make_probes(network.layers[0].grid.numpy(), 0).inputs)
-    assert 0 < len(reference.probes.inputs) < total
+    reference = reference_of(network)
+    total = len(make_kan_probes(network.layers[0].grid.numpy(), 0))
+    assert 0 < len(reference.probes) < total
     assert measured("eager", eager_runner(network), reference).passed
 
 
@@ -270,9 +283,9 @@ def test_a_staircase_is_not_held_to_a_side_of_its_steps() -> None:
 def test_every_order_passes(order: int) -> None:
     torch.manual_seed(order)
     network = KAN([3, 5, 2], spline_order=order).eval()
-    assert measured("eager", eager_runner(network), make_reference(network)).passed
+    assert measured("eager", eager_runner(network), reference_of(network)).passed
 
 
 def test_goldens_pass(golden: Golden) -> None:
     network = load_checkpoint(golden.checkpoint)
-    assert measured("eager", eager_runner(network), make_reference(network)).passed
+    assert measured("eager", eager_runner(network), reference_of(network)).passed

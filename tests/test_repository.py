@@ -10,8 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from export.pipeline import ExportOptions, export_checkpoint
-from export.report import Report
+from export import export_checkpoint
 from kan_bundle.errors import BundleError, IntegrityError, LayoutError
 from kan_bundle.golden import Golden, read_golden, write_golden
 from kan_bundle.integrity import record_file
@@ -30,8 +29,8 @@ from tests.conftest import GOLDENS
 MODEL = "uniform_4x8x3"
 
 
-def make_engine(model: bytes, manifest: Manifest) -> Engine:
-    return Engine(model, manifest, "cpu", threads=1)
+def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
+    return Engine(model, manifest, folder, "cpu", threads=1)
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def test_other_weights_with_true_hashes_fail_the_golden_replay(folder: BundleFol
 
 def test_other_answers_with_true_hashes_fail_the_golden_replay(folder: BundleFolder) -> None:
     path = folder.path / "golden.npz"
-    golden = read_golden(path.read_bytes())
+    golden = read_golden(path.read_bytes(), read_manifest(folder.path).inputs)
     outputs = golden.outputs.copy()
     outputs[0, 0] += 1e-3
     write_golden(replace(golden, outputs=outputs), path)
@@ -121,20 +120,21 @@ def test_a_pipe_or_a_device_is_not_waited_for(folder: BundleFolder, name: str) -
 @pytest.mark.parametrize(
     "golden",
     [
-        pytest.param(Golden(np.float32(0), np.zeros((1, 3)), np.zeros((1, 3))), id="scalar"),  # type: ignore[arg-type]
+        pytest.param(Golden((np.zeros(()),), np.zeros((1, 3)), np.zeros((1, 3))), id="scalar"),
         pytest.param(
-            Golden(np.zeros((0, 4), np.float32), np.zeros((0, 3)), np.zeros((0, 3))), id="no rows"
+            Golden((np.zeros((0, 4), np.float32),), np.zeros((0, 3)), np.zeros((0, 3))),
+            id="no rows",
         ),
         pytest.param(
-            Golden(np.zeros((1, 4), np.float32), np.full((1, 3), 9.0), np.full((1, 3), -1.0)),
+            Golden((np.zeros((1, 4), np.float32),), np.full((1, 3), 9.0), np.full((1, 3), -1.0)),
             id="negative tolerance",
         ),
         pytest.param(
-            Golden(np.zeros((1, 4), np.float32), np.full((1, 3), 9.0), np.full((1, 3), np.inf)),
+            Golden((np.zeros((1, 4), np.float32),), np.full((1, 3), 9.0), np.full((1, 3), np.inf)),
             id="infinite tolerance",
         ),
         pytest.param(
-            Golden(np.zeros((1, 4), np.float32), np.array([["x"] * 3]), np.zeros((1, 3))),
+            Golden((np.zeros((1, 4), np.float32),), np.array([["x"] * 3]), np.zeros((1, 3))),
             id="text",
         ),
     ],
@@ -147,10 +147,10 @@ def test_a_golden_that_proves_nothing_is_not_served(folder: BundleFolder, golden
 
 
 def test_what_no_check_has_foreseen_refuses_one_bundle_only(repository: Path) -> None:
-    def fail_for_one(model: bytes, manifest: Manifest) -> Engine:
+    def fail_for_one(model: bytes, manifest: Manifest, folder: Path) -> Engine:
         if manifest.name == MODEL:
             raise ZeroDivisionError("unforeseen")
-        return make_engine(model, manifest)
+        return make_engine(model, manifest, folder)
 
     outcomes: list[ModelVersion] = []
     load_repository(repository, fail_for_one, lambda _, outcome: outcomes.append(outcome))
@@ -195,10 +195,9 @@ def test_one_bad_bundle_does_not_stop_the_others(repository: Path, tmp_path: Pat
         loaded.find(MODEL, "")
 
 
-def test_the_newest_version_that_is_ready_answers(tmp_path: Path, quiet: Report) -> None:
-    options = ExportOptions(GOLDENS / f"{MODEL}.pt", output=tmp_path, activation="silu")
+def test_the_newest_version_that_is_ready_answers(tmp_path: Path) -> None:
     for _ in range(3):
-        export_checkpoint(options, quiet)
+        export_checkpoint(GOLDENS / f"{MODEL}.pt", output=tmp_path, activation="silu")
     (tmp_path / MODEL / "3" / "golden.npz").unlink()
     loaded = load_repository(tmp_path, make_engine, lambda *_: None)
     assert loaded.ready_versions(MODEL) == [1, 2]

@@ -1,0 +1,225 @@
+"""What a network takes: names, types and shapes of its inputs, from flags or from sample files.
+
+This module knows no network: whether the shapes fit is found out by running it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.errors import InputError
+from kan_bundle.manifest import DATATYPES, TensorSpec
+
+DEFAULT_INPUT = "input"
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_SHAPE = re.compile(
+    r"(?:(?P<name>[^=:]*)(?::(?P<datatype>[A-Za-z0-9]+))?=)?"
+    r"(?P<batch>(?:batch|-1|N|\?)\s*[,x]\s*)?(?P<dims>\d+(?:\s*[,x]\s*\d+)*)"
+)
+Shapes = str | Sequence[str] | Sequence[int] | Mapping[str, Sequence[int]]
+Samples = str | Path | Sequence[str | Path] | NDArray[Any] | Mapping[str, NDArray[Any]]
+
+_LARGEST = 2**31  # elements of one row
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a network.
+
+    Attributes:
+        specs: Name, type and shape of each, the batch first.
+        samples: Rows of real data for each, in the same order; None if there are none.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    samples: tuple[NDArray[Any], ...] | None = None
+
+
+def parse_shape(text: str) -> TensorSpec:
+    """Read `3,224,224`, `image=3,224,224` or `tokens:INT64=128`; the batch is not in it.
+
+    Raises:
+        InputError: It reads otherwise.
+    """
+    match = _SHAPE.fullmatch(text.strip())
+    if match is None:
+        raise InputError(
+            f"input shape {text!r}: expected the sizes of one row, without the batch, as in "
+            "3,224,224 or image=3,224,224 or tokens:INT64=128"
+        )
+    name = DEFAULT_INPUT if match["name"] is None else check_name(match["name"].strip())
+    datatype = (match["datatype"] or "FP32").upper()
+    if datatype not in DATATYPES:
+        raise InputError(
+            f"input shape {text!r}: expected a type of {', '.join(DATATYPES)}, found {datatype}"
+        )
+    dims = tuple(int(size) for size in re.findall(r"\d+", match["dims"]))
+    if 0 in dims or np.prod(dims, dtype=object) > _LARGEST:
+        raise InputError(f"input shape {text!r}: expected sizes of 1 to {_LARGEST} elements in all")
+    return TensorSpec(name, datatype, (-1, *dims))
+
+
+def check_name(name: str) -> str:
+    """Return `name` if a tensor can have it.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"tensor name {name!r}: expected a letter or '_', then letters, digits or '_', at most "
+            "64 in all"
+        )
+    return name
+
+
+def read_inputs(input_shape: Shapes | None, samples: Samples | None) -> Inputs | None:
+    """Bring what is said about a network's inputs together.
+
+    Args:
+        input_shape: Sizes of one row, as `3,224,224` or (3, 224, 224); for several inputs, in the
+            network's order, `["image=3,224,224", "age=1"]` or {"image": (3, 224, 224), "age": [1]}.
+        samples: Rows of data: an .npy file or an array; for several inputs an .npz file,
+            `["image=x.npy", "age=y.npy"]` or {"image": x, "age": y}.
+
+    Returns:
+        None if nothing is said.
+
+    Raises:
+        InputError: Something cannot be read, or contradicts the rest.
+    """
+    return _join(list(_parse_shapes(input_shape)), dict(_read_samples(samples)))
+
+
+def _parse_shapes(given: Shapes | None) -> Iterator[TensorSpec]:
+    if given is None:
+        return
+    if isinstance(given, str):
+        yield parse_shape(given)
+    elif isinstance(given, Mapping):
+        for name, sizes in given.items():
+            yield parse_shape(f"{name}={','.join(str(size) for size in sizes)}")
+    elif any(isinstance(part, str) for part in given):
+        for part in given:
+            yield parse_shape(str(part))
+    elif given:
+        yield parse_shape(",".join(str(size) for size in given))
+
+
+def _read_samples(given: Samples | None) -> Iterator[tuple[str | None, NDArray[Any]]]:
+    if given is None:
+        return
+    if isinstance(given, Mapping):
+        for name, array in given.items():
+            yield check_name(name), np.asarray(array)
+    elif isinstance(given, np.ndarray):
+        yield None, given
+    elif isinstance(given, str | Path):
+        yield from _read_file(str(given))
+    else:
+        for part in given:
+            yield from _read_file(str(part))
+
+
+def _read_file(text: str) -> Iterator[tuple[str | None, NDArray[Any]]]:
+    """Read `x.npy`, `image=x.npy`, or an .npz file with one array for each input."""
+    name, equals, place = text.partition("=")
+    if not equals or Path(text).exists():
+        name, place = "", text
+    try:
+        content = np.load(place, allow_pickle=False)
+        arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else None
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise InputError(
+            f"samples {place}: cannot be read: {reason}; expected an array saved by numpy.save"
+        ) from error
+    if arrays is None:
+        yield (check_name(name) if name else None), content
+    else:
+        for key, array in arrays.items():
+            yield check_name(key), array
+
+
+def _join(
+    shapes: Sequence[TensorSpec], samples: Mapping[str | None, NDArray[Any]]
+) -> Inputs | None:
+    """Bring the shapes asked for and the samples together.
+
+    Args:
+        shapes: From flags, in the network's order.
+        samples: Rows by input name.
+
+    Returns:
+        The inputs; None if nothing is said about them.
+
+    Raises:
+        InputError: They contradict each other.
+    """
+    names = [spec.name for spec in shapes]
+    if len(set(names)) != len(names):
+        raise InputError(
+            f"input shapes: expected a name of its own for each, found {', '.join(names)}; write "
+            "NAME=SIZES"
+        )
+    if not samples:
+        indices = [spec.name for spec in shapes if spec.datatype in ("INT32", "INT64")]
+        if indices:
+            raise InputError(
+                f"input {', '.join(indices)}: which whole numbers the network takes cannot be "
+                "guessed; give rows of data with --samples"
+            )
+        return Inputs(tuple(shapes)) if shapes else None
+    if len(samples) == 1 and None in samples:  # a lone file belongs to the lone input
+        samples = {names[0] if len(names) == 1 else DEFAULT_INPUT: samples[None]}
+    if None in samples or (names and set(names) != set(samples)):
+        raise InputError(
+            f"samples: expected arrays for the inputs {', '.join(names) or 'by name'}, found "
+            f"{', '.join(str(name) for name in samples)}; write NAME=FILE"
+        )
+    order = names or [str(name) for name in samples]
+    arrays = {name: _as_input(name, samples[name]) for name in order}
+    specs = tuple(
+        TensorSpec(name, _datatype(array), (-1, *array.shape[1:]))  # type: ignore[arg-type]
+        for name, array in arrays.items()
+    )
+    for asked, found in zip(shapes, specs, strict=False):
+        if asked != found:
+            raise InputError(
+                f"samples {found.name}: expected {asked.datatype} of shape "
+                f"{shown(asked.shape)}, found {found.datatype} of {shown(found.shape)}"
+            )
+    rows = {name: len(array) for name, array in arrays.items()}
+    if len(set(rows.values())) > 1:
+        raise InputError(f"samples: expected as many rows for every input, found {rows}")
+    return Inputs(specs, tuple(arrays.values()))
+
+
+def shown(shape: Sequence[int]) -> str:
+    """Show a shape with its batch by name, as [batch, 3, 224, 224]."""
+    return "[" + ", ".join("batch" if size == -1 else str(size) for size in shape) + "]"
+
+
+def _datatype(array: NDArray[Any]) -> str:
+    return {np.dtype(dtype): name for name, dtype in DATATYPES.items()}[array.dtype]
+
+
+def _as_input(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Check an array of samples, and bring halves and doubles to single precision."""
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    known = {np.dtype(dtype) for dtype in DATATYPES.values()}
+    if array.dtype not in known or array.ndim < 1 or 0 in array.shape:
+        raise InputError(
+            f"samples {name}: expected at least one row of "
+            f"{', '.join(str(dtype) for dtype in sorted(known, key=str))}, found "
+            f"{array.dtype} of shape {array.shape}"
+        )
+    return array

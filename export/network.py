@@ -1,0 +1,332 @@
+"""What is exported: a network as its author wrote it, and what is known about it.
+
+Its efficient-KAN layers are recognised by what they hold, and taken for what they seem only if ours
+gives the same numbers at their knots; all else is exported as it is written. Nothing here changes
+the network.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.errors import InputError, NetworkError, cause
+from export.inputs import DEFAULT_INPUT, Inputs, check_name, shown
+from export.probes import make_kan_probes
+from kan_bundle.manifest import DATATYPES, TensorSpec
+from kan_model import KAN, KANLinear, KanModelError
+from kan_model.adoption import adopt
+from kan_model.stacks import Layer, Stack
+from kan_model.state_dict import check_values
+
+Arrays = Sequence[NDArray[Any]]
+
+_ROWS_PER_GROUP = 4  # of the comparison of one layer
+_SAME = 1e-4  # share of the largest output by which two float32 layers may differ there
+
+
+class Call(nn.Module):
+    """A module behind the one signature that converters need: tensors in, a tuple of tensors out.
+
+    Args:
+        module: Anything that maps tensors to a tensor, or to a sequence or mapping of tensors.
+        names: Names of the inputs; passed by name if `forward` has parameters of all these names,
+            else by position.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+        parameters = inspect.signature(module.forward).parameters
+        self._names = list(names) if set(names) <= set(parameters) else None
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the module."""
+        return tuple(self.named(*inputs).values())
+
+    def named(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Run the module and name what it returns.
+
+        Raises:
+            NetworkError: It returns something else than tensors.
+        """
+        if self._names is None:
+            found = self.module(*inputs)
+        else:
+            found = self.module(**dict(zip(self._names, inputs, strict=True)))
+        return _named_outputs(found)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to export.
+
+    Attributes:
+        call: The network in float32, in evaluation mode, on the CPU.
+        exact: The network in the precision it was trained in; the same object for float32.
+        layers: Its efficient-KAN layers as ours, over the same tensors, by name.
+        replaced: The modules these stand for, by name.
+        inputs: What it takes.
+        outputs: What it gives.
+        leading: Name of the layer that the inputs reach as they are, if there is one.
+        notes: What its user should know.
+    """
+
+    call: Call
+    exact: Call
+    layers: Mapping[str, KANLinear]
+    replaced: Mapping[str, nn.Module]
+    inputs: Inputs
+    outputs: tuple[TensorSpec, ...]
+    leading: str | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kan(self) -> KAN | None:
+        """The network in its own precision, if it is a KAN of ours and nothing else."""
+        module = self.exact.module
+        return module if type(module) is KAN else None
+
+
+def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
+    """Find out what is to be known about a network.
+
+    Args:
+        module: In evaluation mode, on the CPU, in any precision.
+        inputs: What it takes; may be None for a KAN.
+
+    Raises:
+        InputError: The inputs do not fit it.
+        NetworkError: It does not work in evaluation mode, on batches of any size, or gives other
+            answers each time; or its KAN layers hold values that mean nothing.
+    """
+    single = module if is_single(module) else copy.deepcopy(module).float()
+    layers, replaced, notes = _adopt_layers(single)
+    _require_finite(single, layers)
+    if inputs is None or (_is_kan(single) and layers):
+        inputs = _inputs_of_kan(single, layers, inputs)
+    names = [spec.name for spec in inputs.specs]
+    call = Call(single, names).eval()
+    exact = call if single is module else Call(module, names).eval()
+    examples = [example(inputs, rows) for rows in (2, 3)]
+    outputs = _describe_outputs(call, inputs, examples)
+    leading = _find_leading(call, replaced, inputs, examples[1])
+    return Network(call, exact, layers, replaced, inputs, outputs, leading, tuple(notes))
+
+
+def is_single(module: nn.Module) -> bool:
+    """Tell whether every floating-point parameter and buffer is float32."""
+    tensors = (*module.parameters(), *module.buffers())
+    return all(t.dtype == torch.float32 for t in tensors if t.is_floating_point())
+
+
+def example(inputs: Inputs, rows: int) -> tuple[Tensor, ...]:
+    """Make inputs that a network can take: samples if there are, else small numbers."""
+    if inputs.samples is not None:
+        return tuple(
+            torch.from_numpy(np.take(array, range(rows), axis=0, mode="wrap"))
+            for array in inputs.samples
+        )
+    rng = np.random.default_rng(0)
+    return tuple(
+        torch.from_numpy(
+            rng.uniform(-1, 1, (rows, *spec.shape[1:])).astype(np.float32)
+            if spec.datatype == "FP32"
+            else np.zeros((rows, *spec.shape[1:]), DATATYPES[spec.datatype])
+        )
+        for spec in inputs.specs
+    )
+
+
+@contextmanager
+def swapped(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Put other modules in the place of some, everywhere in `root`, for a while."""
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for parent in list(root.modules()):
+            for name, child in list(parent.named_children()):
+                if child in replacements:
+                    done.append((parent, name, child))
+                    parent._modules[name] = replacements[child]
+        yield
+    finally:
+        for parent, name, child in done:
+            parent._modules[name] = child
+
+
+def _adopt_layers(
+    module: nn.Module,
+) -> tuple[dict[str, KANLinear], dict[str, nn.Module], list[str]]:
+    layers, replaced, notes = {}, {}, []
+    for name, child in module.named_modules():
+        layer = adopt(child)
+        if layer is None:
+            continue
+        shown_name = name or type(child).__name__
+        if layer is not child and not _computes_the_same(child, layer):
+            notes.append(
+                f"{shown_name} holds what a KANLinear holds, but computes something else: it is "
+                "exported as it is written"
+            )
+            continue
+        layers[shown_name], replaced[shown_name] = layer, child
+    return layers, replaced, notes
+
+
+@torch.no_grad()
+def _computes_the_same(original: nn.Module, ours: KANLinear) -> bool:
+    """Compare two layers at the knots, inside, in the margins and outside."""
+    knots = ours.grid.float().numpy()
+    probes = make_kan_probes(knots, ours.spline_order, rows_per_group=_ROWS_PER_GROUP)
+    finite = probes.inputs[0][np.isfinite(probes.inputs[0]).all(axis=1)]
+    x = torch.from_numpy(finite).to(ours.grid.dtype)
+    try:
+        theirs = original(x)
+    except Exception:  # it wants something else, so it is something else
+        return False
+    mine = ours(x)
+    if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
+        return False
+    size = mine.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+    return bool(((theirs - mine).abs() <= _SAME * size).all())
+
+
+def _require_finite(module: nn.Module, layers: Mapping[str, KANLinear]) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            count = int((~torch.isfinite(parameter)).sum())
+            raise NetworkError(
+                f"{name}: {count} of {parameter.numel()} values are not finite; training has "
+                "diverged: take an earlier checkpoint"
+            )
+    for name, layer in layers.items():
+        tensors = {key: tensor.detach() for key, tensor in layer.state_dict().items()}
+        try:
+            check_values(Stack("", {0: Layer(f"{name}.", tensors)}))
+        except KanModelError as error:
+            raise NetworkError(str(error)) from error
+
+
+def _is_kan(module: nn.Module) -> bool:
+    return type(module).__name__ in ("KAN", "KANLinear")
+
+
+def _inputs_of_kan(
+    module: nn.Module, layers: Mapping[str, KANLinear], asked: Inputs | None
+) -> Inputs:
+    """Take a KAN's input from its first layer, and compare what was asked for."""
+    if not (_is_kan(module) and layers):
+        raise InputError(
+            "what the network takes is not in the file: give the sizes of one row with "
+            "--input-shape 3,224,224, or rows of data with --samples x.npy"
+        )
+    width = next(iter(layers.values())).in_features
+    spec = TensorSpec(DEFAULT_INPUT, "FP32", (-1, width))
+    if asked is None:
+        return Inputs((spec,))
+    found = asked.specs[0]
+    if len(asked.specs) != 1 or (found.datatype, found.shape) != (spec.datatype, spec.shape):
+        raise InputError(
+            f"the network takes FP32 {shown(spec.shape)}, but the input asked for is "
+            f"{', '.join(f'{s.datatype} {shown(s.shape)}' for s in asked.specs)}; give the sizes "
+            f"of one row: --input-shape {width}"
+        )
+    return asked
+
+
+@torch.no_grad()
+def _describe_outputs(
+    call: Call, inputs: Inputs, examples: Sequence[tuple[Tensor, ...]]
+) -> tuple[TensorSpec, ...]:
+    """Run batches of different sizes, twice."""
+    try:
+        runs = [call.named(*rows) for rows in examples]
+        again = call(*examples[0])
+    except NetworkError:
+        raise
+    except Exception as error:  # the network's own code may fail in any way
+        takes = ", ".join(f"{s.name} {s.datatype} {shown(s.shape)}" for s in inputs.specs)
+        raise InputError(
+            f"the network does not take {takes}: {cause(error)}; give the sizes of one row, "
+            "without the batch, with --input-shape"
+        ) from error
+    specs = []
+    taken = {spec.name for spec in inputs.specs}
+    for name, value in runs[0].items():
+        if value.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise NetworkError(
+                f"output {name}: expected floating-point numbers, found {value.dtype}; return what "
+                "it was computed from"
+            )
+        shapes = [tuple(run[name].shape) for run in runs]
+        rows = [len(batch[0]) for batch in examples]
+        if [shape[:1] for shape in shapes] != [(n,) for n in rows] or shapes[0][1:] != shapes[1][
+            1:
+        ]:
+            raise NetworkError(
+                f"output {name}: expected one row for each row of the input, found shapes "
+                f"{shapes[0]} and {shapes[1]} for {rows[0]} and {rows[1]} rows"
+            )
+        unique = f"{name}_output" if name in taken else name
+        specs.append(TensorSpec(check_name(unique), "FP32", (-1, *shapes[0][1:])))
+    for first, second in zip(runs[0].values(), again, strict=True):
+        if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+            raise NetworkError(
+                "the network gives different answers to the same input: something in it is random "
+                "in evaluation mode; make it depend on its input alone"
+            )
+    return tuple(specs)
+
+
+def _named_outputs(found: Any) -> dict[str, Tensor]:
+    if isinstance(found, Tensor):
+        return {"output": found}
+    if isinstance(found, Mapping):
+        named = {str(key): value for key, value in found.items() if value is not None}
+    elif isinstance(found, list | tuple):
+        fields = getattr(found, "_fields", [f"output_{i}" for i in range(len(found))])
+        named = dict(zip(fields, found, strict=True))
+        if len(named) == 1 and not hasattr(found, "_fields"):
+            named = {"output": found[0]}
+    else:
+        named = {"output": found}
+    strays = {name: type(value).__name__ for name, value in named.items()}
+    if not named or any(not isinstance(value, Tensor) for value in named.values()):
+        raise NetworkError(
+            f"expected the network to return tensors, found {strays or 'nothing'}; wrap it in a "
+            "module that returns the tensors alone"
+        )
+    return named
+
+
+@torch.no_grad()
+def _find_leading(
+    call: Call, layers: Mapping[str, nn.Module], inputs: Inputs, rows: tuple[Tensor, ...]
+) -> str | None:
+    """Find the layer whose input is the network's, at most in another shape."""
+    if len(rows) != 1 or inputs.specs[0].datatype != "FP32":
+        return None
+    reached: list[tuple[str, Tensor]] = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, given, name=name: reached.append((name, given[0].detach().clone()))
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        call(*rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, given in reached:
+        whole = rows[0].reshape(len(rows[0]), -1)
+        if given.shape == whole.shape and torch.equal(given.to(whole.dtype), whole):
+            return name
+    return None
