@@ -36,7 +36,7 @@ class ParityError(ExportError):
 def cause(error: Exception) -> str:
     """Say in one line what a user's own code raised, and where."""
     line = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename[:1] != "<"]
     return (
         f"{line} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else line
     )

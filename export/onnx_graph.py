@@ -25,8 +25,8 @@ from kan_bundle.layout import WEIGHTS_FILE
 from kan_bundle.manifest import TensorSpec
 
 OPSET = 20
-LARGEST_INLINE = 2**31 - 2**26
-"""Bytes of weights in one file. protobuf ends at 2^31, and the graph needs some room."""
+LARGEST_INLINE = 2**30
+"""Bytes of weights inside the file. protobuf ends at twice that, and reads it all into memory."""
 
 
 def write_onnx(
@@ -80,6 +80,8 @@ def write_onnx(
     with conversion("ONNX"):
         onnx_ir.save(model, path, external_data=WEIGHTS_FILE if weights > LARGEST_INLINE else None)
         onnx.checker.check_model(str(path), full_check=True)
+    for value in model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewriter holds on to the graph it saw last
 
 
 def load_onnx(path: Path) -> Runner:

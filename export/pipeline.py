@@ -123,11 +123,12 @@ def export_checkpoint(
     if trust_pickle:
         report.warn(f"--trust-pickle: the code in {path} is RUN, as if it were a program of yours")
     with report.stage("read the checkpoint"):
-        file = read_checkpoint(path, trust_pickle=trust_pickle)
-        record = record_file(path)
-        source = Source(os.fsencode(path.name).decode(errors="replace"), record.sha256)
-    with report.stage("build the network"):
-        module = _build(file, activation, prefix, model, report)
+        # Not kept: a large file is mapped, and its pages count until the last tensor lets go.
+        module = _build(
+            read_checkpoint(path, trust_pickle=trust_pickle), activation, prefix, model, report
+        )
+        file = os.fsencode(path.name).decode(errors="replace")
+        source = Source(file, record_file(path).sha256)
     return _export(module, inputs, target, source, report)
 
 
