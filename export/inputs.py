@@ -134,8 +134,9 @@ def _read_file(text: str) -> Iterator[tuple[str | None, NDArray[Any]]]:
     if not equals or Path(text).exists():
         name, place = "", text
     try:
-        content = np.load(place, allow_pickle=False)
-        arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else None
+        with Path(place).open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else None
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise InputError(

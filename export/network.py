@@ -297,8 +297,10 @@ def _named_outputs(found: Any) -> dict[str, Tensor]:
             named = {"output": found[0]}
     else:
         named = {"output": found}
-    strays = {name: type(value).__name__ for name, value in named.items()}
-    if not named or any(not isinstance(value, Tensor) for value in named.values()):
+    strays = {
+        name: type(value).__name__ for name, value in named.items() if not isinstance(value, Tensor)
+    }
+    if strays or not named:
         raise NetworkError(
             f"expected the network to return tensors, found {strays or 'nothing'}; wrap it in a "
             "module that returns the tensors alone"

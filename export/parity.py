@@ -109,16 +109,20 @@ def measure(runtime: str, found: NDArray[np.float64], reference: Reference) -> M
     """
     expected = reference.outputs
     normal = np.finfo(np.float32).tiny  # below it units shrink no more
-    unit = np.spacing(np.maximum(np.abs(expected), normal).astype(np.float32)).astype(np.float64)
-    off = np.abs(found - expected)  # (batch sizes, rows, out), NaN where both are NaN
+    magnitude = np.clip(np.abs(expected), normal, np.finfo(np.float32).max / 2)
+    unit = np.spacing(magnitude.astype(np.float32)).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        off = np.abs(found - expected)  # (batch sizes, rows, out), NaN where both are NaN
+        relative = off / np.maximum(1.0, np.abs(expected))
+        from_eager = np.abs(found - reference.eager[-1])
     ratio = np.stack([excess(f, expected, reference.tolerance) for f in found])
     size, row, output = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
     return Measurement(
         runtime=runtime,
         max_absolute=largest(off),
-        max_relative=largest(off / np.maximum(1.0, np.abs(expected))),
+        max_relative=largest(relative),
         max_ulp=largest(off / unit),
-        max_from_eager=largest(np.abs(found - reference.eager[-1])),
+        max_from_eager=largest(from_eager),
         rows=found.shape[0] * found.shape[1],
         excess=float(ratio.max()),
         worst=Worst(

@@ -251,8 +251,8 @@ def _tolerance(
     """
     fixed = _fixed_tolerance(groups, outputs)
     # Where eager itself is NaN or infinite it must not widen what is allowed: it fails instead.
-    eager_error = np.where(np.isfinite(eager), np.abs(eager - outputs), 0.0).max(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
+        eager_error = np.where(np.isfinite(eager), np.abs(eager - outputs), 0.0).max(axis=0)
         noise = np.where(scale > 0, eager_error / scale, 0.0)
     # No sum of n terms is off by more than n roundings; what is, was not rounding.
     rounding_bound = np.inf if longest_sum is None else longest_sum * np.finfo(np.float32).eps

@@ -1,5 +1,8 @@
 """Building requests and reading responses as a client would, with the generated messages alone."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,3 +56,33 @@ def typed_output(response: pb.ModelInferResponse) -> NDArray[np.float32]:
     assert not response.raw_output_contents
     values = np.array(tensor.contents.fp32_contents, dtype=np.float32)
     return values.reshape(tensor.shape)
+
+
+_TYPES = {"f": ("FP32", "fp32_contents"), "i": ("INT64", "int64_contents")}
+
+
+def infer_request(
+    model: str, inputs: Mapping[str, NDArray[Any]], *, typed: bool = False
+) -> pb.ModelInferRequest:
+    """A request with several inputs."""
+    request = pb.ModelInferRequest(model_name=model)
+    for name, array in inputs.items():
+        datatype, field = _TYPES[array.dtype.kind]
+        tensor = request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+        if typed:
+            getattr(tensor.contents, field).extend(array.ravel().tolist())
+        else:
+            request.raw_input_contents.append(array.tobytes())
+    return request
+
+
+def outputs_of(response: pb.ModelInferResponse) -> dict[str, NDArray[np.float32]]:
+    """Every output of a response, in whichever form it came."""
+    found = {}
+    for i, tensor in enumerate(response.outputs):
+        if response.raw_output_contents:
+            values = np.frombuffer(response.raw_output_contents[i], dtype="<f4")
+        else:
+            values = np.array(tensor.contents.fp32_contents, dtype=np.float32)
+        found[tensor.name] = values.reshape(tensor.shape)
+    return found

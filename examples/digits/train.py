@@ -1,25 +1,58 @@
-"""Train a KAN on the digits and save its state dict: `python -m examples.digits.train`."""
+"""Train on the digits and save a state dict: `python -m examples.digits.train`.
+
+Either a KAN, or, with `--network conv`, convolutions with a KAN for their head.
+"""
 
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from examples.digits.data import load_split
-from kan_model import KAN
+from kan_model import KAN, KANLinear
 
 EPOCHS = 40
 BATCH = 64
 NOISE = 0.25  # standard deviation added to the training images, whose values span 2
 
 
-def train(seed: int = 0) -> tuple[KAN, float]:
+def kan() -> nn.Module:
+    """Build a KAN; takes images as rows of pixels, (batch, 64)."""
+    return KAN([64, 64, 10], grid_size=5, spline_order=3)
+
+
+def conv_kan() -> nn.Module:
+    """Build convolutions with a KAN for their head; takes images, (batch, 1, 8, 8)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.Tanh(),  # into the range of the KAN's grid
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        KANLinear(128, 10),
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "kan": (kan, (64,)),
+    "conv": (conv_kan, (1, 8, 8)),
+}
+"""By name: what builds it, and the shape of one image."""
+
+
+def train(name: str = "kan", seed: int = 0) -> tuple[nn.Module, float]:
     """Train, and tell on stderr how it goes.
 
     Args:
+        name: One of `NETWORKS`.
         seed: Of the initial weights and the order of the images.
 
     Returns:
@@ -27,7 +60,9 @@ def train(seed: int = 0) -> tuple[KAN, float]:
     """
     torch.manual_seed(seed)
     train_x, test_x, train_y, test_y = map(torch.from_numpy, load_split())
-    network = KAN([64, 64, 10], grid_size=5, spline_order=3)
+    build, shape = NETWORKS[name]
+    train_x, test_x = train_x.reshape(-1, *shape), test_x.reshape(-1, *shape)
+    network = build()
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, gamma=0.93)
     accuracy = 0.0
@@ -35,7 +70,7 @@ def train(seed: int = 0) -> tuple[KAN, float]:
         network.train()
         for rows in torch.randperm(len(train_x)).split(BATCH):
             optimiser.zero_grad()
-            noisy = train_x[rows] + NOISE * torch.randn(len(rows), train_x.shape[1])
+            noisy = train_x[rows] + NOISE * torch.randn(len(rows), *shape)
             loss = nn.functional.cross_entropy(network(noisy), train_y[rows])
             loss.backward()
             optimiser.step()
@@ -53,11 +88,12 @@ def train(seed: int = 0) -> tuple[KAN, float]:
 
 def main() -> int:
     """Train and save; exit code 0."""
-    parser = argparse.ArgumentParser(description="Train a KAN on handwritten digits.")
+    parser = argparse.ArgumentParser(description="Train on handwritten digits.")
     parser.add_argument("--output", type=Path, default=Path("digits.pt"), metavar="FILE")
+    parser.add_argument("--network", choices=NETWORKS, default="kan")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    network, accuracy = train()
+    network, accuracy = train(arguments.network)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(network.state_dict(), arguments.output)
     print(
