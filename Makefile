@@ -10,7 +10,7 @@ DEMO := build/demo
 # newest protobuf and gRPC.
 OTHER_VENVS := .venv-tritonclient .venv-protobuf7
 
-.PHONY: demo test lint format protos clean
+.PHONY: demo test test-full-size lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -19,6 +19,10 @@ demo: $(VENV)/installed
 
 test: lint $(OTHER_VENVS:%=%/installed)
 	$(BIN)/pytest
+
+# VGG16-KAN: 10 GB of memory, 9 GB of disk below $TMPDIR, some minutes.
+test-full-size: $(VENV)/installed
+	$(BIN)/pytest -m full_size -s tests/full_size
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -92,7 +92,9 @@ def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
 
 def _inspect(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
     """Tell what is in the file; the exit code says whether an export would take it."""
-    found = inspect_checkpoint(arguments.checkpoint, prefix=arguments.prefix)
+    found = inspect_checkpoint(
+        arguments.checkpoint, prefix=arguments.prefix, trust_pickle=arguments.trust_pickle
+    )
     code = 0 if found.refused is None else 1
     if arguments.json:
         return code, json.dumps(asdict(found))

@@ -101,17 +101,20 @@ class Inspection:
     refused: str | None
 
 
-def inspect_checkpoint(path: Path, *, prefix: str | None = None) -> Inspection:
+def inspect_checkpoint(
+    path: Path, *, prefix: str | None = None, trust_pickle: bool = False
+) -> Inspection:
     """Tell what a file holds.
 
     Args:
         path: The file.
         prefix: As given to an export.
+        trust_pickle: Run the code in the file. Only for files from people whose programs you run.
 
     Raises:
         CheckpointError: The file cannot be read at all.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     stacks = [stack for state in checkpoint.states for stack in find_stacks(state)]
     taken = {
         layer.stem + name

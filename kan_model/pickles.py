@@ -128,9 +128,11 @@ def tensors_of(record: Record) -> dict[str, Tensor]:
     """Flatten a module's parameters and buffers, under the names a state dict would give them."""
     found = {}
     for name, module in walk(record):
+        # A state dict holds no such buffers; but a grid is needed wherever it is.
+        left_out = set(module.state.get("_non_persistent_buffers_set", ())) - {"grid"}
         for kind in ("_parameters", "_buffers"):
             for key, value in _entries(module, kind):
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and key not in left_out:
                     found[f"{name}.{key}" if name else key] = value
     return found
 

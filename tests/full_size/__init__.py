@@ -1,0 +1,1 @@
+"""Tests that take gigabytes and minutes; `make test-full-size` runs them, `make test` does not."""
