@@ -6,13 +6,10 @@ bundle that passed becomes visible in the repository.
 
 import copy
 import gc
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from export.contract import describe_layers, make_manifest, metadata_props
 from export.errors import InputError, ParityError
 from export.factory import build_module, load_weights
 from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
@@ -27,11 +25,10 @@ from export.lowering import lowered
 from export.network import Network, describe_network, example
 from export.onnx_graph import load_onnx, write_onnx
 from export.parity import Measurement, choose_golden, measure, run_probes
-from export.reference import RELATIVE_TOLERANCE, Reference, make_reference
+from export.reference import Reference, make_reference
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
-from kan_bundle import __version__
 from kan_bundle.golden import write_golden
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import (
@@ -46,18 +43,13 @@ from kan_bundle.layout import (
     staging,
 )
 from kan_bundle.manifest import (
-    FORMAT,
-    InputRange,
     LayerRecord,
     Manifest,
-    ParityRecord,
     Source,
     write_manifest,
 )
 from kan_model import resolve_activation
-from kan_model.activations import activation_name
 from kan_model.checkpoint import Checkpoint, build_kan, read_checkpoint
-from kan_model.splines import is_uniform
 
 DEFAULT_ACTIVATION = "silu"
 
@@ -226,10 +218,10 @@ def _export(
     module: nn.Module, inputs: Inputs | None, target: _Target, source: Source | None, report: Report
 ) -> Manifest:
     network = describe_network(module, inputs)
-    layers = _describe_layers(network)
+    layers = describe_layers(network)
     _say_what_was_found(report, network, layers)
     folder = target.folder
-    notes = _metadata_props(folder.name, source, layers)
+    notes = metadata_props(folder.name, source, layers)
     with staging(folder) as place:
         model_path, script_path = place.path / MODEL_FILE, place.path / TORCHSCRIPT_FILE
         with lowered(network) as call:
@@ -264,21 +256,8 @@ def _export(
 
         with report.stage("publish"):
             write_golden(choose_golden(reference), place.path / GOLDEN_FILE)
-            manifest = Manifest(
-                format=FORMAT,
-                name=folder.name,
-                version=folder.version,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                source=source,
-                layers=layers,
-                input_range=_input_range(network),
-                inputs=network.inputs.specs,
-                outputs=network.outputs,
-                reference=reference.precision,
-                files={file.name: record_file(file) for file in sorted(place.path.iterdir())},
-                parity=tuple(_parity_record(m) for m in measured),
-                versions=_versions(),
-            )
+            files = {file.name: record_file(file) for file in sorted(place.path.iterdir())}
+            manifest = make_manifest(folder, source, network, reference, measured, files)
             write_manifest(manifest, place.path)
             config = render_config(folder.name, manifest.inputs, manifest.outputs)
             config_kept = place.publish(config, force=target.force)
@@ -288,23 +267,6 @@ def _export(
             "kept; compare it before serving this folder with Triton, or rewrite it with --force"
         )
     return manifest
-
-
-def _describe_layers(network: Network) -> tuple[LayerRecord, ...]:
-    return tuple(
-        LayerRecord(
-            name=name,
-            in_features=layer.in_features,
-            out_features=layer.out_features,
-            grid_size=layer.grid_size,
-            spline_order=layer.spline_order,
-            grid="uniform" if bool(is_uniform(layer.grid).all()) else "adapted",
-            standalone_scaler=layer.enable_standalone_scale_spline,
-            base_activation=activation_name(layer.base_activation),
-            lowering="recursion",
-        )
-        for name, layer in network.layers.items()
-    )
 
 
 def _say_what_was_found(report: Report, network: Network, layers: Sequence[LayerRecord]) -> None:
@@ -324,19 +286,6 @@ def _say_what_was_found(report: Report, network: Network, layers: Sequence[Layer
         report.warn("the network has no KANLinear layer; it is exported as it is written")
     if network.exact is not network.call:
         report.warn("the weights are not all float32; the files are, and are compared with float64")
-
-
-def _metadata_props(
-    name: str, source: Source | None, layers: Sequence[LayerRecord]
-) -> Mapping[str, str]:
-    notes = {
-        "kanserve.version": __version__,
-        "kanserve.model": name,
-        "kanserve.layers": json.dumps([asdict(layer) for layer in layers]),
-    }
-    if source is not None:
-        notes |= {"kanserve.source": source.file, "kanserve.source_sha256": source.sha256}
-    return notes
 
 
 def _set_nan_aside(
@@ -392,29 +341,6 @@ def _place(network: Network, column: int) -> str:
     raise AssertionError(f"{column} is beyond the outputs")
 
 
-def _parity_record(m: Measurement) -> ParityRecord:
-    return ParityRecord(
-        runtime=m.runtime,
-        max_absolute=m.max_absolute,
-        max_relative=m.max_relative,
-        max_ulp=m.max_ulp,
-        tolerance=RELATIVE_TOLERANCE,
-        excess=m.excess,
-        probes=m.rows,
-    )
-
-
-def _input_range(network: Network) -> InputRange | None:
-    if network.leading is None:
-        return None
-    layer = network.layers[network.leading]
-    k = layer.spline_order
-    return InputRange(
-        low=tuple(layer.grid[:, k].tolist()),
-        high=tuple(layer.grid[:, k + layer.grid_size].tolist()),
-    )
-
-
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Hold a module in evaluation mode; afterwards every part is in the mode it was in."""
@@ -425,13 +351,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
-
-
-def _versions() -> dict[str, str]:
-    found = {"kanserve": __version__, "torch": torch.__version__}
-    for package in ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
