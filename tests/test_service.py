@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -12,10 +14,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from kan_bundle import __version__
+from kan_bundle.manifest import TensorSpec, read_manifest
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server
-from serving.service import SERVICE
+from serving.service import SERVICE, fitting_message_bytes
 from tests.conftest import STATE_DICTS, Golden
 from tests.wire import raw_output, raw_request, typed_output, typed_request
 
@@ -269,6 +272,24 @@ def test_an_oversize_message_is_resource_exhausted(stub: GRPCInferenceServiceStu
     with pytest.raises(grpc.RpcError) as error:
         stub.ModelInfer(raw_request(np.zeros((2**16 + 1, 4), np.float32)))
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("shape", "limit"),
+    [
+        ((-1, 784), 64 * 2**20),
+        ((-1, 3, 224, 224), 64 * 2**20),
+        ((-1, 3, 1024, 1024), 64 * 4 * 3 * 1024 * 1024 + 1024),
+        ((-1, 2**28), 2**31 - 1),
+    ],
+)
+def test_the_message_limit_follows_the_models(
+    repository: Path, shape: tuple[int, ...], limit: int
+) -> None:
+    """Sixty-four rows of the model with the largest, 64 MiB at least, protobuf's limit at most."""
+    small = read_manifest(repository / "uniform_4x8x3" / "1")
+    large = replace(small, inputs=(TensorSpec("input", "FP32", shape),))
+    assert fitting_message_bytes([small, large, small]) == limit
 
 
 def test_bytes_that_are_no_message_are_refused_and_reveal_nothing(server: Server) -> None:

@@ -1,0 +1,65 @@
+"""Every type of tensor, raw and typed, to numpy."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kan_bundle.manifest import Datatype, TensorSpec
+from protos.inference_pb2 import InferTensorContents, ModelInferRequest
+from serving.errors import InvalidRequest
+from serving.tensors import decode_inputs
+
+VALUES: dict[Datatype, tuple[NDArray[np.generic], InferTensorContents]] = {
+    "FP32": (
+        np.array([[1.5], [-2.0]], dtype=np.float32),
+        InferTensorContents(fp32_contents=[1.5, -2.0]),
+    ),
+    "INT64": (np.array([[2**40], [-1]]), InferTensorContents(int64_contents=[2**40, -1])),
+    "INT32": (
+        np.array([[2**30], [-1]], dtype=np.int32),
+        InferTensorContents(int_contents=[2**30, -1]),
+    ),
+    "UINT8": (
+        np.array([[255], [0]], dtype=np.uint8),
+        InferTensorContents(uint_contents=[255, 0]),
+    ),
+    "BOOL": (np.array([[True], [False]]), InferTensorContents(bool_contents=[True, False])),
+}
+
+
+def request(
+    datatype: str, contents: InferTensorContents | None = None, raw: bytes | None = None
+) -> ModelInferRequest:
+    tensor = ModelInferRequest.InferInputTensor(
+        name="x", datatype=datatype, shape=[2, 1], contents=contents
+    )
+    return ModelInferRequest(inputs=[tensor], raw_input_contents=[] if raw is None else [raw])
+
+
+@pytest.mark.parametrize("datatype", VALUES)
+def test_every_type_is_read_raw_and_typed(datatype: Datatype) -> None:
+    expected, contents = VALUES[datatype]
+    spec = TensorSpec("x", datatype, (-1, 1))
+    for asked in (request(datatype, contents), request(datatype, raw=expected.tobytes())):
+        (found,) = decode_inputs(asked, [spec])
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("datatype", VALUES)
+def test_contents_of_another_type_are_refused(datatype: Datatype) -> None:
+    others = (contents for name, (_, contents) in VALUES.items() if name != datatype)
+    for contents in others:
+        with pytest.raises(InvalidRequest, match=f"{datatype} belongs in contents"):
+            decode_inputs(request(datatype, contents), [TensorSpec("x", datatype, (-1, 1))])
+
+
+def test_numbers_beyond_the_type_are_refused() -> None:
+    contents = InferTensorContents(uint_contents=[256, 0])
+    with pytest.raises(InvalidRequest, match="in the range of UINT8"):
+        decode_inputs(request("UINT8", contents), [TensorSpec("x", "UINT8", (-1, 1))])
+
+
+def test_bytes_that_are_no_booleans_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="bytes of 0 or 1 for BOOL"):
+        decode_inputs(request("BOOL", raw=b"\x02\x00"), [TensorSpec("x", "BOOL", (-1, 1))])
