@@ -5,6 +5,7 @@ The path of the version folder, or with `--json` a summary, is all that goes to 
 """
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -20,9 +21,10 @@ from export.report import Report, render_inspection
 from kan_bundle import __version__
 from kan_bundle.errors import BundleError
 from kan_bundle.layout import parse_version
-from kan_model import KanModelError, inspect_checkpoint
+from kan_model import KanModelError, inspect_checkpoint, resolve_activation
 from kan_model.activations import NAMED
 
+_EXPORT_ONLY = ("--model", "--input-shape", "--samples", "--name", "--version", "--force")
 _EXAMPLES = """\
 examples:
   python -m export model.pt                          models/model/1, SiLU assumed
@@ -47,7 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["inspect"]:  # a file of that name is ./inspect
         words[0] = "--inspect"
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    arguments = parser.parse_args(words)
+    if arguments.inspect and (strays := [flag for flag in _EXPORT_ONLY if _given(arguments, flag)]):
+        parser.error(f"inspect exports nothing; leave out {', '.join(strays)}")
+    for stream in (sys.stdout, sys.stderr):  # names in a file may be anything
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     report = Report()
     signal.signal(signal.SIGTERM, lambda signum, _: report.end(128 + signum))
     sys.path.insert(0, str(Path.cwd()))  # for --model and --activation, also as kan-export
@@ -67,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.fail("interrupted")
         return 128 + signal.SIGINT
     return _print_result(result, report) or code
+
+
+def _given(arguments: argparse.Namespace, flag: str) -> bool:
+    return bool(getattr(arguments, flag.removeprefix("--").replace("-", "_")))
 
 
 def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
@@ -92,12 +104,16 @@ def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
 
 def _inspect(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
     """Tell what is in the file; the exit code says whether an export would take it."""
+    name = arguments.activation
     found = inspect_checkpoint(
-        arguments.checkpoint, prefix=arguments.prefix, trust_pickle=arguments.trust_pickle
+        arguments.checkpoint,
+        None if name is None else resolve_activation(name),
+        prefix=arguments.prefix,
+        trust_pickle=arguments.trust_pickle,
     )
     code = 0 if found.refused is None else 1
     if arguments.json:
-        return code, json.dumps(asdict(found))
+        return code, json.dumps(asdict(found), allow_nan=False)
     return code, render_inspection(found)
 
 

@@ -33,7 +33,7 @@ class ParityError(ExportError):
     """The files as written do not compute what the checkpoint computes."""
 
 
-def cause(error: Exception) -> str:
+def cause(error: BaseException) -> str:
     """Say in one line what a user's own code raised, and where."""
     line = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename[:1] != "<"]

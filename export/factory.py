@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from export.errors import NetworkError, cause
 from kan_model.checkpoint import Checkpoint, check_storage
 from kan_model.errors import CheckpointError
-from kan_model.stacks import BOOKKEEPING, StateDict, listed
+from kan_model.stacks import StateDict, is_bookkeeping, listed
 
 
 def build_module(factory: str | Callable[[], nn.Module]) -> nn.Module:
@@ -30,7 +30,7 @@ def build_module(factory: str | Callable[[], nn.Module]) -> nn.Module:
     function = _import(factory) if isinstance(factory, str) else factory
     try:
         made = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise NetworkError(
             f"--model {reference}: the factory fails: {cause(error)}; expected a function "
             "that takes no arguments and returns the network"
@@ -54,7 +54,7 @@ def _import(reference: str) -> Callable[[], object]:
         factory: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             factory = getattr(factory, part)
-    except Exception as error:  # the user's own module may fail in any way
+    except (Exception, SystemExit) as error:  # the user's own module may fail in any way
         raise NetworkError(
             f"--model {reference}: cannot be imported: {cause(error)}; expected "
             "package.module:factory, importable from the current folder"
@@ -157,7 +157,7 @@ def _fits(state: StateDict, wanted: Mapping[str, Tensor], prefix: str | None) ->
         own = {
             key.removeprefix(found): tensor
             for key, tensor in state.tensors.items()
-            if key.startswith(found) and key.removeprefix(found) not in BOOKKEEPING
+            if key.startswith(found) and not is_bookkeeping(key)
         }
         fits.append(
             _Fit(

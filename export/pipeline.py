@@ -49,7 +49,8 @@ from kan_bundle.manifest import (
     write_manifest,
 )
 from kan_model import resolve_activation
-from kan_model.checkpoint import Checkpoint, build_kan, read_checkpoint
+from kan_model.checkpoint import Checkpoint, read_checkpoint
+from kan_model.stacks import listed, neighbours
 
 DEFAULT_ACTIVATION = "silu"
 
@@ -112,13 +113,13 @@ def export_checkpoint(
     report = report or Report.silent()
     target = _choose_target(Path(output), path.stem if name is None else name, version, force)
     inputs = read_inputs(input_shape, samples)
-    if trust_pickle:
-        report.warn(f"--trust-pickle: the code in {path} is RUN, as if it were a program of yours")
     with report.stage("read the checkpoint"):
         # Not kept: a large file is mapped, and its pages count until the last tensor lets go.
         module = _build(
             read_checkpoint(path, trust_pickle=trust_pickle), activation, prefix, model, report
         )
+        if trust_pickle:
+            report.warn(f"--trust-pickle: the code in {path} was RUN, as a program of yours")
         file = os.fsencode(path.name).decode(errors="replace")
         source = Source(file, record_file(path).sha256)
     return _export(module, inputs, target, source, report)
@@ -197,7 +198,7 @@ def _build(
         return module.eval().cpu()
 
     stack = file.find_kan(prefix)
-    kan = build_kan(file, None if activation is None else resolve_activation(activation), prefix)
+    kan = file.build_kan(stack, None if activation is None else resolve_activation(activation))
     if stack.prefix:
         report.say(f"KAN behind the prefix {stack.prefix!r}")
     if stack.around:
@@ -205,6 +206,12 @@ def _build(
             f"the file holds a pickled {', '.join(stack.around)}; what it does besides the KAN "
             f"at {stack.prefix!r} is code, which is not in the file: the KAN ALONE is exported; to "
             "export the whole, give the network with --model package.module:factory"
+        )
+    left_out = neighbours(file.states, stack)
+    if left_out and prefix is None:
+        report.warn(
+            f"the file also holds tensors at {listed(left_out)}; the KAN ALONE is exported. If "
+            "they belong to one network, give it with --model package.module:factory"
         )
     if activation is None and any(layer.activation is None for layer in stack.layers.values()):
         report.warn(

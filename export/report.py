@@ -19,6 +19,7 @@ from rich.text import Text
 
 from export.parity import Measurement
 from kan_model.inspection import Inspection, LayerFacts
+from kan_model.stacks import listed, printable
 
 _MOST_LISTED = 12
 
@@ -113,7 +114,9 @@ class Report:
 def render_inspection(found: Inspection) -> str:
     """Show what a file holds, as text for stdout."""
     console = Console(file=io.StringIO(), highlight=False, soft_wrap=True, width=200)
-    console.print(f"{found.file}: {found.format}, {found.size_bytes:,} bytes")
+    console.print(
+        f"{printable(found.file)}: {found.format}, {found.size_bytes:,} bytes", markup=False
+    )
     for kan in found.kans:
         at = f"prefix {kan.prefix!r}" if kan.prefix else "no prefix"
         console.print(f"\n{kan.kind} with {at}: {kan.parameters:,} parameters", markup=False)
@@ -123,9 +126,8 @@ def render_inspection(found: Inspection) -> str:
             for line in lines:
                 console.print(f"  {label}: {line}", markup=False)
     if found.other_tensors:
-        more = " ..." if len(found.other_tensors) > _MOST_LISTED else ""
-        names = ", ".join(found.other_tensors[:_MOST_LISTED])
-        console.print(f"\n{len(found.other_tensors)} other tensors: {names}{more}", markup=False)
+        names = listed(found.other_tensors, _MOST_LISTED)
+        console.print(f"\n{len(found.other_tensors)} other tensors: {names}", markup=False)
     verdict = "takes it" if found.refused is None else f"REFUSES it: {found.refused}"
     console.print(f"\nexport {verdict}", markup=False)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
@@ -140,17 +142,17 @@ def _layer_table(layers: Sequence[LayerFacts]) -> Table:
         table.add_column(header, no_wrap=True)
     table.add_column("parameters", justify="right", no_wrap=True)
     for layer in layers:
-        low, high = layer.grid_range
+        ends = layer.grid_range
         table.add_row(
-            Text(layer.name),
+            Text(printable(layer.name)),
             str(layer.in_features),
             str(layer.out_features),
             str(layer.grid_size),
             str(layer.spline_order),
             layer.grid,
-            f"{low:.4g} to {high:.4g}",
+            f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "not finite",
             "yes" if layer.standalone_scaler else "no",
-            Text(layer.base_activation or "not in the file"),
+            Text(printable(layer.base_activation or "not in the file")),
             layer.dtype,
             f"{layer.parameters:,}",
         )

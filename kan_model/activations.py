@@ -5,6 +5,7 @@ names `--activation` understands.
 """
 
 import importlib
+import re
 from collections.abc import Callable
 
 import torch
@@ -64,6 +65,27 @@ def activation_name(activation: nn.Module) -> str:
         if repr(activation) == repr(make()):
             return name
     return repr(activation)
+
+
+def named_in_file(name: str) -> nn.Module | str:
+    """Make the activation that a file names, which may not make us import what it likes.
+
+    Args:
+        name: As in `NAMED`, or one of torch.nn's in any spelling: `SiLU`, `torch.nn.SiLU`.
+
+    Returns:
+        The activation; `name` itself if it is not known.
+    """
+    if name.lower() in NAMED:
+        return NAMED[name.lower()]()
+    class_name = re.sub(r"^(torch\.)?(nn[.:])?(modules\.activation\.)?", "", name)
+    maker = getattr(torch.nn.modules.activation, class_name, None)
+    if not (isinstance(maker, type) and issubclass(maker, nn.Module)):
+        return name
+    try:
+        return maker()
+    except TypeError:  # it needs to be told more
+        return name
 
 
 def require_elementwise(name: str, activation: nn.Module) -> None:

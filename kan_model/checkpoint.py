@@ -6,27 +6,42 @@ This module never unpickles objects, unless it is told to trust the file: `torch
 """
 
 import os
+import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kan_model import pickles
-from kan_model.activations import resolve_activation
+from kan_model.activations import named_in_file
+from kan_model.adoption import adopt
 from kan_model.errors import ActivationError, CheckpointError
 from kan_model.model import KAN
-from kan_model.stacks import RESAVE, Stack, StateDict, choose_stack, listed
+from kan_model.stacks import (
+    RESAVE,
+    Stack,
+    StateDict,
+    choose_stack,
+    clean_name,
+    listed,
+    printable,
+)
 from kan_model.state_dict import build_network
 
 Format = Literal["torch", "safetensors"]
 
-_DEEPEST = 32  # dicts within dicts
+_DEEPEST = 100  # dicts within dicts
+_OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j"  # its magic number, pickled
+_SHOULD_BE = re.compile(r"Can only (?P<opcode>SETITEMS?|append|extend).*<stand-in (?P<name>[^>]*)>")
 _MAPPED = 2**28  # bytes; larger files are mapped into memory, not copied
 _TRUST = (
     "if you trust whoever made the file as you trust a program, --trust-pickle opens it and runs "
@@ -61,14 +76,32 @@ class Checkpoint:
         Raises:
             CheckpointError: There is none, there are several, or it is part of a larger network.
         """
+        with self._named():
+            return choose_stack(self.states, prefix)
+
+    def build_kan(self, stack: Stack, base_activation: Callable[[], nn.Module] | None) -> KAN:
+        """Build the network of a stack of this file; see `load_checkpoint`."""
+        with self._named():
+            self.check_storages(stack)
+            return build_network(stack, base_activation)
+
+    def check_storages(self, stack: Stack) -> None:
+        """Refuse tensors that cannot be worked with.
+
+        Raises:
+            CheckpointError: Names the tensor.
+        """
+        for layer in stack.layers.values():
+            for name, tensor in layer.tensors.items():
+                check_storage(layer.stem + name, tensor, self.size)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say in every error which file it is about."""
         try:
-            stack = choose_stack(self.states, prefix)
-            for layer in stack.layers.values():
-                for name, tensor in layer.tensors.items():
-                    check_storage(layer.stem + name, tensor, self.size)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
-        return stack
+            yield
+        except (CheckpointError, ActivationError) as error:
+            raise type(error)(f"{self.path}: {error}") from error
 
 
 def load_checkpoint(
@@ -95,20 +128,8 @@ def load_checkpoint(
             not rise.
         ActivationError: The file tells another activation.
     """
-    return build_kan(read_checkpoint(path), base_activation, prefix)
-
-
-def build_kan(
-    checkpoint: Checkpoint, base_activation: Callable[[], nn.Module] | None, prefix: str | None
-) -> KAN:
-    """Do what `load_checkpoint` does, with a file that has been read."""
-    stack = checkpoint.find_kan(prefix)
-    try:
-        return build_network(stack, base_activation)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    except ActivationError as error:
-        raise ActivationError(f"{checkpoint.path}: {error}") from error
+    checkpoint = read_checkpoint(path)
+    return checkpoint.build_kan(checkpoint.find_kan(prefix), base_activation)
 
 
 def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
@@ -126,7 +147,7 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
         return Checkpoint(path, size, "safetensors", (_read_safetensors(path),))
     content = _unpickle_trusted(path) if trust_pickle else _unpickle_inert(path, size, head)
     try:
-        states = tuple(_find_states(content, ""))
+        states = tuple(_find_states(content))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not states:
@@ -190,46 +211,62 @@ def _read_safetensors(path: Path) -> StateDict:
         ) from error
     if not tensors:
         raise CheckpointError(f"{path}: the file holds no tensors; save it again")
+    tensors = {clean_name(key): tensor for key, tensor in tensors.items()}
     name = told.get("base_activation", told.get("activation"))
     if name is None:
         return StateDict("", tensors)
-    activation = _activation_from_metadata(path, name)
     stems = [k.removesuffix("base_weight") for k in tensors if k.endswith("base_weight")]
-    return StateDict("", tensors, {stem.removesuffix("."): activation() for stem in stems})
-
-
-def _activation_from_metadata(path: Path, name: str) -> Callable[[], nn.Module]:
-    """Find an activation named in a file, which may not make us import what it likes."""
-    if ":" in name and not name.startswith("torch.nn:"):
-        raise CheckpointError(
-            f"{path}: its metadata names the base activation {name!r}, and only torch.nn's are "
-            "taken from a file; name it with --activation and take it out of the metadata"
-        )
-    try:
-        return resolve_activation(name)
-    except ActivationError as error:
-        raise CheckpointError(f"{path}: in its metadata: {error}") from error
+    return StateDict("", tensors, {stem.removesuffix("."): named_in_file(name) for stem in stems})
 
 
 def _unpickle_inert(path: Path, size: int, head: bytes) -> Any:
     """Load a file of torch.save's with stand-ins for every class it names."""
     foreign: set[str] = set()
-    with suppress(Exception):  # a damaged file or an older format; the next step says which
-        foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    mapped = size > _MAPPED and head[:2] == b"PK"
+    if head[:2] == b"PK":
+        _check_archive(path, size)
+        with suppress(Exception):  # a damaged file; the next step says so
+            foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    mappings: set[str] = set()
+    lists: set[str] = set()
+    while True:
+        allowed = pickles.stand_ins(foreign, mappings, lists)
+        try:
+            with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+                warnings.simplefilter("ignore")  # the message below is the one that helps
+                mapped = size > _MAPPED and head[:2] == b"PK"
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickles.RefusedCall as error:
+            raise CheckpointError(
+                f"{path}: calls {error} when it is loaded, so it is not opened; {RESAVE}; {_TRUST}"
+            ) from error
+        except UnpicklingError as error:
+            # torch fills dicts and lists alone; it names the stand-in that should be one.
+            match = _SHOULD_BE.search(str(error))
+            kind = (mappings if match["opcode"].startswith("SET") else lists) if match else None
+            if match is None or kind is None or match["name"] in kind:
+                raise CheckpointError(f"{path}: {_explain_pickle(path, head, foreign)}") from error
+            kind.add(match["name"])
+        except Exception as error:  # damaged files make the parser fail in any way there is
+            raise CheckpointError(f"{path}: {_explain_unreadable(path, head)}") from error
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Compare an archive with its checksums, which torch does not, and what it claims to hold."""
     try:
-        with (
-            warnings.catch_warnings(),
-            torch.serialization.safe_globals(pickles.stand_ins(foreign)),
-        ):
-            warnings.simplefilter("ignore")  # the message below is the one that helps
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickles.RefusedCall as error:
+        with ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+            if claimed > 64 * size + 2**26:
+                raise CheckpointError(
+                    f"{path}: is {size} bytes and claims to hold {claimed}; {RESAVE}"
+                )
+            damaged = archive.testzip()
+    except (BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, zlib.error):
+        return  # torch says more about an archive that is none
+    if damaged is not None:
         raise CheckpointError(
-            f"{path}: calls {error} when it is loaded, so it is not opened; {RESAVE}; {_TRUST}"
-        ) from error
-    except Exception as error:  # damaged files make the parser fail in any way there is
-        raise CheckpointError(f"{path}: {_explain_unreadable(head, foreign)}") from error
+            f"{path}: {printable(damaged)} does not agree with its checksum: the file is damaged, "
+            "or was saved with set_crc32_options(False); copy it again or save it anew"
+        )
 
 
 def _unpickle_trusted(path: Path) -> Any:
@@ -237,7 +274,7 @@ def _unpickle_trusted(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # the file's own code may fail in any way
+    except (Exception, SystemExit) as error:  # the file's own code may fail in any way
         line = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
             f"{path}: its own code failed: {line}; run the export where the classes it needs can "
@@ -245,62 +282,106 @@ def _unpickle_trusted(path: Path) -> Any:
         ) from error
 
 
-def _explain_unreadable(head: bytes, foreign: set[str]) -> str:
-    """Say why `torch.load` refused a file, without its traceback or its advice to trust it."""
+def _explain_pickle(path: Path, head: bytes, foreign: set[str]) -> str:
+    """Say why torch's restricted reader refused a pickle, without its advice to trust it."""
     if foreign:
         return (
-            f"holds pickled objects ({listed(sorted(foreign))}) that would run code when loaded, "
-            f"so it is not opened; {RESAVE}; {_TRUST}"
+            f"holds pickled objects ({listed(sorted(foreign))}) that cannot be read without "
+            f"running code, so it is not opened; {RESAVE}; {_TRUST}"
         )
+    if head.startswith(_OLD_FORMAT):
+        return (
+            "holds more than tensors in torch's format from before 1.6, so it is not opened; "
+            f"{RESAVE}"
+        )
+    if head[:2] == b"PK":
+        return (
+            "is pickled with another protocol than torch.save's own (pickle_protocol=2), or is "
+            f"damaged; {RESAVE}"
+        )
+    if head[:1] == b"\x80":
+        return f"is a pickle that torch.save did not write; {RESAVE}"
+    return _explain_unreadable(path, head)
+
+
+def _explain_unreadable(path: Path, head: bytes) -> str:
+    """Say what a file seems to be that torch cannot read at all."""
     if head.startswith(b"\x89HDF"):
         return (
             "is an HDF5 file, as Keras writes its weights; Keras ports of KAN cannot be exported: "
             "export it from its own project"
         )
     if head[:2] == b"PK":
+        with suppress(Exception), ZipFile(path) as archive:
+            if "config.json" in archive.namelist():
+                return (
+                    "is a Keras model; Keras ports of KAN cannot be exported: export it from its "
+                    "own project"
+                )
         return (
             "is damaged, truncated, or an archive that torch.save did not write (TorchScript, "
-            f".pt2, .keras and .npz files are others); {RESAVE}"
+            f".pt2 and .npz files are others); {RESAVE}"
         )
     return f"is not a checkpoint written by torch.save, or is truncated; {RESAVE}"
 
 
-def _find_states(content: Any, place: str, depth: int = 0) -> Iterator[StateDict]:
-    """Find every state dict in what a file holds, from the outside in."""
-    if depth > _DEEPEST:
-        raise CheckpointError(f"{place}: nested more than {_DEEPEST} deep; {RESAVE}")
-    if isinstance(content, pickles.Record):
-        if pickles.is_module(content):
-            yield _state_of_record(content, place)
-    elif isinstance(content, nn.Module):  # only where the pickle was trusted
-        yield StateDict(place, content.state_dict())
-    elif isinstance(content, Mapping):
-        tensors = {
-            key: value
-            for key, value in content.items()
-            if isinstance(key, str) and isinstance(value, Tensor)
-        }
-        if tensors:
-            yield StateDict(place, tensors)
-        for key, value in content.items():
-            yield from _find_states(value, f"{place}{key}.", depth + 1)
-    elif isinstance(content, list | tuple):
-        for i, value in enumerate(content):
-            yield from _find_states(value, f"{place}{i}.", depth + 1)
+def _find_states(content: Any) -> Iterator[StateDict]:
+    """Find every state dict in what a file holds, from the outside in, each object once."""
+    seen: set[int] = set()
+    open_ends: list[tuple[Any, str, int]] = [(content, "", 0)]
+    while open_ends:
+        value, place, depth = open_ends.pop()
+        if id(value) in seen or depth > _DEEPEST:
+            continue
+        inside: list[tuple[object, Any]] = []
+        if pickles.is_module(value):
+            yield _state_of_record(value, place)
+        elif isinstance(value, nn.Module):  # only where the pickle was trusted
+            yield _state_of_module(value, place)
+        elif isinstance(value, pickles.Record):
+            inside = [*enumerate(value.arguments), *value.state.items()]
+        elif isinstance(value, dict):
+            inside = list(dict.items(value))
+            tensors = {
+                # What a pickle has hung on a tensor does not come along.
+                clean_name(key): Tensor.detach(tensor)
+                for key, tensor in inside
+                if isinstance(key, str) and isinstance(tensor, Tensor)
+            }
+            if tensors:
+                yield StateDict(place, tensors)
+        elif isinstance(value, list | tuple):
+            inside = list(enumerate(value))
+        else:
+            continue
+        seen.add(id(value))
+        open_ends += [
+            (part, f"{place}{key}.", depth + 1)
+            for key, part in reversed(inside)
+            if isinstance(key, str | int)
+        ]
 
 
 def _state_of_record(record: pickles.Record, place: str) -> StateDict:
-    hooked = pickles.hooked(record)
-    if hooked:
-        raise CheckpointError(
-            f"the pickled module has hooks at {listed(hooked)}, which change what it computes and "
-            f"are not run from the file; remove them where it was trained and {RESAVE}"
-        )
     return StateDict(
         place,
-        pickles.tensors_of(record),
-        pickles.activations_of(record),
+        {clean_name(key): Tensor.detach(t) for key, t in pickles.tensors_of(record).items()},
+        {clean_name(name): found for name, found in pickles.activations_of(record).items()},
         {name: module.class_name for name, module in pickles.walk(record)},
+        pickles.oddities(record),
+    )
+
+
+def _state_of_module(module: nn.Module, place: str) -> StateDict:
+    layers = {name: adopt(child) for name, child in module.named_modules()}
+    return StateDict(
+        place,
+        {clean_name(key): tensor for key, tensor in module.state_dict().items()},
+        {name: layer.base_activation for name, layer in layers.items() if layer is not None},
+        {
+            name: f"{type(child).__module__}.{type(child).__qualname__}"
+            for name, child in module.named_modules()
+        },
     )
 
 

@@ -18,13 +18,11 @@ class Family:
         name: What its users call it.
         marks: Each fragment occurs in some key.
         absent: None of these fragments occurs in any key.
-        remedy: What its user can do.
     """
 
     name: str
     marks: tuple[str, ...]
     absent: tuple[str, ...] = ()
-    remedy: str = "only efficient-KAN layers can be exported: export it from its own project"
 
 
 FAMILIES = (
@@ -42,18 +40,6 @@ FAMILIES = (
     Family("a polynomial KAN of torch-conv-kan", ("poly_weight",)),
     Family("a Gram-polynomial KAN of torch-conv-kan", ("grams_basis_weights",)),
     Family("a Bernstein-polynomial KAN of torch-conv-kan", ("bernstein_coeffs",)),
-    Family(
-        "convkan",
-        (".kan_layer.", "spline_weight"),
-        remedy="its layers hold efficient-KAN's: give the network with --model "
-        "package.module:factory",
-    ),
-    Family(
-        "GraphKAN",
-        (".lins.", "spline_weight"),
-        remedy="its layers hold efficient-KAN's: give the network with --model "
-        "package.module:factory",
-    ),
     Family("ChebyKAN", ("cheby_coeffs",)),
     Family("JacobiKAN", ("jacobi_coeffs",)),
     Family("a Taylor-series KAN", ("taylor_coeffs",)),

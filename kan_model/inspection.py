@@ -1,23 +1,23 @@
-"""What a checkpoint holds, told without building or exporting anything.
+"""What a checkpoint holds, told without exporting it.
 
-Where an export stops at the first fault, this collects them. It reads the same file by the same
-rules, so what it says an export will do is what the export does.
+Where an export stops at the first fault, this collects them, by the same rules.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from kan_model.activations import activation_name
-from kan_model.checkpoint import Checkpoint, read_checkpoint
+from kan_model.checkpoint import Checkpoint, check_storage, read_checkpoint
 from kan_model.errors import KanModelError
 from kan_model.splines import is_uniform
-from kan_model.stacks import REQUIRED, Layer, Stack, find_stacks
+from kan_model.stacks import REQUIRED, Layer, Stack, find_stacks, listed
 from kan_model.state_dict import (
-    build_network,
     check_symbolic,
     check_types,
     check_values,
@@ -39,7 +39,8 @@ class LayerFacts:
         grid_size: G, the number of grid intervals.
         spline_order: k, the polynomial degree.
         grid: `uniform` or `adapted`.
-        grid_range: Least and largest end of the grid over all features, in units of the input.
+        grid_range: Least and largest end of the grid over all features, in units of the input;
+            None if a knot is not finite.
         standalone_scaler: Whether each edge has its own scale.
         base_activation: None if the file does not tell.
         parameters: Numbers that were trained.
@@ -52,7 +53,7 @@ class LayerFacts:
     grid_size: int
     spline_order: int
     grid: str
-    grid_range: tuple[float, float]
+    grid_range: tuple[float, float] | None
     standalone_scaler: bool
     base_activation: str | None
     parameters: int
@@ -102,12 +103,17 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    path: Path, *, prefix: str | None = None, trust_pickle: bool = False
+    path: Path,
+    base_activation: Callable[[], nn.Module] | None = None,
+    *,
+    prefix: str | None = None,
+    trust_pickle: bool = False,
 ) -> Inspection:
     """Tell what a file holds.
 
     Args:
         path: The file.
+        base_activation: As given to an export.
         prefix: As given to an export.
         trust_pickle: Run the code in the file. Only for files from people whose programs you run.
 
@@ -132,52 +138,52 @@ def inspect_checkpoint(
         file=str(path),
         size_bytes=checkpoint.size,
         format=checkpoint.format,
-        kans=tuple(_describe(stack) for stack in stacks),
+        kans=tuple(_describe(checkpoint, stack) for stack in stacks),
         other_tensors=tuple(others),
-        refused=_refusal(checkpoint, prefix),
+        refused=_refusal(checkpoint, prefix, base_activation),
     )
 
 
-def _refusal(checkpoint: Checkpoint, prefix: str | None) -> str | None:
+def _refusal(
+    checkpoint: Checkpoint, prefix: str | None, base_activation: Callable[[], nn.Module] | None
+) -> str | None:
     try:
-        stack = checkpoint.find_kan(prefix)
-        build_network(stack)
+        checkpoint.build_kan(checkpoint.find_kan(prefix), base_activation)
     except KanModelError as error:
         return str(error).removeprefix(f"{checkpoint.path}: ")
     return None
 
 
-def _describe(stack: Stack) -> KanFacts:
-    faults = list(_faults(stack))
+def _describe(checkpoint: Checkpoint, stack: Stack) -> KanFacts:
+    faults = list(_faults(checkpoint, stack))
     layers = []
     for layer in stack.layers.values():
-        try:
+        with suppress(KanModelError, KeyError):  # told among the faults
+            for name, tensor in layer.tensors.items():
+                check_storage(name, tensor, checkpoint.size)
             layers.append(_describe_layer(layer))
-        except (KanModelError, KeyError):  # told among the faults
-            continue
     return KanFacts(
         kind="KANLinear" if stack.lone else "KAN",
         prefix=stack.prefix,
         layers=tuple(layers),
         parameters=sum(layer.parameters for layer in layers),
-        faults=tuple(dict.fromkeys(faults)),
+        faults=tuple(faults),
         doubts=tuple(_doubts(stack)) if not faults else (),
     )
 
 
-def _faults(stack: Stack) -> Iterator[str]:
-    checks: tuple[Callable[[Stack], object], ...] = (
-        infer_shapes,
-        check_symbolic,
-        check_types,
-        check_values,
-    )
-    for check in checks:
+def _faults(checkpoint: Checkpoint, stack: Stack) -> Iterator[str]:
+    """Run the checks of an export; each works on what the ones before it have let pass."""
+    if stack.inside:
+        yield f"other tensors inside its layers: {listed(stack.inside)}"
+    yield from stack.odd
+    first: tuple[Callable[[Stack], object], ...] = (checkpoint.check_storages, infer_shapes)
+    for check in (*first, check_symbolic, check_types, check_values):
         try:
             check(stack)
         except KanModelError as error:
             yield str(error)
-            if check is infer_shapes:  # the others work on tensors that fit together
+            if check in first:
                 return
 
 
@@ -185,6 +191,7 @@ def _describe_layer(layer: Layer) -> LayerFacts:
     shape = infer_shape(layer)
     knots = layer.tensors["grid"].float()
     k = shape.spline_order
+    known = bool(torch.isfinite(knots).all())
     activation = layer.activation
     return LayerFacts(
         name=layer.stem.removesuffix("."),
@@ -193,10 +200,10 @@ def _describe_layer(layer: Layer) -> LayerFacts:
         grid_size=shape.grid_size,
         spline_order=k,
         grid="uniform" if bool(is_uniform(knots).all()) else "adapted",
-        grid_range=(float(knots[:, k].min()), float(knots[:, -1 - k].max())),
+        grid_range=(float(knots[:, k].min()), float(knots[:, -1 - k].max())) if known else None,
         standalone_scaler=shape.standalone_scaler,
         base_activation=activation
-        if not isinstance(activation, torch.nn.Module)
+        if not isinstance(activation, nn.Module)
         else activation_name(activation),
         parameters=sum(
             tensor.numel()
@@ -215,8 +222,6 @@ def _doubts(stack: Stack) -> Iterator[str]:
         )
     if any(layer.activation is None for layer in stack.layers.values()):
         yield "the base activation is not in the file: name it with --activation"
-    if stack.rest:
-        yield f"{len(stack.rest)} other tensors stand beside it, so it is part of a larger network"
     for layer in stack.layers.values():
         steps = layer.tensors["grid"].float().diff(dim=1)
         ratio = float((steps.amax(dim=1) / steps.amin(dim=1)).max())

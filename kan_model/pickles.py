@@ -1,12 +1,13 @@
-"""A whole pickled module to names, tensors and activations, with nothing of it imported or run.
+"""What a pickle says, with nothing of it imported or run.
 
 `torch.load(weights_only=True)` asks an allow-list for every class and function that a pickle names.
-Here each of them is answered with an inert stand-in that keeps what the pickle says about the
-object and can do nothing. A pickle that calls something, other than to make plain data, is refused.
-This module reads no files.
+Here each of them is answered with an inert stand-in, which keeps what the pickle says about it and
+can do nothing; a pickle that names what runs code is refused all the same. This module reads no
+files.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,88 +15,95 @@ from torch import Tensor, nn
 
 from kan_model.errors import CheckpointError
 
-# Calls in pickles of plain data. The stand-in only keeps the arguments.
-_DATA = frozenset(
-    {
-        *(f"pathlib.{name}" for name in ("PosixPath", "PurePosixPath", "WindowsPath")),
-        *(f"pathlib._local.{name}" for name in ("PosixPath", "PurePosixPath", "WindowsPath")),
-        *(f"datetime.{name}" for name in ("date", "datetime", "timedelta", "timezone")),
-        *(
-            f"numpy.{core}.multiarray.{name}"
-            for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
-        ),
-        "numpy.dtype",
-        "torch.Generator",
-        "uuid.UUID",
-    }
+_HARMLESS_BUILTINS = frozenset(
+    f"builtins.{name}"
+    for name in (
+        *("bytearray", "complex", "dict", "float", "frozenset", "int", "list", "object", "range"),
+        *("set", "slice", "str", "tuple", "bool", "bytes"),
+        "getattr",  # of a stand-in gives another; enumerations are pickled that way
+    )
 )
-_MAPPINGS = frozenset(
-    {
-        "collections.defaultdict",
-        "lightning.fabric.utilities.data.AttributeDict",
-        "lightning.pytorch.utilities.parsing.AttributeDict",
-        "lightning_fabric.utilities.data.AttributeDict",
-        "pytorch_lightning.utilities.parsing.AttributeDict",
-    }
+_RUNS_CODE = (
+    # subprocess is commands to pickles that Python 2 could read, which torch's are
+    *("_io", "_pickle", "_posixsubprocess", "builtins", "code", "codeop", "commands", "ctypes"),
+    *("functools.reduce", "importlib", "io", "marshal", "multiprocessing", "nt", "os", "pickle"),
+    *("posix", "pty", "runpy", "shutil", "socket", "subprocess", "sys", "tempfile", "timeit"),
+    *("torch.hub", "torch.jit", "torch.load", "torch.serialization"),
+    *("torch.utils.cpp_extension", "types", "urllib", "webbrowser"),
 )
+_MOST_MODULES = 100_000
+_DEEPEST = 100
+_LAYER_CHILDREN = {"base_activation"}
+_OVERRIDES = ("forward", "b_splines", "scaled_spline_weight")
 
 
 class Record:
-    """An object of a pickle: its class's name and its state.
+    """An object of a pickle.
 
     Attributes:
-        class_name: Module and name, as the pickle has them.
+        class_name: Module and name of its class, or of the function that made it.
+        arguments: What the class or function was called with.
         state: Its attributes.
     """
 
     class_name: ClassVar[str]
+    arguments: tuple[Any, ...]
     state: Mapping[str, Any]
 
     def __setstate__(self, state: Any) -> None:
         """Keep the state that the pickle sets. Slots come as a pair, of which the first counts."""
         if isinstance(state, tuple) and state:
             state = state[0]
-        self.state = state if isinstance(state, Mapping) else {}
+        self.state = dict(state) if isinstance(state, dict) else {}
 
 
 class RefusedCall(CheckpointError):
-    """A pickle calls something that is not known to make plain data."""
+    """A pickle calls what runs code."""
 
 
 class _StandIn(type):
-    """A class of records. Making an object is harmless; being called is not what data does."""
+    """A class of records. Its name in an error tells which class of the pickle it stands for."""
+
+    class_name: str
 
     def __call__(cls, *args: Any) -> Any:
-        name = cls.class_name  # type: ignore[attr-defined]
-        if name in _MAPPINGS:
-            return {}
-        if name not in _DATA:
-            raise RefusedCall(name)
+        if _runs_code(cls.class_name):
+            raise RefusedCall(cls.class_name)
         return cls.__new__(cls, *args)  # type: ignore[arg-type]
 
+    def __repr__(cls) -> str:
+        return f"<stand-in {cls.class_name}>"
 
-def stand_ins(names: Collection[str]) -> list[Any]:
+
+def stand_ins(names: Collection[str], mappings: Collection[str], lists: Collection[str]) -> Any:
     """Make the allow-list for `torch.serialization.safe_globals`.
 
     Args:
         names: Every class and function the pickle names and torch does not allow.
+        mappings: Those of them that are a kind of dict.
+        lists: Those of them that are a kind of list.
 
     Returns:
         Pairs of a stand-in and the name it answers.
     """
-    return [(_stand_in(name), name) for name in sorted(names)]
+    kinds = dict.fromkeys(mappings, OrderedDict) | dict.fromkeys(lists, list)
+    return [(_stand_in(name, kinds.get(name)), name) for name in sorted(names)]
 
 
-def _stand_in(name: str) -> type:
+def _stand_in(name: str, kind: Any) -> type:
     def make(cls: type[Record], *args: Any) -> Any:
-        if name in _MAPPINGS:
-            return {}
+        if kind is not None:
+            return kind()
         record = object.__new__(cls)
-        record.state = {}
+        record.arguments, record.state = args, {}
         return record
 
     return _StandIn(name.rpartition(".")[2], (Record,), {"class_name": name, "__new__": make})
+
+
+def _runs_code(name: str) -> bool:
+    named = any(name == module or name.startswith(f"{module}.") for module in _RUNS_CODE)
+    return named and name not in _HARMLESS_BUILTINS and name != "types.SimpleNamespace"
 
 
 def is_module(value: object) -> bool:
@@ -103,80 +111,104 @@ def is_module(value: object) -> bool:
     return isinstance(value, Record) and {"_parameters", "_buffers", "_modules"} <= set(value.state)
 
 
-def walk(record: Record, name: str = "") -> Iterator[tuple[str, Record]]:
+def is_layer(record: Record) -> bool:
+    """Tell whether a module holds what a KANLinear holds."""
+    own = {key for kind in ("_parameters", "_buffers") for key, _ in _entries(record, kind)}
+    return {"base_weight", "spline_weight"} <= own
+
+
+def walk(root: Record) -> list[tuple[str, Record]]:
     """List a module and those inside it, each with its qualified name.
 
     Raises:
-        CheckpointError: A module holds itself, or something that is none.
+        CheckpointError: A module holds something that is none, or there is no end of them.
     """
-    yield from _walk(record, name, ())
+    found: list[tuple[str, Record]] = []
+    open_ends = [("", root, 0)]
+    while open_ends:
+        name, record, depth = open_ends.pop()
+        found.append((name, record))
+        if len(found) > _MOST_MODULES or depth > _DEEPEST:
+            raise CheckpointError(
+                f"the pickled module has more than {_MOST_MODULES} modules inside, or "
+                f"{_DEEPEST} within each other"
+            )
+        for key, child in reversed(_entries(record, "_modules")):
+            inner = f"{name}.{key}" if name else str(key)
+            if is_module(child):
+                open_ends.append((inner, child, depth + 1))
+            elif child is not None:
+                raise CheckpointError(f"{inner}: expected a module, found a {type(child).__name__}")
+    return found
 
 
-def _walk(record: Record, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, Record]]:
-    if id(record) in above:
-        raise CheckpointError(f"{name or 'the module'}: holds itself, which no module does")
-    yield name, record
-    for key, child in _entries(record, "_modules"):
-        inner = f"{name}.{key}" if name else key
-        if is_module(child):
-            yield from _walk(child, inner, (*above, id(record)))
-        elif child is not None:
-            raise CheckpointError(f"{inner}: expected a module, found a {type(child).__name__}")
-
-
-def tensors_of(record: Record) -> dict[str, Tensor]:
+def tensors_of(root: Record) -> dict[str, Tensor]:
     """Flatten a module's parameters and buffers, under the names a state dict would give them."""
     found = {}
-    for name, module in walk(record):
+    for name, module in walk(root):
         # A state dict holds no such buffers; but a grid is needed wherever it is.
         left_out = set(module.state.get("_non_persistent_buffers_set", ())) - {"grid"}
+        if module.state.get("enable_standalone_scale_spline") is False:
+            left_out.add("spline_scaler")  # its forward does not look at it
         for kind in ("_parameters", "_buffers"):
             for key, value in _entries(module, kind):
                 if isinstance(value, Tensor) and key not in left_out:
-                    found[f"{name}.{key}" if name else key] = value
+                    found[f"{name}.{key}" if name else str(key)] = value
+        grid = module.state.get("grid")  # a plain attribute in some copies
+        if is_layer(module) and isinstance(grid, Tensor):
+            found[f"{name}.grid" if name else "grid"] = grid
     return found
 
 
-def activations_of(record: Record) -> dict[str, nn.Module | str]:
-    """Find the base activation of each KANLinear of a module.
+def activations_of(root: Record) -> dict[str, nn.Module | str]:
+    """Find the base activation of each layer of a module.
 
     Returns:
-        By the layer's qualified name: the activation, or the name of its class if it is not one
-        of torch's own.
+        By the layer's qualified name: the activation, or the name of its class or function if it
+        cannot be made again.
     """
     found: dict[str, nn.Module | str] = {}
-    for name, module in walk(record):
-        if module.class_name.rpartition(".")[2] != "KANLinear":
-            continue
-        value = dict(_entries(module, "_modules")).get(
-            "base_activation", module.state.get("base_activation")
-        )
-        if isinstance(value, Record) or (isinstance(value, type) and issubclass(value, Record)):
-            found[name] = _activation(value)
+    for name, module in walk(root):
+        if is_layer(module):
+            own = dict(_entries(module, "_modules"))
+            value = own.get("base_activation", module.state.get("base_activation"))
+            if isinstance(value, Record) or (isinstance(value, type) and issubclass(value, Record)):
+                found[name] = _activation(value)
     return found
 
 
-def hooked(record: Record) -> list[str]:
-    """List the modules whose forward is changed by hooks, by qualified name."""
-    return [
-        name or "the module itself"
-        for name, module in walk(record)
-        if module.state.get("_forward_hooks") or module.state.get("_forward_pre_hooks")
-    ]
+def oddities(root: Record) -> dict[str, str]:
+    """Find what makes a KAN compute something else than its tensors say.
+
+    Returns:
+        By the module's qualified name: what was found.
+    """
+    found = {}
+    for name, module in walk(root):
+        children = {key for key, child in _entries(module, "_modules") if child is not None}
+        expected = _LAYER_CHILDREN if is_layer(module) else {"layers"}
+        overridden = [key for key in _OVERRIDES if key in module.state]
+        if module.state.get("_forward_hooks") or module.state.get("_forward_pre_hooks"):
+            found[name] = "hooks"
+        elif overridden:
+            found[name] = f"a {overridden[0]} of its own"
+        elif (is_layer(module) or module.class_name.rpartition(".")[2] == "KAN") and (
+            extra := sorted(map(str, children - expected))
+        ):
+            found[name] = f"more than its layers ({', '.join(extra)})"
+    return found
 
 
 def _entries(record: Record, kind: str) -> list[tuple[str, Any]]:
     entries = record.state.get(kind)
-    return list(entries.items()) if isinstance(entries, Mapping) else []
+    return list(dict.items(entries)) if isinstance(entries, dict) else []
 
 
 _FUNCTIONS = {
     "torch.nn.functional.silu": nn.SiLU,
-    "torch.nn.functional.gelu": nn.GELU,
-    "torch._C._nn.gelu": nn.GELU,
     "torch.nn.functional.relu": nn.ReLU,
-    "torch.relu": nn.ReLU,
-    "torch.tanh": nn.Tanh,
+    "torch.nn.functional.tanh": nn.Tanh,
+    "torch._C._nn.gelu": nn.GELU,
 }
 
 
@@ -190,12 +222,15 @@ def _activation(value: Record | type[Record]) -> nn.Module | str:
     maker = getattr(torch.nn, class_name, None) if trusted else None
     try:
         made: nn.Module = maker()  # type: ignore[misc]
-    except TypeError:  # no class of torch's, or one that is no activation
+    except TypeError:  # no class of torch's, or one that needs to be told more
         return name
-    settings = {k: v for k, v in value.state.items() if k in vars(made) and not k.startswith("_")}
-    for key, setting in settings.items():
-        if type(setting) is not type(getattr(made, key)):
+    for key, setting in value.state.items():
+        if key.startswith("_") or key not in vars(made):
+            continue
+        default = getattr(made, key)
+        if isinstance(default, float) and type(setting) is int:
+            setting = float(setting)
+        if type(setting) is not type(default) or not isinstance(setting, bool | int | float | str):
             return name
-        if isinstance(setting, bool | int | float | str):
-            setattr(made, key, setting)
+        setattr(made, key, setting)
     return made

@@ -6,7 +6,7 @@ before its tensors' names. This module knows names, not what the tensors must lo
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -22,11 +22,18 @@ REQUIRED = ("base_weight", "spline_weight", "grid")
 
 _KEY = re.compile(
     r"(?P<stem>(?:.*\.)?)"
-    r"(?P<tensor>base_weight|spline_weight|spline_scaler|grid|symbolic_mask|base_activation\..+)"
+    r"(?P<tensor>base_weight|spline_weight|spline_scaler|grid|symbolic_mask|base_activation\..+)",
+    re.DOTALL,
 )
-_NUMBERED = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<index>0|[1-9]\d{0,5})\.")
-_TRANSPARENT = ("torch.nn.parallel.", "torch._dynamo.", "torch.optim.swa_utils.")
-BOOKKEEPING = ("n_averaged",)  # torch's AveragedModel counts its updates
+_NUMBERED = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<index>0|[1-9]\d{0,5})\.", re.DOTALL)
+# What torch.compile, activation checkpointing and FSDP put into names, anywhere.
+_WRAPPED = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
+)
+_TRANSPARENT = ("torch.nn.parallel.", "torch.optim.swa_utils.")
+_BOOKKEEPING = ("n_averaged",)  # torch's AveragedModel counts its updates
+_LONGEST_SHOWN = 120
+_NOT_THE_NETWORKS = re.compile(r"optim|sched|scaler|ema|average|best|callback|rng", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,14 +44,17 @@ class StateDict:
         place: Keys of the dicts around it, each followed by a dot; empty at the top.
         tensors: By name.
         activations: The base activation of each layer of which the file tells it, by the layer's
-            name: a module, or the name of one that is not torch's.
+            name: a module, or the name of one that cannot be made again.
         classes: Class of each module, by the module's name, if modules were pickled.
+        oddities: What makes pickled modules compute something else than their tensors say, by the
+            module's name.
     """
 
     place: str
     tensors: Mapping[str, Tensor]
     activations: Mapping[str, nn.Module | str] = field(default_factory=dict)
     classes: Mapping[str, str] = field(default_factory=dict)
+    oddities: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,17 +79,29 @@ class Stack:
     Attributes:
         prefix: What stands before `layers.N.`, or before the layer's tensors; for `--prefix`.
         layers: By number. Numbers may be missing.
-        rest: Names of the other tensors of the same state dict.
         lone: Whether it is one layer by itself.
+        inside: Names of other tensors within the layers: they are of another kind.
+        odd: What makes it compute something else than its tensors say.
         around: Classes of pickled modules around it, or in its place, of which only the tensors
             are known and not what they do.
     """
 
     prefix: str
     layers: Mapping[int, Layer]
-    rest: Sequence[str] = ()
     lone: bool = False
+    inside: Sequence[str] = ()
+    odd: Sequence[str] = ()
     around: Sequence[str] = ()
+
+
+def clean_name(name: str) -> str:
+    """Take what wrappers put into a name out of it."""
+    return _WRAPPED.sub("", name)
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Tell whether a tensor only counts something."""
+    return name.rpartition(".")[2] in _BOOKKEEPING
 
 
 def find_stacks(state: StateDict) -> list[Stack]:
@@ -96,26 +118,39 @@ def find_stacks(state: StateDict) -> list[Stack]:
             numbered.setdefault(match["prefix"], {})[int(match["index"])] = layer
         elif set(REQUIRED) <= set(tensors):
             lone[stem] = layer
-    stacks = []
-    for prefix, layers in numbered.items():
-        if any("spline_weight" in layer.tensors for layer in layers.values()):
-            stacks.append((prefix, dict(sorted(layers.items())), False))
-    stacks += [(stem, {0: layer}, True) for stem, layer in lone.items()]
+    found = [
+        (prefix, dict(sorted(layers.items())), False)
+        for prefix, layers in numbered.items()
+        if any("spline_weight" in layer.tensors for layer in layers.values())
+    ]
+    found += [(stem, {0: layer}, True) for stem, layer in lone.items()]
+    known = {
+        layer.stem + name
+        for _, layers, _ in found
+        for layer in layers.values()
+        for name in layer.tensors
+    }
+    strays = [key for key in state.tensors if state.place + key not in known]
     return [
         Stack(
             state.place + prefix,
             layers,
-            [key for key in _others(state, layers) if key not in BOOKKEEPING],
             is_lone,
-            _unknown_around(state, prefix, "KANLinear" if is_lone else "KAN"),
+            inside=[k for k in strays if k.startswith(prefix if is_lone else f"{prefix}layers.")],
+            odd=_odd(state, prefix),
+            around=_unknown_around(state, prefix, "KANLinear" if is_lone else "KAN"),
         )
-        for prefix, layers, is_lone in sorted(stacks, key=lambda found: found[0])
+        for prefix, layers, is_lone in sorted(found, key=lambda entry: entry[0])
     ]
 
 
-def _others(state: StateDict, layers: Mapping[int, Layer]) -> Iterator[str]:
-    own = {layer.stem + name for layer in layers.values() for name in layer.tensors}
-    return (key for key in state.tensors if state.place + key not in own)
+def _odd(state: StateDict, prefix: str) -> list[str]:
+    own = prefix.removesuffix(".")
+    return [
+        f"{name or 'the module itself'} has {what}"
+        for name, what in state.oddities.items()
+        if name == own or name.startswith(prefix) or (own.startswith(f"{name}.") or name == "")
+    ]
 
 
 def _unknown_around(state: StateDict, prefix: str, expected: str) -> list[str]:
@@ -126,11 +161,13 @@ def _unknown_around(state: StateDict, prefix: str, expected: str) -> list[str]:
             known = class_name.rpartition(".")[2] == expected
         elif name == "" or own.startswith(f"{name}."):
             known = class_name.startswith(_TRANSPARENT)
+        elif name.startswith(prefix) and _NUMBERED.fullmatch(f"{name.removeprefix(prefix)}."):
+            known = class_name.rpartition(".")[2] == "KANLinear"
         else:
             continue
         if not known:
             unknown.append(class_name)
-    return unknown
+    return list(dict.fromkeys(unknown))
 
 
 def choose_stack(states: Sequence[StateDict], prefix: str | None = None) -> Stack:
@@ -141,49 +178,81 @@ def choose_stack(states: Sequence[StateDict], prefix: str | None = None) -> Stac
         prefix: The one to take, where the file holds several, or more than a KAN.
 
     Raises:
-        CheckpointError: There is none, there are several, or it is part of a larger network.
+        CheckpointError: There is none, there are several, it is part of a larger network, or its
+            layers are of another kind.
     """
     found = [(state, stack) for state in states for stack in find_stacks(state)]
-    if prefix is not None:
-        for _, stack in found:
-            if stack.prefix.rstrip(".") == prefix.rstrip("."):
-                return stack
-        raise CheckpointError(f"no KAN has the prefix {prefix!r}; {_offer(found)}")
-    if not found:
-        raise CheckpointError(_explain_absence(states))
     stacks = [stack for _, stack in found]
-    if len(stacks) == 1 and not stacks[0].rest:
-        return stacks[0]
-    for state, stack in found:
-        family = recognise(state.tensors)
-        if family and stack.rest:
-            raise CheckpointError(
-                f"the file looks like {family.name}, not efficient-KAN (found "
-                f"{listed(stack.rest)}); {family.remedy}"
-            )
-    kans = [stack for stack in stacks if not stack.lone]
-    if len(stacks) == 1 and stacks[0].rest:
+    if not stacks:
+        raise CheckpointError(_explain_absence(states))
+    if prefix is not None:
+        chosen = [pair for pair in found if pair[1].prefix.rstrip(".") == prefix.rstrip(".")]
+        if not chosen:
+            raise CheckpointError(f"no KAN has the prefix {prefix!r}; {_offer(stacks)}")
+        found = chosen
+    elif len(stacks) > 1:
+        raise CheckpointError(_explain_many(stacks))
+    state, stack = found[0]
+    _require_kind(state, stack)
+    if prefix is None and (rest := others(state, stack)):
         raise CheckpointError(
-            f"unexpected tensors: {listed(stacks[0].rest)}; the file holds more than the KAN at "
-            f"{_shown(stacks[0])}: give the whole network with --model package.module:factory, or "
-            f"take the KAN alone with --prefix {stacks[0].prefix!r}"
+            f"unexpected tensors: {listed(rest)}; the file holds more than the KAN at "
+            f"{_shown(stack)}: give the whole network with --model package.module:factory, or "
+            f"take the KAN alone with --prefix {stack.prefix!r}"
         )
-    if len(kans) == len(stacks):
+    return stack
+
+
+def others(state: StateDict, stack: Stack) -> list[str]:
+    """List the tensors of a state dict that do not belong to a stack."""
+    own = {layer.stem + name for layer in stack.layers.values() for name in layer.tensors}
+    return [k for k in state.tensors if state.place + k not in own and not is_bookkeeping(k)]
+
+
+def neighbours(states: Sequence[StateDict], stack: Stack) -> list[str]:
+    """List the places of other state dicts that seem to belong to the same network."""
+    return [
+        state.place
+        for state in states
+        if not any(layer.stem.startswith(state.place) for layer in stack.layers.values())
+        and not _NOT_THE_NETWORKS.search(state.place)
+        and any(tensor.dim() > 1 for tensor in state.tensors.values())
+    ]
+
+
+def _require_kind(state: StateDict, stack: Stack) -> None:
+    """Refuse layers that hold or do more than efficient-KAN's."""
+    if stack.inside:
+        layers = {k: t for layer in stack.layers.values() for k, t in layer.tensors.items()}
+        family = recognise(layers | {key: state.tensors[key] for key in stack.inside})
+        what = f"looks like {family.name}" if family else "holds layers of another kind"
         raise CheckpointError(
-            f"holds {len(kans)} KANs: {_offer(found)}; or give the network that joins them with "
+            f"unexpected tensors: {listed(stack.inside)}; a layer of efficient-KAN has "
+            f"{', '.join(REQUIRED)} and maybe spline_scaler, so the file {what}, which computes "
+            "something else: give the network with --model package.module:factory"
+        )
+    if stack.odd:
+        raise CheckpointError(
+            f"{listed(stack.odd)}, so it computes something else than its tensors say; give the "
+            "network with --model package.module:factory"
+        )
+
+
+def _explain_many(stacks: Sequence[Stack]) -> str:
+    if not any(stack.lone for stack in stacks):
+        return (
+            f"holds {len(stacks)} KANs: {_offer(stacks)}; or give the network that joins them with "
             "--model package.module:factory"
         )
-    raise CheckpointError(
+    return (
         f"holds KANLinear layers inside another network, at {listed([_shown(s) for s in stacks])}, "
         "and a state dict does not say how they are joined: give the network with --model "
         f"package.module:factory, or take one with --prefix {stacks[0].prefix!r}"
     )
 
 
-def _offer(found: Sequence[tuple[StateDict, Stack]]) -> str:
-    if not found:
-        return "the file holds none"
-    shown = listed([f"{stack.prefix!r} ({_described(stack)})" for _, stack in found])
+def _offer(stacks: Sequence[Stack]) -> str:
+    shown = listed([f"{stack.prefix!r} ({_described(stack)})" for stack in stacks])
     return f"choose one with --prefix: {shown}"
 
 
@@ -209,7 +278,8 @@ def _explain_absence(states: Sequence[StateDict]) -> str:
         if family := recognise(state.tensors):
             return (
                 f"the file looks like {family.name}, not efficient-KAN (found "
-                f"{listed(list(state.tensors))}); {family.remedy}"
+                f"{listed(list(state.tensors))}); only efficient-KAN layers can be exported: "
+                "export it from its own project"
             )
     if any(_KEY.fullmatch(name) for name in names):
         return (
@@ -218,12 +288,18 @@ def _explain_absence(states: Sequence[StateDict]) -> str:
         )
     return (
         "holds no efficient-KAN layer: expected names such as layers.0.base_weight, found "
-        f"{listed(names)}"
+        f"{listed(names) or 'none'}"
     )
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
     """Show names, the first few of many, on one line whatever is in them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    shown = [name if name.isprintable() else repr(name) for name in names[:most]]
-    return ", ".join(shown) + more
+    return ", ".join(printable(name) for name in names[:most]) + more
+
+
+def printable(name: str) -> str:
+    """Show a name on a terminal, whatever is in it and however long it is."""
+    if len(name) > _LONGEST_SHOWN:
+        name = f"{name[:_LONGEST_SHOWN]}..."
+    return name if name.isprintable() else repr(name)

@@ -19,7 +19,7 @@ from kan_model.errors import ActivationError, CheckpointError
 from kan_model.families import recognise
 from kan_model.layer import KANLinear
 from kan_model.model import KAN
-from kan_model.stacks import REQUIRED, RESAVE, Layer, Stack, listed
+from kan_model.stacks import REQUIRED, RESAVE, Layer, Stack, listed, printable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -158,23 +158,33 @@ def _named(stack: Stack) -> Iterator[tuple[str, Tensor]]:
 
 
 def _activation(layer: Layer, base_activation: Callable[[], nn.Module] | None) -> nn.Module:
+    """Take the activation that the file tells, or the one asked for."""
     found = layer.activation
-    if found is None:
-        return nn.SiLU() if base_activation is None else base_activation()
     asked = None if base_activation is None else base_activation()
+    if found is None:
+        return nn.SiLU() if asked is None else asked
+    where = f"{layer.stem}base_activation"
     if isinstance(found, str):
-        if asked is None:
-            raise ActivationError(
-                f"{layer.stem}base_activation: is a {found}, which is not torch's own and is not "
-                "run from the file; name it with --activation package.module:Class"
+        if asked is not None and not found.startswith("torch.nn."):
+            return asked
+        raise ActivationError(
+            f"{where}: is {printable(found)}, which cannot be made again from the file; "
+            + (
+                "give the network with --model package.module:factory"
+                if found.startswith("torch.nn.")
+                else "name it with --activation package.module:Class"
             )
-        return asked
+        )
     if asked is not None and repr(asked) != repr(found):
         raise ActivationError(
-            f"{layer.stem}base_activation: the file says {found!r}, but {asked!r} was asked for; "
-            "leave --activation out"
+            f"{where}: the file says {found!r}, but {asked!r} was asked for; leave --activation out"
         )
-    require_elementwise(repr(found), found)
+    try:
+        require_elementwise(repr(found), found)
+    except ActivationError as error:
+        raise ActivationError(
+            f"{where}: {error}; or give the network with --model package.module:factory"
+        ) from error
     return found
 
 

@@ -20,7 +20,7 @@ from tests.states import good, saved
         pytest.param(bytes(1000), "is not a checkpoint written by torch.save", id="zeros"),
         pytest.param(b"PK\x03\x04" + bytes(100), "is damaged, truncated", id="broken archive"),
         pytest.param(b"<html>404</html>", "is not a checkpoint", id="web page"),
-        pytest.param(pickle.dumps({"a": 1}), "is not a checkpoint|expected names", id="pickle"),
+        pytest.param(pickle.dumps({"a": 1}), "a pickle that torch.save did not write", id="pickle"),
     ],
 )
 def test_files_that_are_no_checkpoints_are_refused(
@@ -68,9 +68,7 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, legacy: bool) -> None:
     trace, path = tmp_path / "trace", tmp_path / "model.pt"
     content = OrderedDict(good()) | {"layers.0.extra": Payload(trace)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(
-        CheckpointError, match=r"when (it is )?loaded, so it is not opened|is not a checkpoint"
-    ):
+    with pytest.raises(CheckpointError, match="so it is not opened"):
         load_checkpoint(path)
     assert not trace.exists()
     torch.load(path, weights_only=False)

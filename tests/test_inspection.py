@@ -104,3 +104,39 @@ def test_the_command_prints_json_and_says_by_its_code_what_an_export_would_do(
     assert found["other_tensors"] == ["classifier.weight"]
     assert "unexpected tensors: classifier.weight" in found["refused"]
     assert found["kans"][0]["layers"][0]["parameters"] == 2 * 3 * 10
+
+
+@pytest.mark.parametrize("name", ["model[red].pt", "[b]model.pt"])
+def test_names_with_markup_are_shown_as_they_are(tmp_path: Path, name: str) -> None:
+    torch.save(good() | {"x\x1b[2J": torch.zeros(1)}, tmp_path / name)
+    done = run_module("export", "inspect", tmp_path / name)
+    assert done.returncode == 1
+    assert name in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_tensors_that_cannot_be_worked_with_are_faults_not_failures(tmp_path: Path) -> None:
+    sparse = good() | {"layers.0.base_weight": good()["layers.0.base_weight"].to_sparse()}
+    huge = good() | {"layers.0.base_weight": torch.zeros(1).expand(3 * 10**9, 2)}
+    for state, message in ((sparse, "found a sparse one"), (huge, "is 24000000000 bytes")):
+        found = inspect_checkpoint(saved(tmp_path, state))
+        assert found.refused is not None
+        assert message in found.refused
+        assert message in found.kans[0].faults[0]
+
+
+def test_inspection_prints_json_that_is_json(tmp_path: Path) -> None:
+    path = saved(tmp_path, with_value(good(), "layers.1.grid", (2, 4), float("nan")))
+    done = run_module("export", "inspect", path, "--json")
+    found = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert found["kans"][0]["layers"][1]["grid_range"] is None
+
+
+def test_the_activation_may_be_named_and_export_only_flags_may_not(tmp_path: Path) -> None:
+    path = saved(tmp_path, zoo.KAN([2, 1], base_activation=nn.PReLU).state_dict())
+    assert run_module("export", "inspect", path).returncode == 1
+    named = run_module("export", "inspect", path, "--activation", "torch.nn:PReLU")
+    assert named.returncode == 0, named.stdout
+    wrong = run_module("export", "inspect", path, "--model", "a:b")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "leave out --model" in wrong.stderr
