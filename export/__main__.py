@@ -10,8 +10,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _inspect if arguments.inspect else _export
     )
     try:
-        with redirect_stdout(sys.stderr):  # what a user's own network prints is no result
+        with _stdout_to_stderr():  # what a user's own network prints is no result
             code, result = run(arguments, report)
     except (ExportError, BundleError, KanModelError) as error:
         report.fail(str(error))
@@ -75,6 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.fail("interrupted")
         return 128 + signal.SIGINT
     return _print_result(result, report) or code
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what goes to stdout, also from programs and libraries that are called."""
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
+        kept = None
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept is not None:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _given(arguments: argparse.Namespace, flag: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from export.errors import NetworkError, cause
@@ -125,7 +126,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, prefix: str | None =
             )
     assign = any(tensor.is_meta for tensor in wanted.values())
     try:
-        module.load_state_dict(dict(best.tensors), assign=assign)
+        module.load_state_dict(dict(best.tensors), assign=assign, strict=False)
     except RuntimeError as error:  # a module with a loading of its own
         raise NetworkError(f"{checkpoint.path}: {' '.join(str(error).split())}") from error
     left = [
@@ -144,6 +145,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, prefix: str | None =
 def _fits(state: StateDict, wanted: Mapping[str, Tensor], prefix: str | None) -> list[_Fit]:
     """Try every prefix that would make some name of the file one of the network's."""
     names = list(wanted)
+    tied = _tied(wanted)
     if prefix is not None:
         asked = prefix.rstrip(".") + "." if prefix else ""
         prefixes = {asked.removeprefix(state.place)} if asked.startswith(state.place) else set()
@@ -157,14 +159,28 @@ def _fits(state: StateDict, wanted: Mapping[str, Tensor], prefix: str | None) ->
         own = {
             key.removeprefix(found): tensor
             for key, tensor in state.tensors.items()
-            if key.startswith(found) and not is_bookkeeping(key)
+            if key.startswith(found)
+            and (key.removeprefix(found) in wanted or not is_bookkeeping(key))
         }
         fits.append(
             _Fit(
                 state.place + found,
                 {name: tensor for name, tensor in own.items() if name in wanted},
-                [name for name in names if name not in own],
+                [
+                    name
+                    for name in names
+                    if name not in own and not tied.get(name, set()) & set(own)
+                ],
                 [found + name for name in own if name not in wanted],
             )
         )
     return fits
+
+
+def _tied(wanted: Mapping[str, Tensor]) -> dict[str, set[str]]:
+    """Find the names of one and the same tensor, of which a file may hold one."""
+    by_storage: dict[tuple[int, torch.Size], set[str]] = {}
+    for name, tensor in wanted.items():
+        if not tensor.is_meta and tensor.numel():
+            by_storage.setdefault((tensor.data_ptr(), tensor.shape), set()).add(name)
+    return {name: names for names in by_storage.values() for name in names}

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +20,9 @@ DEFAULT_INPUT = "input"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _SHAPE = re.compile(
     r"(?:(?P<name>[^=:]*)(?::(?P<datatype>[A-Za-z0-9]+))?=)?"
-    r"(?P<batch>(?:batch|-1|N|\?)\s*[,x]\s*)?(?P<dims>\d+(?:\s*[,x]\s*\d+)*)"
+    r"(?P<batch>(?:batch|-1|N|\?)\s*[,x]\s*)?(?P<dims>\d{1,10}(?:\s*[,x]\s*\d{1,10}){0,30})"
 )
-Shapes = str | Sequence[str] | Sequence[int] | Mapping[str, Sequence[int]]
+Shapes = str | int | Sequence[str] | Sequence[int] | Mapping[str, Sequence[int] | int]
 Samples = str | Path | Sequence[str | Path] | NDArray[Any] | Mapping[str, NDArray[Any]]
 
 _LARGEST = 2**31  # elements of one row
@@ -95,16 +94,25 @@ def read_inputs(input_shape: Shapes | None, samples: Samples | None) -> Inputs |
     Raises:
         InputError: Something cannot be read, or contradicts the rest.
     """
-    return _join(list(_parse_shapes(input_shape)), dict(_read_samples(samples)))
+    arrays: dict[str | None, NDArray[Any]] = {}
+    for name, array in _read_samples(samples):
+        if name in arrays:
+            raise InputError(
+                f"samples: found rows for {name or 'an input without a name'} twice; give every "
+                "input once, as NAME=FILE"
+            )
+        arrays[name] = array
+    return _join(list(_parse_shapes(input_shape)), arrays)
 
 
 def _parse_shapes(given: Shapes | None) -> Iterator[TensorSpec]:
     if given is None:
         return
-    if isinstance(given, str):
-        yield parse_shape(given)
+    if isinstance(given, str | int):
+        yield parse_shape(str(given))
     elif isinstance(given, Mapping):
         for name, sizes in given.items():
+            sizes = [sizes] if isinstance(sizes, int) else sizes
             yield parse_shape(f"{name}={','.join(str(size) for size in sizes)}")
     elif any(isinstance(part, str) for part in given):
         for part in given:
@@ -118,13 +126,18 @@ def _read_samples(given: Samples | None) -> Iterator[tuple[str | None, NDArray[A
         return
     if isinstance(given, Mapping):
         for name, array in given.items():
-            yield check_name(name), np.asarray(array)
-    elif isinstance(given, np.ndarray):
-        yield None, given
+            yield check_name(str(name)), np.asarray(array)
+    elif hasattr(given, "__array__"):  # also a tensor of torch's
+        yield None, np.asarray(given)
     elif isinstance(given, str | Path):
         yield from _read_file(str(given))
     else:
         for part in given:
+            if not isinstance(part, str | Path):
+                raise InputError(
+                    f"samples: expected files, an array, or arrays by the names of the inputs, "
+                    f"found a list with a {type(part).__name__}"
+                )
             yield from _read_file(str(part))
 
 
@@ -137,10 +150,13 @@ def _read_file(text: str) -> Iterator[tuple[str | None, NDArray[Any]]]:
         with Path(place).open("rb") as file:
             content = np.load(file, allow_pickle=False)
             arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else None
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    except OSError as error:
         raise InputError(
-            f"samples {place}: cannot be read: {reason}; expected an array saved by numpy.save"
+            f"samples {place!r}: cannot be read: {error.strerror or error}; check the path"
+        ) from error
+    except Exception as error:  # a damaged file makes the parser fail in any way there is
+        raise InputError(
+            f"samples {place!r}: is not an array saved by numpy.save, or is damaged; save it again"
         ) from error
     if arrays is None:
         yield (check_name(name) if name else None), content

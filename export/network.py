@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from export.errors import InputError, NetworkError, cause
 from export.inputs import DEFAULT_INPUT, Inputs, check_name, shown
@@ -92,7 +93,9 @@ class Network:
     def kan(self) -> KAN | None:
         """The network in its own precision, if it is a KAN of ours and nothing else."""
         module = self.exact.module
-        return module if type(module) is KAN else None
+        if type(module) is not KAN or set(map(type, module.layers)) != {KANLinear}:
+            return None
+        return module if len(self.layers) == len(module.layers) else None
 
 
 def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
@@ -107,18 +110,40 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
         NetworkError: It does not work in evaluation mode, on batches of any size, or gives other
             answers each time; or its KAN layers hold values that mean nothing.
     """
-    single = module if is_single(module) else copy.deepcopy(module).float()
+    single = module if is_single(module) else copy_module(module).float()
     layers, replaced, notes = _adopt_layers(single)
     _require_finite(single, layers)
-    if inputs is None or (_is_kan(single) and layers):
-        inputs = _inputs_of_kan(single, layers, inputs)
+    if inputs is None:
+        inputs = _inputs_of_kan(single, layers)
     names = [spec.name for spec in inputs.specs]
+    _require_names(single, names)
     call = Call(single, names).eval()
     exact = call if single is module else Call(module, names).eval()
     examples = [example(inputs, rows) for rows in (2, 3)]
     outputs = _describe_outputs(call, inputs, examples)
     leading = _find_leading(call, replaced, inputs, examples[1])
     return Network(call, exact, layers, replaced, inputs, outputs, leading, tuple(notes))
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """Copy a network, with the activations that it may have stored but not their history.
+
+    Raises:
+        NetworkError: It has no values, is no plain module, or holds what cannot be copied.
+    """
+    _require_values(module)
+    stored = (value for part in module.modules() for value in vars(part).values())
+    memo = {
+        id(value): value.detach().clone()
+        for value in stored
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:  # what the network holds may refuse in any way
+        raise NetworkError(
+            f"the network cannot be copied: {cause(error)}; take what is not its own out of it"
+        ) from error
 
 
 def is_single(module: nn.Module) -> bool:
@@ -151,14 +176,45 @@ def swapped(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Ite
     done: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for parent in list(root.modules()):
-            for name, child in list(parent.named_children()):
-                if child in replacements:
+            for name, child in list(parent._modules.items()):
+                if child is not None and child in replacements:
                     done.append((parent, name, child))
                     parent._modules[name] = replacements[child]
         yield
     finally:
         for parent, name, child in done:
             parent._modules[name] = child
+
+
+def _require_values(module: nn.Module) -> None:
+    """Refuse networks without values, and those that are no plain modules.
+
+    Raises:
+        NetworkError: With the reason.
+    """
+    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+        raise NetworkError(
+            f"expected a plain torch.nn.Module, found a {type(module).__name__}: give the network "
+            "that was scripted or compiled"
+        )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise NetworkError(f"{name}: has no value yet; load the weights into the network first")
+
+
+def _require_names(module: nn.Module, names: Sequence[str]) -> None:
+    """Refuse input names of which only some are what `forward` calls its inputs.
+
+    Raises:
+        InputError: Which names there are.
+    """
+    parameters = list(inspect.signature(module.forward).parameters)
+    strays = [name for name in names if name not in parameters]
+    if strays and len(strays) < len(names):
+        raise InputError(
+            f"input {', '.join(strays)}: expected names that forward has ("
+            f"{', '.join(parameters)}), or names of your own for every input, in its order"
+        )
 
 
 def _adopt_layers(
@@ -185,17 +241,23 @@ def _computes_the_same(original: nn.Module, ours: KANLinear) -> bool:
     """Compare two layers at the knots, inside, in the margins and outside."""
     knots = ours.grid.float().numpy()
     probes = make_kan_probes(knots, ours.spline_order, rows_per_group=_ROWS_PER_GROUP)
-    finite = probes.inputs[0][np.isfinite(probes.inputs[0]).all(axis=1)]
-    x = torch.from_numpy(finite).to(ours.grid.dtype)
+    finite = np.isfinite(probes.inputs[0]).all(axis=1)
+    x = torch.from_numpy(probes.inputs[0]).to(ours.grid.dtype)
     try:
-        theirs = original(x)
+        theirs = original(x[finite])
     except Exception:  # it wants something else, so it is something else
         return False
-    mine = ours(x)
+    mine = ours(x[finite])
     if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
         return False
     size = mine.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-    return bool(((theirs - mine).abs() <= _SAME * size).all())
+    if not bool(((theirs - mine).abs() <= _SAME * size).all()):
+        return False
+    try:
+        swallows = not bool(torch.equal(original(x[~finite]).isnan(), ours(x[~finite]).isnan()))
+    except Exception:  # some refuse NaN, which the exported form answers with NaN
+        swallows = False
+    return not swallows
 
 
 def _require_finite(module: nn.Module, layers: Mapping[str, KANLinear]) -> None:
@@ -214,31 +276,15 @@ def _require_finite(module: nn.Module, layers: Mapping[str, KANLinear]) -> None:
             raise NetworkError(str(error)) from error
 
 
-def _is_kan(module: nn.Module) -> bool:
-    return type(module).__name__ in ("KAN", "KANLinear")
-
-
-def _inputs_of_kan(
-    module: nn.Module, layers: Mapping[str, KANLinear], asked: Inputs | None
-) -> Inputs:
-    """Take a KAN's input from its first layer, and compare what was asked for."""
-    if not (_is_kan(module) and layers):
+def _inputs_of_kan(module: nn.Module, layers: Mapping[str, KANLinear]) -> Inputs:
+    """Take a KAN's input from its first layer."""
+    if type(module).__name__ not in ("KAN", "KANLinear") or not layers:
         raise InputError(
             "what the network takes is not in the file: give the sizes of one row with "
             "--input-shape 3,224,224, or rows of data with --samples x.npy"
         )
     width = next(iter(layers.values())).in_features
-    spec = TensorSpec(DEFAULT_INPUT, "FP32", (-1, width))
-    if asked is None:
-        return Inputs((spec,))
-    found = asked.specs[0]
-    if len(asked.specs) != 1 or (found.datatype, found.shape) != (spec.datatype, spec.shape):
-        raise InputError(
-            f"the network takes FP32 {shown(spec.shape)}, but the input asked for is "
-            f"{', '.join(f'{s.datatype} {shown(s.shape)}' for s in asked.specs)}; give the sizes "
-            f"of one row: --input-shape {width}"
-        )
-    return asked
+    return Inputs((TensorSpec(DEFAULT_INPUT, "FP32", (-1, width)),))
 
 
 @torch.no_grad()
@@ -247,8 +293,8 @@ def _describe_outputs(
 ) -> tuple[TensorSpec, ...]:
     """Run batches of different sizes, twice."""
     try:
-        runs = [call.named(*rows) for rows in examples]
-        again = call(*examples[0])
+        runs = [call.named(*(row.clone() for row in rows)) for rows in examples]
+        again = call(*(row.clone() for row in examples[0]))
     except NetworkError:
         raise
     except Exception as error:  # the network's own code may fail in any way
@@ -260,10 +306,10 @@ def _describe_outputs(
     specs = []
     taken = {spec.name for spec in inputs.specs}
     for name, value in runs[0].items():
-        if value.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        if value.dtype != torch.float32:
             raise NetworkError(
-                f"output {name}: expected floating-point numbers, found {value.dtype}; return what "
-                "it was computed from"
+                f"output {name}: expected float32, found {value.dtype}; return it as float32, or "
+                "what it was computed from"
             )
         shapes = [tuple(run[name].shape) for run in runs]
         rows = [len(batch[0]) for batch in examples]
@@ -274,8 +320,10 @@ def _describe_outputs(
                 f"output {name}: expected one row for each row of the input, found shapes "
                 f"{shapes[0]} and {shapes[1]} for {rows[0]} and {rows[1]} rows"
             )
-        unique = f"{name}_output" if name in taken else name
-        specs.append(TensorSpec(check_name(unique), "FP32", (-1, *shapes[0][1:])))
+        while name in taken:
+            name += "_output"
+        taken.add(name)
+        specs.append(TensorSpec(check_name(name), "FP32", (-1, *shapes[0][1:])))
     for first, second in zip(runs[0].values(), again, strict=True):
         if not torch.equal(first.nan_to_num(), second.nan_to_num()):
             raise NetworkError(
@@ -316,14 +364,20 @@ def _find_leading(
     if len(rows) != 1 or inputs.specs[0].datatype != "FP32":
         return None
     reached: list[tuple[str, Tensor]] = []
+
+    def look(name: str, given: Sequence[Any]) -> None:
+        if given and isinstance(given[0], Tensor):
+            reached.append((name, given[0].detach().clone()))
+
     hooks = [
         layer.register_forward_pre_hook(
-            lambda _, given, name=name: reached.append((name, given[0].detach().clone()))
+            lambda _, by_place, by_name, name=name: look(name, [*by_place, *by_name.values()]),
+            with_kwargs=True,
         )
         for name, layer in layers.items()
     ]
     try:
-        call(*rows)
+        call(*(row.clone() for row in rows))
     finally:
         for hook in hooks:
             hook.remove()

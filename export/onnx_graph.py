@@ -125,10 +125,12 @@ def _forget_the_exporting_machine(model: onnx_ir.Model) -> None:
 
 def _name_after_the_network(model: onnx_ir.Model) -> None:
     """Take the wrapper's own name off the weights' names."""
+    taken = {value.name for node in model.graph for value in node.outputs}
+    taken |= {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
     for name in list(model.graph.initializers):
-        value = model.graph.initializers[name]
-        if name.startswith("module."):
-            value.name = name.removeprefix("module.")
+        short = name.removeprefix("module.")
+        if short not in taken:
+            model.graph.initializers[name].name = short
 
 
 @contextmanager
@@ -141,6 +143,7 @@ def _quiet_exporter() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*axis name: batch will not be used.*")
+            warnings.filterwarnings("ignore", message=".*was assigned during export.*")
             yield
     finally:
         registration.setLevel(level)

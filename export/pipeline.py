@@ -4,11 +4,9 @@ Everything is written to a staging folder and compared there, from the files as 
 bundle that passed becomes visible in the repository.
 """
 
-import copy
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +20,14 @@ from export.errors import InputError, ParityError
 from export.factory import build_module, load_weights
 from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
 from export.lowering import lowered
-from export.network import Network, describe_network, example
+from export.network import Network, copy_module, describe_network, example
 from export.onnx_graph import load_onnx, write_onnx
-from export.parity import Measurement, choose_golden, measure, run_probes
+from export.parity import Measurement, choose_golden, measure, run_probes, swallow_nan
 from export.reference import Reference, make_reference
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
-from kan_bundle.golden import write_golden
+from kan_bundle.golden import Golden, excess, side_by_side, write_golden
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import (
     CONFIG_FILE,
@@ -38,6 +36,7 @@ from kan_bundle.layout import (
     TORCHSCRIPT_FILE,
     BundleFolder,
     check_name,
+    check_version,
     next_version,
     require_place,
     staging,
@@ -90,8 +89,8 @@ def export_checkpoint(
         prefix: The KAN to take, where the file holds several or more than a KAN.
         model: `package.module:factory`, or the function itself, which builds the network that the
             weights belong to. None for a KAN.
-        input_shape: Sizes of one row of each input, as `parse_shapes` reads them.
-        samples: Rows of real data, as `read_samples` reads them.
+        input_shape: Sizes of one row of each input, as `read_inputs` takes them.
+        samples: Rows of real data, as `read_inputs` takes them.
         trust_pickle: Run the code in the file. Only for files from people whose programs you run.
         force: Whether an existing version may be replaced.
         report: Is told each stage, the measurements and the warnings; None only warns.
@@ -140,7 +139,7 @@ def export_module(
 
     Args:
         module: A KAN, or any network with or without KANLinear layers, ours or another project's.
-            When this returns it is as it was, to the bit.
+            It is copied, and not changed.
         name: Model name.
         output: As in `export_checkpoint`, as every argument below.
         version: As above.
@@ -162,14 +161,13 @@ def export_module(
     """
     target = _choose_target(Path(output), name, version, force)
     inputs = read_inputs(input_shape, samples)
-    on_cpu = all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
-    own = module if on_cpu else copy.deepcopy(module).cpu()
-    with _evaluating(own):
-        return _export(own, inputs, target, None, report or Report.silent())
+    own = copy_module(module).cpu().eval()
+    return _export(own, inputs, target, None, report or Report.silent())
 
 
 def _choose_target(output: Path, name: str, version: int | None, force: bool) -> _Target:
-    number = next_version(output, check_name(name)) if version is None else version
+    check_name(name)
+    number = next_version(output, name) if version is None else check_version(version)
     folder = BundleFolder(name, number, output / name / str(number))
     require_place(folder, force=force)
     return _Target(folder, force)
@@ -242,6 +240,11 @@ def _export(
 
         with report.stage("compute the float64 reference"):
             reference = make_reference(network)
+        if reference.refused:
+            report.warn(
+                f"the network itself refuses inputs of the kind {', '.join(reference.refused)}; "
+                "they are not compared, and the files do not refuse them"
+            )
         if reference.precision != "float64":
             report.warn(
                 "the network cannot run in float64, so the files are compared with its own answers "
@@ -255,14 +258,23 @@ def _export(
             ):
                 found = {**found, runtime: run_probes(load(path), reference)}
                 gc.collect()  # one runtime at a time, where memory is short
-        if network.kan is None:
-            reference, found = _set_nan_aside(reference, found, report)
+        if network.kan is None and (swallowed := swallow_nan(found, reference)).any():
+            report.warn(
+                f"onnxruntime gives numbers for {swallowed.sum()} inputs with NaN that the network "
+                "answers with NaN, because of layers other than KANLinear; they are not compared"
+            )
+            reference = reference.take(~swallowed)
+            found = {runtime: answers[:, ~swallowed] for runtime, answers in found.items()}
         measured = [measure(runtime, answers, reference) for runtime, answers in found.items()]
         report.parity(measured, reference.precision)
         _require_parity(measured, reference, network)
 
+        golden = choose_golden(reference)
+        with report.stage("replay what the server will replay"):
+            answers = side_by_side(load_onnx(model_path)(golden.inputs))
+            _require_golden(golden, answers)
         with report.stage("publish"):
-            write_golden(choose_golden(reference), place.path / GOLDEN_FILE)
+            write_golden(golden, place.path / GOLDEN_FILE)
             files = {file.name: record_file(file) for file in sorted(place.path.iterdir())}
             manifest = make_manifest(folder, source, network, reference, measured, files)
             write_manifest(manifest, place.path)
@@ -295,30 +307,6 @@ def _say_what_was_found(report: Report, network: Network, layers: Sequence[Layer
         report.warn("the weights are not all float32; the files are, and are compared with float64")
 
 
-def _set_nan_aside(
-    reference: Reference, found: Mapping[str, NDArray[np.float64]], report: Report
-) -> tuple[Reference, Mapping[str, NDArray[np.float64]]]:
-    """Leave out the probes with NaN if a runtime's other layers swallow it.
-
-    A KANLinear answers NaN with NaN in every runtime. But onnxruntime's MaxPool and Relu, for two,
-    give numbers where torch's give NaN, and no form of the graph changes that.
-    """
-    nan = np.isnan(reference.outputs)
-    swallowing = [
-        runtime
-        for runtime, answers in found.items()
-        if bool((np.isnan(answers) != nan).any(axis=(0, 2))[reference.probes.groups == "nan"].any())
-    ]
-    if not swallowing:
-        return reference, found
-    report.warn(
-        f"{', '.join(swallowing)} gives numbers for some inputs with NaN that the network answers "
-        "with NaN, because of layers other than KANLinear; these inputs are not compared"
-    )
-    kept = reference.probes.groups != "nan"
-    return reference.take(kept), {runtime: answers[:, kept] for runtime, answers in found.items()}
-
-
 def _require_parity(
     measured: Sequence[Measurement], reference: Reference, network: Network
 ) -> None:
@@ -331,10 +319,24 @@ def _require_parity(
     if failed:
         m = max(failed, key=lambda m: m.excess)
         raise ParityError(
-            f"{m.runtime} does not compute what the checkpoint computes, nothing was published: at "
+            f"{m.runtime} does not compute what the network computes, nothing was published: at "
             f"probe {m.worst.row} ({m.worst.group}, batch {m.worst.batch_size}), output "
             f"{_place(network, m.worst.output)}, expected {m.worst.expected!r} within "
             f"{m.worst.allowed:.2e}, found {m.worst.found!r}; please report it with the checkpoint"
+        )
+
+
+def _require_golden(golden: Golden, answers: NDArray[np.float64]) -> None:
+    """Raise if the server would refuse the bundle.
+
+    Raises:
+        ParityError: In one batch, in which the server runs them, the answers are others.
+    """
+    worst = float(excess(answers, golden.outputs, golden.tolerance).max())
+    if worst > 1:
+        raise ParityError(
+            f"onnxruntime is off by {worst:.3g} times what is allowed when it runs {len(answers)} "
+            "rows in one batch, nothing was published; please report it with the checkpoint"
         )
 
 
@@ -346,15 +348,3 @@ def _place(network: Network, column: int) -> str:
             return f"{spec.name}[{column}]" if len(network.outputs) > 1 else str(column)
         column -= size
     raise AssertionError(f"{column} is beyond the outputs")
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Hold a module in evaluation mode; afterwards every part is in the mode it was in."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

@@ -7,38 +7,46 @@ float32 is itself further away, by `EAGER_FACTOR` times what eager is off.
 
 Eager's error at one output is a single draw of rounding noise. So its size is taken from batches of
 every size and the whole group of probes, relative to the noise that each output must be expected to
-hold: an output that is a small difference of large terms is noisy in any float32 runtime, eager
-included. For a KAN that is found from the magnitudes that are added up to give each output, carried
-through the layers (`_rounding_scale`); for any other network by moving all its weights a little
-(`_sensitivity`).
+hold (rounding.py): for a KAN from the magnitudes that are added up to give it, for other networks
+from how far it moves with everything before it. Only a KAN's noise is known well enough to be
+compared between outputs; elsewhere each output is judged by its own, within bounds.
 """
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import linear
 
-from export.errors import NetworkError
+from export.eager import BATCH_SIZES, LARGEST_BATCH, evaluate, in_double
+from export.errors import NetworkError, cause
 from export.network import Call, Network, is_single
 from export.probes import ORDINARY, Probes, make_kan_probes, make_probes
-from kan_bundle.golden import side_by_side
-from kan_model import KAN, KANLinear
-from kan_model.splines import b_spline_basis, b_spline_slope
+from export.rounding import decidable, longest_sum, rounding_scale, sensitivity
 
 RELATIVE_TOLERANCE = 1e-5
 EAGER_FACTOR = 2.0
-BATCH_SIZES = (1, 2, 7, 64)
 _LARGEST = 1e37  # of the terms of a sum; float32 ends at 3.4e38
-_NOISE = 2.0**-26  # below half a unit in the last place of float32, wherever in its binade
 _BUDGET = 2**21  # numbers that the probes of a network may hold, on its larger side
+_FEW_ROWS = 2  # at a time, because the float64 form of a large network leaves little room
+_LEAST_NOISE, _MOST_NOISE = 4.0, 64.0  # in units of a sensitivity
+_ALONE = 8  # rows that are run by themselves
+
+
+@dataclass(frozen=True)
+class _Means:
+    """A precision, the noise that shows in it, and by what share it may differ between batches."""
+
+    dtype: torch.dtype
+    noise: float
+    same: float
+
+
+_DOUBLE = _Means(torch.float64, 2.0**-26, 1e-9)  # noise that float32's rounding undoes
+_SINGLE = _Means(torch.float32, 2.0**-16, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Reference:
             (batch sizes, rows, numbers).
         tolerance: Largest allowed |y - outputs|, shape (rows, numbers).
         precision: Of `outputs`: float64, or float32 if the network cannot run in float64.
+        refused: Groups of probes that the network itself refuses, which were left out.
     """
 
     probes: Probes
@@ -59,6 +68,7 @@ class Reference:
     eager: NDArray[np.float64]
     tolerance: NDArray[np.float64]
     precision: Literal["float64", "float32"] = "float64"
+    refused: tuple[str, ...] = ()
 
     def take(self, rows: NDArray[np.bool_]) -> "Reference":
         """Keep some rows."""
@@ -78,50 +88,49 @@ def make_reference(network: Network) -> Reference:
         network: It is as it was when this returns.
 
     Raises:
-        NetworkError: It answers no ordinary input with a number.
+        NetworkError: It fails on inputs it should take, lets the rows of a batch influence each
+            other, or answers no ordinary input with a number.
     """
-    probes = _choose_probes(network)
-    eager = np.stack([evaluate(network.call, probes, size) for size in BATCH_SIZES])
+    probes, refused = _choose_probes(network)
+    eager = np.stack([_run(network.call, probes, size) for size in BATCH_SIZES])
     kan = network.kan
     if kan is None:
-        return _reference_of_network(network, probes, eager)
+        return replace(_reference_of_network(network, probes, eager), refused=refused)
     exact = is_single(kan)
     oracle = copy.deepcopy(kan).double()
     inputs = probes.inputs[0].astype(np.float32)
-    scale = _rounding_scale(oracle, inputs, exact)
+    scale = rounding_scale(oracle, inputs, exact)
     in_range = (scale <= _LARGEST).all(axis=1) | np.isnan(inputs).any(axis=1)
-    keep: NDArray[np.bool_] = in_range & _decidable(oracle, inputs, exact)
+    keep: NDArray[np.bool_] = in_range & decidable(oracle, inputs, exact)
     probes, scale, eager = probes.take(keep), scale[keep], eager[:, keep]
-    outputs = evaluate(Call(oracle, ["x"]), probes, BATCH_SIZES[-1], torch.float64)
-    tolerance = _tolerance(probes.groups, outputs, eager, scale, _longest_sum(kan))
-    return Reference(probes, outputs, eager, tolerance)
+    outputs = evaluate(Call(oracle, ["x"]), probes.inputs, LARGEST_BATCH, torch.float64)
+    error = _error(eager, outputs)
+    noise = _kan_noise(probes.groups, error, scale, longest_sum(kan))
+    return Reference(probes, outputs, eager, _tolerance(probes.groups, outputs, error, noise))
 
 
-def evaluate(
-    call: Call, probes: Probes, batch_size: int, dtype: torch.dtype = torch.float32
-) -> NDArray[np.float64]:
-    """Run a network a batch at a time, which bounds the memory it takes.
+def largest(values: NDArray[np.float64]) -> float:
+    """Take the largest value that is a number; NaN marks a pair of NaNs, which agree."""
+    numbers = values[~np.isnan(values)]
+    return float(numbers.max()) if numbers.size else 0.0
 
-    Args:
-        call: The network.
-        probes: Its inputs.
-        batch_size: Rows a run.
-        dtype: What floating-point inputs are given as.
+
+def _run(call: Call, probes: Probes, batch_size: int) -> NDArray[np.float64]:
+    try:
+        return evaluate(call, probes.inputs, batch_size)
+    except Exception as error:  # the network's own code may fail in any way
+        raise NetworkError(
+            f"the network fails on batches of {batch_size}: {cause(error)}; it must take any "
+            "number of rows"
+        ) from error
+
+
+def _choose_probes(network: Network) -> tuple[Probes, tuple[str, ...]]:
+    """Make the probes of the first layer, if the inputs reach it, and those of any network.
 
     Returns:
-        Shape (rows, numbers).
+        The probes, and the groups that were left out because the network itself refuses them.
     """
-    found = []
-    with torch.no_grad():
-        for start in range(0, len(probes), batch_size):
-            rows = [torch.from_numpy(a[start : start + batch_size]) for a in probes.inputs]
-            given = [row.to(dtype) if row.is_floating_point() else row for row in rows]
-            found.append(side_by_side([y.double().numpy() for y in call(*given)]))
-    return np.concatenate(found)
-
-
-def _choose_probes(network: Network) -> Probes:
-    """Make the probes of the first layer, if the inputs reach it, and those of any network."""
     probes = make_probes(network.inputs)
     if network.leading is not None:
         layer = network.layers[network.leading]
@@ -136,225 +145,180 @@ def _choose_probes(network: Network) -> Probes:
     ]
     most = max(1, _BUDGET // max(sizes) // len(np.unique(probes.groups)))
     probes = probes.take(probes.evenly(most))
-    finite = np.ones(len(probes), dtype=bool)
-    for array in probes.inputs:
-        finite &= np.isfinite(array).reshape(len(array), -1).all(axis=1)
-    # Some networks refuse NaN; what they are exported to has no such guard.
-    nan = probes.take(~finite)
-    if len(nan):
+    try:
+        evaluate(network.call, probes.inputs, LARGEST_BATCH)
+    except Exception:  # some networks refuse NaN, or numbers they were not made for
+        return _accepted(network, probes)
+    return probes, ()
+
+
+def _accepted(network: Network, probes: Probes) -> tuple[Probes, tuple[str, ...]]:
+    """Keep the groups of probes that the network does not refuse.
+
+    Raises:
+        NetworkError: It refuses samples, or everything that it could be made for.
+    """
+    kept, refused, last = [], [], None
+    for group in dict.fromkeys(probes.groups.tolist()):
+        part = probes.take(probes.groups == group)
         try:
-            evaluate(network.call, nan, BATCH_SIZES[-1])
-        except Exception:
-            return probes.take(finite)
-    return probes
+            evaluate(network.call, part.inputs, LARGEST_BATCH)
+            kept.append(group)
+        except Exception as error:
+            refused.append(group)
+            last = error
+            if group == "samples":
+                raise NetworkError(
+                    f"the network fails on the samples: {cause(error)}; give rows that it takes"
+                ) from error
+    if last is not None and not set(kept) & set(ORDINARY):
+        raise NetworkError(
+            f"the network fails on every ordinary input tried: {cause(last)}; give rows that it "
+            "takes with --samples"
+        ) from last
+    return probes.take(np.isin(probes.groups, kept)), tuple(refused)
 
 
 def _reference_of_network(
     network: Network, probes: Probes, eager: NDArray[np.float64]
 ) -> Reference:
     """Compare with the network in float64; with itself in float32 if it has no float64 form."""
-    precision: Literal["float64", "float32"] = "float64"
     try:
-        with _in_double(network.exact) as call:
-            # Few rows at a time: a double of a large network leaves little room.
-            outputs = evaluate(call, probes, BATCH_SIZES[1], torch.float64)
-            moved = _sensitivity(call, probes, outputs)
-    except Exception:  # some module insists on float32
-        precision, outputs, moved = "float32", eager[-1], np.zeros_like(eager[-1])
+        with in_double(network.exact) as call:
+            outputs = evaluate(call, probes.inputs, _FEW_ROWS, torch.float64)
+            _require_lone_rows(call, probes, outputs, _DOUBLE)
+            scale = _sensitivity(call, probes, outputs, _DOUBLE)
+        precision: Literal["float64", "float32"] = "float64"
+    except RuntimeError as fault:
+        if "dtype" not in str(fault):  # some module insists on float32; anything else is a fault
+            raise NetworkError(f"the network fails in float64: {cause(fault)}") from fault
+        precision, outputs = "float32", eager[-1]
+        _require_lone_rows(network.call, probes, outputs, _SINGLE)
+        scale = _sensitivity(copy.deepcopy(network.call), probes, outputs, _SINGLE)
     lost = np.isfinite(outputs) & ~np.isfinite(eager).all(axis=0)
     kept: NDArray[np.bool_] = np.logical_not(lost.any(axis=1))
-    probes, outputs, eager, moved = probes.take(kept), outputs[kept], eager[:, kept], moved[kept]
+    probes, outputs, eager, scale = probes.take(kept), outputs[kept], eager[:, kept], scale[kept]
     if not np.isfinite(outputs[np.isin(probes.groups, ORDINARY)]).any():
         raise NetworkError(
             "the network answers every ordinary input with NaN or infinity, so nothing can be "
             "compared; give rows of real data with --samples"
         )
-    # One draw of a sensitivity says little: rows of a group share the root of the mean square.
-    scale = np.empty_like(moved)
-    for group in np.unique(probes.groups):
-        rows = probes.groups == group
-        squares = np.where(np.isfinite(moved[rows]), moved[rows], 0.0) ** 2
-        scale[rows] = np.sqrt(squares.mean(axis=0))
-    tolerance = _tolerance(probes.groups, outputs, eager, scale, None)
+    error = _error(eager, outputs)
+    noise = _network_noise(_kindred(probes), error, scale)
+    tolerance = _tolerance(probes.groups, outputs, error, noise)
     return Reference(probes, outputs, eager, tolerance, precision)
 
 
-def _sensitivity(call: Call, probes: Probes, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Find how far each output moves when every weight moves by about a rounding of float32.
+def _require_lone_rows(
+    call: Call, probes: Probes, outputs: NDArray[np.float64], means: _Means
+) -> None:
+    """Raise if what a row is answered depends on the rows beside it.
 
-    This is stochastic arithmetic at the weights, after J. Vignes, A stochastic arithmetic for
-    reliable scientific computation (1993), with noise in float64.
+    Raises:
+        NetworkError: It does.
+    """
+    rows = np.flatnonzero(np.isin(probes.groups, ORDINARY))[:_ALONE]
+    some = probes.take(rows)
+    alone = evaluate(call, some.inputs, 1, means.dtype)
+    together = evaluate(call, some.inputs, max(1, len(rows)), means.dtype)
+    size = np.maximum(np.abs(alone).max(axis=0), np.abs(outputs[rows]).max(axis=0))
+    with np.errstate(invalid="ignore"):
+        if bool((np.abs(alone - together) > means.same * size).any()):
+            raise NetworkError(
+                "the rows of a batch influence each other: a row is answered otherwise alone than "
+                "among others; look for a missing batch_first=True, or statistics over the batch"
+            )
+
+
+def _sensitivity(
+    call: Call, probes: Probes, outputs: NDArray[np.float64], means: _Means
+) -> NDArray[np.float64]:
+    """Find the noise to be expected, alike for rows that are alike."""
+
+    def run(inputs: tuple[NDArray[np.generic], ...]) -> NDArray[np.float64]:
+        return evaluate(call, inputs, _FEW_ROWS, means.dtype)
+
+    moved = sensitivity(call, probes.inputs, run, outputs, means.noise)
+    kin = _kindred(probes)
+    scale = np.empty_like(moved)
+    for group in np.unique(kin):
+        scale[kin == group] = np.sqrt((moved[kin == group] ** 2).mean(axis=0))
+    return scale
+
+
+def _kindred(probes: Probes) -> NDArray[np.str_]:
+    """Part the groups of probes by the size of what is in a row, in powers of ten."""
+    size = np.zeros(len(probes))
+    for array in probes.inputs:
+        if array.dtype.kind == "f":
+            numbers = np.nan_to_num(np.abs(array.reshape(len(array), -1)))
+            size = np.maximum(size, numbers.max(axis=1, initial=0.0))
+    decade = np.floor(np.log10(np.maximum(size, 1e-30))).astype(int)
+    return np.array([f"{g} {d}" for g, d in zip(probes.groups, decade, strict=True)])
+
+
+def _error(eager: NDArray[np.float64], outputs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Take eager's largest error over all batch sizes, shape (rows, numbers).
+
+    Where eager itself is NaN or infinite it must not widen what is allowed: it fails instead.
+    """
+    with np.errstate(invalid="ignore"):
+        error: NDArray[np.float64] = np.where(np.isfinite(eager), np.abs(eager - outputs), 0.0)
+    finite: NDArray[np.float64] = np.where(np.isfinite(error), error, 0.0).max(axis=0)
+    return finite
+
+
+def _kan_noise(
+    groups: NDArray[np.str_],
+    error: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    terms: int,
+) -> NDArray[np.float64]:
+    """Estimate the noise of a KAN from all outputs of a group, shape (rows, numbers).
 
     Args:
-        call: In float64, with float32's values. The noise is too small to change what they are
-            rounded to.
-        probes: Shape (rows, ...).
-        outputs: What the network gives without noise, shape (rows, numbers).
-
-    Returns:
-        Shape (rows, numbers).
+        groups: Shape (rows,).
+        error: Eager's, shape (rows, numbers).
+        scale: From `rounding_scale`, shape (rows, numbers).
+        terms: Of the longest sum.
     """
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in (*call.parameters(), *call.buffers()):
-            if not tensor.is_floating_point():
-                continue
-            rows = tensor if tensor.dim() else tensor.unsqueeze(0)
-            for part in rows.split(max(1, 2**22 // max(1, rows[0].numel()))):  # never a whole copy
-                noise = torch.rand(part.shape, generator=generator, dtype=part.dtype)
-                part.mul_(1 + _NOISE * (2 * noise - 1))
-    moved = evaluate(call, probes, BATCH_SIZES[1], torch.float64)
-    with np.errstate(invalid="ignore"):
-        distance: NDArray[np.float64] = np.abs(moved - outputs)
-    return distance
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(scale > 0, error / scale, 0.0)
+    # No sum of n terms is off by more than n roundings; what is, was not rounding.
+    bound = terms * np.finfo(np.float32).eps
+    ratio_of = {group: min(bound, largest(ratio[groups == group])) for group in np.unique(groups)}
+    return np.array([ratio_of[group] for group in groups])[:, None] * scale
 
 
-@contextmanager
-def _in_double(call: Call) -> Iterator[Call]:
-    """Hold a network in float64: in place if going back restores it to the bit, else a copy."""
-    default = torch.get_default_dtype()
-    single = is_single(call)
-    double = call if single else copy.deepcopy(call)
-    torch.set_default_dtype(torch.float64)  # for what its forward makes anew
-    try:
-        yield double.double()
-    finally:
-        torch.set_default_dtype(default)
-        if single:
-            call.float()
+def _network_noise(
+    groups: NDArray[np.str_], error: NDArray[np.float64], scale: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Estimate the noise of a network, each output by itself, shape (rows, numbers).
 
-
-def largest(values: NDArray[np.float64]) -> float:
-    """Take the largest value that is a number; NaN marks a pair of NaNs, which agree."""
-    numbers = values[~np.isnan(values)]
-    return float(numbers.max()) if numbers.size else 0.0
+    Args:
+        groups: Shape (rows,).
+        error: Eager's, shape (rows, numbers).
+        scale: From `sensitivity`, shape (rows, numbers).
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(scale > 0, error / scale, 0.0)
+    noise = np.empty_like(scale)
+    for group in np.unique(groups):
+        rows = groups == group
+        noise[rows] = np.clip(ratio[rows].max(axis=0), _LEAST_NOISE, _MOST_NOISE) * scale[rows]
+    return noise
 
 
 def _tolerance(
     groups: NDArray[np.str_],
     outputs: NDArray[np.float64],
-    eager: NDArray[np.float64],
-    scale: NDArray[np.float64],
-    longest_sum: int | None,
+    error: NDArray[np.float64],
+    noise: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Apply the rule at the top of this module.
-
-    Args:
-        groups: Shape (rows,).
-        outputs: float64 answers, shape (rows, out).
-        eager: The float32 model's, shape (batch sizes, rows, out).
-        scale: Noise to be expected, in any unit, shape (rows, out).
-        longest_sum: Number of terms, if the unit of `scale` is their magnitude.
-
-    Returns:
-        Shape (rows, out).
-    """
-    fixed = _fixed_tolerance(groups, outputs)
-    # Where eager itself is NaN or infinite it must not widen what is allowed: it fails instead.
-    with np.errstate(invalid="ignore", divide="ignore"):
-        eager_error = np.where(np.isfinite(eager), np.abs(eager - outputs), 0.0).max(axis=0)
-        noise = np.where(scale > 0, eager_error / scale, 0.0)
-    # No sum of n terms is off by more than n roundings; what is, was not rounding.
-    rounding_bound = np.inf if longest_sum is None else longest_sum * np.finfo(np.float32).eps
-    noise_of = {g: min(rounding_bound, largest(noise[groups == g])) for g in np.unique(groups)}
-    per_row = np.array([noise_of[group] for group in groups])[:, None]
-    from_eager = EAGER_FACTOR * np.maximum(eager_error, per_row * scale)
-    allowed: NDArray[np.float64] = np.maximum(fixed, from_eager)
-    return allowed
-
-
-def _fixed_tolerance(groups: NDArray[np.str_], outputs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Allow `RELATIVE_TOLERANCE` of an output's size; shape (rows, numbers)."""
+    """Apply the rule at the top of this module; every array has shape (rows, numbers)."""
     ordinary = np.abs(outputs[np.isin(groups, ORDINARY)])
     ordinary = np.where(np.isfinite(ordinary), ordinary, 0.0)
     size = np.minimum(1.0, ordinary.max(axis=0, initial=0.0))  # (numbers,)
-    fixed: NDArray[np.float64] = RELATIVE_TOLERANCE * np.maximum(size, np.abs(outputs))
-    return fixed
-
-
-def _rounding_scale(oracle: KAN, inputs: NDArray[np.float32], exact: bool) -> NDArray[np.float64]:
-    """Sum, for each output, the magnitudes whose rounding it holds.
-
-    To first order a float32 result is off by a small multiple of the unit roundoff times this: the
-    magnitudes of the terms its last layer adds up, and, through the slopes of that layer, the same
-    of the layers before. See N. Higham, Accuracy and Stability of Numerical Algorithms, section
-    3.3, running error analysis.
-
-    Args:
-        oracle: In float64.
-        inputs: Shape (rows, in).
-        exact: Whether float32 holds the checkpoint's knots as they are. The inputs it does hold;
-            knots that are rounded shift a spline as rounding its input would.
-
-    Returns:
-        Shape (rows, out), in the units of the output.
-    """
-    parts = []
-    with torch.no_grad():
-        for value in torch.split(torch.from_numpy(inputs).double(), BATCH_SIZES[-1]):
-            scale = torch.zeros_like(value) if exact else value.abs()
-            for layer in oracle.layers:
-                scale, value = _layer_rounding_scale(layer, value, scale), layer(value)
-            parts.append(scale)
-    return torch.cat(parts).numpy()
-
-
-def _layer_rounding_scale(layer: KANLinear, value: Tensor, scale: Tensor) -> Tensor:
-    """Carry the scale of the rounding in a layer's inputs, (rows, in), to its outputs."""
-    basis = b_spline_basis(value, layer.grid, layer.spline_order)  # (rows, in, n)
-    basis_slope = b_spline_slope(value, layer.grid, layer.spline_order)
-    base, base_slope = _activation_and_slope(layer, value)  # (rows, in)
-    of_base = base.abs() + base_slope.abs() * scale + _activation_rounding(layer, value)
-    of_spline = basis.abs() + basis_slope.abs() * scale.unsqueeze(-1)
-    return linear(of_base, layer.base_weight.abs()) + linear(
-        of_spline.flatten(-2), layer.scaled_spline_weight.abs().flatten(1)
-    )
-
-
-def _activation_and_slope(layer: KANLinear, value: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = value.clone().requires_grad_()
-        base = layer.base_activation(leaf)
-        if not base.requires_grad:  # a staircase has no slope
-            return base, torch.zeros_like(base)
-        (slope,) = torch.autograd.grad(base.sum(), leaf, materialize_grads=True)
-    return base.detach(), slope
-
-
-def _activation_rounding(layer: KANLinear, value: Tensor) -> Tensor:
-    """Measure what eager's float32 activation is off near each value, in unit roundoffs.
-
-    An activation is a formula with roundings of its own: GELU's 1 + erf(x) cancels for negative x,
-    so there it is off by much more than a roundoff of its value.
-    """
-    single = copy.deepcopy(layer.base_activation).float()
-    steps = 1 + torch.arange(-4, 5, dtype=torch.float64) * 2.0**-20
-    near = (value.unsqueeze(-1) * steps).float()  # (rows, in, 9), and exact in float32
-    off: Tensor = (single(near).double() - layer.base_activation(near.double())).abs()
-    return off.amax(dim=-1) / (torch.finfo(torch.float32).eps / 2)
-
-
-def _decidable(oracle: KAN, inputs: NDArray[np.float32], exact: bool) -> NDArray[np.bool_]:
-    """Tell which probes every float32 model must answer alike, shape (rows,).
-
-    A spline of order 0 is a staircase. Where the value that reaches a layer lies on a step, within
-    what float32 can tell, no float32 model, eager included, is bound to either side. Inputs are
-    exact, and so is the first layer's side of a step, if float32 holds its knots.
-    """
-    keep = np.ones(len(inputs), dtype=bool)
-    with torch.no_grad():
-        value = torch.from_numpy(inputs).double()
-        for i, layer in enumerate(oracle.layers):
-            if layer.spline_order == 0 and not (i == 0 and exact):
-                distance = (value.unsqueeze(-1) - layer.grid).abs().amin(dim=-1)  # (rows, in)
-                slack = RELATIVE_TOLERANCE * value.abs().clamp_min(1.0)
-                keep &= ~(distance <= slack).any(dim=-1).numpy()
-            value = layer(value)
-    return keep
-
-
-def _longest_sum(network: KAN) -> int:
-    """Count the terms of the longest sum on any way through the network."""
-    return sum(
-        layer.in_features * (layer.grid_size + layer.spline_order + 1) for layer in network.layers
-    )
+    fixed = RELATIVE_TOLERANCE * np.maximum(size, np.abs(outputs))
+    allowed = np.maximum(fixed, EAGER_FACTOR * np.maximum(error, noise))
+    return np.where(np.isfinite(outputs), allowed, 0.0)  # NaN and infinity match themselves alone

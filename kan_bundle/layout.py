@@ -65,6 +65,20 @@ def parse_version(text: str) -> int | None:
     return int(text) if _VERSION.fullmatch(text) else None
 
 
+def check_version(version: int) -> int:
+    """Return `version` if it can be a version's number.
+
+    Raises:
+        LayoutError: It cannot.
+    """
+    if parse_version(str(version)) is None:
+        raise LayoutError(
+            f"version {version}: expected a positive integer of at most 18 digits; leave it out "
+            "for the next free one"
+        )
+    return version
+
+
 def find_bundles(
     repository: Path, on_skipped: Callable[[Path, str], None] = lambda path, reason: None
 ) -> list[BundleFolder]:

@@ -44,6 +44,9 @@ def adopt(module: nn.Module) -> KANLinear | None:
         A layer that shares the module's tensors; None if the module is of another kind, or has
         edges replaced by symbolic functions.
     """
+    # A layer that is tampered with computes something else, and not only at some inputs.
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return None
     if type(module) is KANLinear:
         return module
     own: dict[str, Tensor] = dict(module.named_buffers(recurse=False))
@@ -82,10 +85,10 @@ def adopt(module: nn.Module) -> KANLinear | None:
         activation if isinstance(activation, nn.Module) else FunctionActivation(activation)
     )
     for name, tensor in own.items():
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) and name != "grid":
             setattr(layer, name, tensor)
         elif name == "grid":
-            layer.grid = tensor
+            layer.grid = tensor.detach()
         else:
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
     return layer.train(module.training)

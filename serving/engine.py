@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
 from kan_bundle.errors import IntegrityError
 from kan_bundle.manifest import Datatype, Manifest, TensorSpec
-from serving.errors import EngineError, StartupError
+from serving.errors import EngineError, InvalidRequest, StartupError
 from serving.runtime import EXECUTION_PROVIDERS, FATAL_ONLY, Provider
 
 _ONNX_TYPES: dict[Datatype, str] = {
@@ -85,12 +86,15 @@ class Engine:
             One array per output of the manifest, in its order, with as many rows.
 
         Raises:
+            InvalidRequest: The model does not take the values.
             EngineError: onnxruntime failed, or gave another number of rows.
         """
         try:
             outputs: list[NDArray[np.float32]] = self._session.run(
                 self._outputs, dict(zip(self._inputs, inputs, strict=True))
             )
+        except InvalidArgument as error:  # a token beyond the vocabulary, for one
+            raise InvalidRequest("the model does not take these values") from error
         except Exception as error:
             raise EngineError(f"onnxruntime failed: {error}") from error
         rows = inputs[0].shape[:1]

@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from export.errors import InputError
 from export.inputs import parse_shape, read_inputs
@@ -32,6 +33,8 @@ def test_a_shape_is_read(text: str, spec: TensorSpec) -> None:
         ("three", "expected the sizes of one row"),
         ("3,,4", "expected the sizes of one row"),
         ("3,0", "expected sizes of 1 to"),
+        (",".join(["2"] * 40), "expected the sizes of one row"),
+        ("9" * 5000, "expected the sizes of one row"),
         ("999999,999999", "expected sizes of 1 to"),
         ("a b=3", "tensor name 'a b'"),
         ("=3", "tensor name ''"),
@@ -50,6 +53,7 @@ def test_shapes_come_from_python_as_from_the_command_line() -> None:
         assert found is not None
         assert found.specs == both
     assert read_inputs((3, 4), None) == read_inputs("3,4", None)
+    assert read_inputs(3, None) == read_inputs("3", None) == read_inputs({"input": 3}, None)
     assert read_inputs(None, None) is None
 
 
@@ -93,6 +97,8 @@ def test_a_shape_gives_the_samples_their_order_and_name(tmp_path: Path) -> None:
         (None, np.zeros((0, 3)), "at least one row"),
         (None, np.zeros(3, dtype=complex), "found complex128"),
         (None, np.array(["text"]), "found <U4"),
+        (None, [np.zeros((2, 3))], "found a list with a ndarray"),
+        (None, {1: np.zeros((2, 3))}, "tensor name '1'"),
     ],
 )
 def test_what_contradicts_itself_is_refused(shape: Any, samples: Any, message: str) -> None:
@@ -103,13 +109,25 @@ def test_what_contradicts_itself_is_refused(shape: Any, samples: Any, message: s
 @pytest.mark.parametrize("content", [b"", b"not an array", b"PK\x03\x04broken"])
 def test_samples_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.npy").write_bytes(content)
-    with pytest.raises(InputError, match=r"x\.npy: cannot be read"):
+    with pytest.raises(InputError, match=r"x\.npy': is not an array saved by numpy\.save"):
         read_inputs(None, tmp_path / "x.npy")
-    with pytest.raises(InputError, match=r"none\.npy: cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"none\.npy': cannot be read: No such file"):
         read_inputs(None, tmp_path / "none.npy")
 
 
 def test_samples_with_objects_are_not_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([{}], dtype=object))
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not an array saved by numpy"):
         read_inputs(None, tmp_path / "x.npy")
+
+
+def test_an_input_is_given_once(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((2, 3)))
+    with pytest.raises(InputError, match="an input without a name twice"):
+        read_inputs(None, [tmp_path / "x.npy", tmp_path / "x.npy"])
+
+
+def test_a_tensor_of_torchs_is_an_array() -> None:
+    found = read_inputs(None, torch.zeros(2, 3))  # type: ignore[arg-type]
+    assert found is not None
+    assert found.specs == (TensorSpec("input", "FP32", (-1, 3)),)

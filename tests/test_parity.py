@@ -7,16 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from export.eager import BATCH_SIZES, evaluate
 from export.network import Call, describe_network
 from export.parity import Measurement, choose_golden, measure, run_probes
-from export.probes import Probes, make_kan_probes
-from export.reference import (
-    BATCH_SIZES,
-    RELATIVE_TOLERANCE,
-    Reference,
-    evaluate,
-    make_reference,
-)
+from export.probes import make_kan_probes
+from export.reference import RELATIVE_TOLERANCE, Reference, make_reference
 from kan_bundle.golden import excess
 from kan_model import KAN, load_checkpoint
 from tests.conftest import Golden
@@ -35,7 +30,7 @@ def eager_runner(network: KAN) -> Run:
     call = Call(copy.deepcopy(network).float(), ["x"])
 
     def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
-        return evaluate(call, Probes((x,), np.repeat("x", len(x))), len(x)).astype(np.float32)
+        return evaluate(call, (x,), len(x)).astype(np.float32)
 
     return run
 
