@@ -23,6 +23,11 @@ from kan_model.splines import b_spline_basis, b_spline_slope
 _SLACK = 1e-5  # share of a value within which float32 may find it on either side of a step
 _ROUNDING = 2.0**-24  # the unit roundoff of float32
 _DRAWS = 2
+_ACTIVATIONS = (
+    *("elu", "erf", "expm1", "gelu", "hardswish", "log1p", "log_sigmoid_forward", "mish"),
+    *("sigmoid", "silu", "softplus", "tanh"),
+)
+_FLAT = 16.0  # beyond it they are flat or straight in float32
 _WEIGHTS = 2**24  # numbers; what is larger is made of weights, which have noise already
 
 
@@ -169,8 +174,8 @@ def sensitivity(
 class _Noise(TorchDispatchMode):
     """Adds noise to what every operation gives.
 
-    Relative to the result; but a function of one number, as GELU, is off relative to the number if
-    that is larger, because of what it computes on the way: 1 + erf(x) cancels, exp(x) - 1 does.
+    Relative to the result; but activations are off relative to their input if that is larger,
+    because of what they compute on the way: 1 + erf(x) cancels, exp(x) - 1 does.
     """
 
     def __init__(self, draw: Callable[[torch.Size], Tensor]) -> None:
@@ -190,9 +195,8 @@ class _Noise(TorchDispatchMode):
             if not result.is_floating_point() or result.numel() > _WEIGHTS:
                 return result
             size = result.abs()
-            alone = len(given) == 1 and given[0].is_floating_point()
-            if alone and given[0].shape == result.shape:
-                size = torch.maximum(size, given[0].abs().to(size.dtype))
+            if func.overloadpacket.__name__ in _ACTIVATIONS and given[0].shape == result.shape:
+                size = torch.maximum(size, given[0].abs().clamp_max(_FLAT))
             noisy: Tensor = result + size * self._draw(result.shape).to(result.dtype)
             return noisy
 
