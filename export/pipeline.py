@@ -321,8 +321,8 @@ def _require_parity(
         blame = "please report it with the checkpoint"
         if network.kan is None:
             blame = (
-                "if another layer is to blame (onnxruntime's Elu, LogSigmoid and GRU, for some, lose "
-                "digits that torch keeps), write it another way; else please report it"
+                "if another layer is to blame (onnxruntime's Elu, LogSigmoid and GRU, for some, "
+                "lose digits that torch keeps), write it another way; else please report it"
             )
         raise ParityError(
             f"{m.runtime} does not compute what the network computes, nothing was published: at "
