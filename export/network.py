@@ -91,11 +91,12 @@ class Network:
 
     @property
     def kan(self) -> KAN | None:
-        """The network in its own precision, if it is a KAN of ours and nothing else."""
+        """The network in its own precision, if it is a KAN of ours and takes rows of features."""
         module = self.exact.module
         if type(module) is not KAN or set(map(type, module.layers)) != {KANLinear}:
             return None
-        return module if len(self.layers) == len(module.layers) else None
+        whole = len(self.layers) == len(module.layers) and self.leading is not None
+        return module if whole else None
 
 
 def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
@@ -111,8 +112,8 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
             answers each time; or its KAN layers hold values that mean nothing.
     """
     single = module if is_single(module) else copy_module(module).float()
+    _require_finite(single)
     layers, replaced, notes = _adopt_layers(single)
-    _require_finite(single, layers)
     if inputs is None:
         inputs = _inputs_of_kan(single, layers)
     names = [spec.name for spec in inputs.specs]
@@ -226,6 +227,7 @@ def _adopt_layers(
         if layer is None:
             continue
         shown_name = name or type(child).__name__
+        _require_rising(shown_name, layer)
         if layer is not child and not _computes_the_same(child, layer):
             notes.append(
                 f"{shown_name} holds what a KANLinear holds, but computes something else: it is "
@@ -260,7 +262,7 @@ def _computes_the_same(original: nn.Module, ours: KANLinear) -> bool:
     return not swallows
 
 
-def _require_finite(module: nn.Module, layers: Mapping[str, KANLinear]) -> None:
+def _require_finite(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             count = int((~torch.isfinite(parameter)).sum())
@@ -268,12 +270,14 @@ def _require_finite(module: nn.Module, layers: Mapping[str, KANLinear]) -> None:
                 f"{name}: {count} of {parameter.numel()} values are not finite; training has "
                 "diverged: take an earlier checkpoint"
             )
-    for name, layer in layers.items():
-        tensors = {key: tensor.detach() for key, tensor in layer.state_dict().items()}
-        try:
-            check_values(Stack("", {0: Layer(f"{name}.", tensors)}))
-        except KanModelError as error:
-            raise NetworkError(str(error)) from error
+
+
+def _require_rising(name: str, layer: KANLinear) -> None:
+    tensors = {key: tensor.detach() for key, tensor in layer.state_dict().items()}
+    try:
+        check_values(Stack("", {0: Layer(f"{name}.", tensors)}))
+    except KanModelError as error:
+        raise NetworkError(str(error)) from error
 
 
 def _inputs_of_kan(module: nn.Module, layers: Mapping[str, KANLinear]) -> Inputs:
@@ -303,34 +307,40 @@ def _describe_outputs(
             f"the network does not take {takes}: {cause(error)}; give the sizes of one row, "
             "without the batch, with --input-shape"
         ) from error
-    specs = []
-    taken = {spec.name for spec in inputs.specs}
-    for name, value in runs[0].items():
-        if value.dtype != torch.float32:
-            raise NetworkError(
-                f"output {name}: expected float32, found {value.dtype}; return it as float32, or "
-                "what it was computed from"
-            )
-        shapes = [tuple(run[name].shape) for run in runs]
-        rows = [len(batch[0]) for batch in examples]
-        if [shape[:1] for shape in shapes] != [(n,) for n in rows] or shapes[0][1:] != shapes[1][
-            1:
-        ]:
-            raise NetworkError(
-                f"output {name}: expected one row for each row of the input, found shapes "
-                f"{shapes[0]} and {shapes[1]} for {rows[0]} and {rows[1]} rows"
-            )
-        while name in taken:
-            name += "_output"
-        taken.add(name)
-        specs.append(TensorSpec(check_name(name), "FP32", (-1, *shapes[0][1:])))
     for first, second in zip(runs[0].values(), again, strict=True):
         if not torch.equal(first.nan_to_num(), second.nan_to_num()):
             raise NetworkError(
                 "the network gives different answers to the same input: something in it is random "
                 "in evaluation mode; make it depend on its input alone"
             )
+    specs = []
+    taken = {spec.name for spec in inputs.specs}
+    rows = [len(batch[0]) for batch in examples]
+    for name, value in runs[0].items():
+        shape = _shape_of_row(name, [run[name] for run in runs], rows)
+        if value.dtype != torch.float32:
+            raise NetworkError(
+                f"output {name}: expected float32, found {value.dtype}; return it as float32, or "
+                "what it was computed from"
+            )
+        while name in taken:
+            name += "_output"
+        taken.add(name)
+        specs.append(TensorSpec(check_name(name), "FP32", (-1, *shape)))
     return tuple(specs)
+
+
+def _shape_of_row(name: str, outputs: Sequence[Tensor], rows: Sequence[int]) -> tuple[int, ...]:
+    """Compare the shapes of an output for batches of different sizes."""
+    shapes = [tuple(output.shape) for output in outputs]
+    if any(shape[:1] != (n,) for shape, n in zip(shapes, rows, strict=True)) or (
+        len({shape[1:] for shape in shapes}) > 1
+    ):
+        raise NetworkError(
+            f"output {name}: expected one row for each row of the input, found shapes "
+            f"{', '.join(map(str, shapes))} for {', '.join(map(str, rows))} rows"
+        )
+    return shapes[0][1:]
 
 
 def _named_outputs(found: Any) -> dict[str, Tensor]:

@@ -643,8 +643,16 @@ def test_modules_that_cannot_be_run_as_they_are_are_refused(
 
 def test_a_kan_may_take_sequences(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    manifest = export_module(zoo.KAN([3, 2]), name="m", output=tmp_path, input_shape=(5, 3))
-    assert manifest.outputs[0].shape == (-1, 5, 2)
+    for network in (zoo.KAN([3, 2]), kan_model.KAN([3, 4, 2])):
+        manifest = export_module(network, name="m", output=tmp_path, input_shape=(5, 3))
+        assert manifest.outputs[0].shape == (-1, 5, 2)
+
+
+def test_a_layer_whose_knots_do_not_rise_is_refused(tmp_path: Path) -> None:
+    network = zoo.conv_net()
+    network.fc2.grid[1, 4] = network.fc2.grid[1, 5]
+    with pytest.raises(NetworkError, match=r"fc2\.grid: the knots of feature 1 do not rise"):
+        export_module(network, name="m", output=tmp_path, input_shape=(3, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["../escaped", "a/b", "", ".hidden"])

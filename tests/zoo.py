@@ -18,6 +18,8 @@ from torch import Tensor, nn
 class KANLinear(nn.Module):
     """efficient-KAN's layer: einsum over the edges, so that it shares no code with ours."""
 
+    grid: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -42,7 +44,7 @@ class KANLinear(nn.Module):
         self.base_activation = base_activation()
 
     def basis(self, x: Tensor) -> Tensor:
-        grid: Tensor = self.grid  # type: ignore[assignment]
+        grid = self.grid
         x = x.unsqueeze(-1)
         bases = ((x >= grid[:, :-1]) & (x < grid[:, 1:])).to(x.dtype)
         for k in range(1, self.spline_order + 1):
