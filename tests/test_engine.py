@@ -9,7 +9,7 @@ import pytest
 from kan_bundle.manifest import read_manifest
 from serving import runtime
 from serving.engine import Engine
-from serving.errors import EngineError, StartupError
+from serving.errors import EngineError, InvalidRequest, StartupError
 
 
 @pytest.fixture
@@ -28,9 +28,21 @@ def test_runs_in_several_threads_give_the_same_answers(loaded: Engine) -> None:
             np.testing.assert_array_equal(found, expected)
 
 
-def test_what_onnxruntime_refuses_is_an_engine_error(loaded: Engine) -> None:
-    with pytest.raises(EngineError, match="onnxruntime failed"):
+def test_what_onnxruntime_calls_an_invalid_argument_is_the_requests_fault(loaded: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="does not take these values"):
         loaded.run([np.zeros((2, 5), np.float32)])
+
+
+def test_what_else_fails_in_onnxruntime_is_an_engine_error(
+    loaded: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def run(self, *_: object) -> None:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loaded, "_session", Failing())
+    with pytest.raises(EngineError, match="onnxruntime failed: out of memory"):
+        loaded.run([np.zeros((2, 4), np.float32)])
 
 
 def test_both_runtimes_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
