@@ -149,11 +149,12 @@ def _odd(state: StateDict, prefix: str) -> list[str]:
     return [
         f"{name or 'the module itself'} has {what}"
         for name, what in state.oddities.items()
-        if name == own or name.startswith(prefix) or (own.startswith(f"{name}.") or name == "")
+        if name in ("", own) or name.startswith(prefix) or own.startswith(f"{name}.")
     ]
 
 
 def _unknown_around(state: StateDict, prefix: str, expected: str) -> list[str]:
+    """List the classes of which only the name is known: of the KAN, its layers, what holds it."""
     own = prefix.removesuffix(".")
     unknown = []
     for name, class_name in state.classes.items():
