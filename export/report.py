@@ -122,7 +122,8 @@ def render_inspection(found: Inspection) -> str:
         console.print(f"\n{kan.kind} with {at}: {kan.parameters:,} parameters", markup=False)
         if kan.layers:
             console.print(_layer_table(kan.layers))
-        for label, lines in (("WRONG", kan.faults), ("note", kan.doubts)):
+        kinds = (("WRONG", kan.faults), ("not in the file", kan.unknown), ("note", kan.doubts))
+        for label, lines in kinds:
             for line in lines:
                 console.print(f"  {label}: {line}", markup=False)
     if found.other_tensors:

@@ -70,7 +70,8 @@ class KanFacts:
         layers: Those whose tensors fit together.
         parameters: Numbers that were trained, in all of these.
         faults: Why it cannot be exported.
-        doubts: What looks wrong, or is not known, and can be exported.
+        unknown: What the file does not tell, and an export cannot find out.
+        doubts: What looks wrong, and can be exported.
     """
 
     kind: Literal["KAN", "KANLinear"]
@@ -78,6 +79,7 @@ class KanFacts:
     layers: tuple[LayerFacts, ...]
     parameters: int
     faults: tuple[str, ...]
+    unknown: tuple[str, ...]
     doubts: tuple[str, ...]
 
 
@@ -168,6 +170,7 @@ def _describe(checkpoint: Checkpoint, stack: Stack) -> KanFacts:
         layers=tuple(layers),
         parameters=sum(layer.parameters for layer in layers),
         faults=tuple(faults),
+        unknown=tuple(_unknown(stack)),
         doubts=tuple(_doubts(stack)) if not faults else (),
     )
 
@@ -214,14 +217,18 @@ def _describe_layer(layer: Layer) -> LayerFacts:
     )
 
 
+def _unknown(stack: Stack) -> Iterator[str]:
+    if any(layer.activation is None for layer in stack.layers.values()):
+        yield "the base activation: name it with --activation"
+    yield "how inputs were scaled and shaped before they reached it"
+
+
 def _doubts(stack: Stack) -> Iterator[str]:
     if stack.around:
         yield (
             f"a pickled {', '.join(stack.around)} stands around or in place of the KAN; what it "
             "computes besides is code, which is not in the file"
         )
-    if any(layer.activation is None for layer in stack.layers.values()):
-        yield "the base activation is not in the file: name it with --activation"
     for layer in stack.layers.values():
         steps = layer.tensors["grid"].float().diff(dim=1)
         ratio = float((steps.amax(dim=1) / steps.amin(dim=1)).max())

@@ -1,6 +1,6 @@
 """onnxruntime: one session that runs one verified model on the provider that was asked for.
 
-This module knows neither gRPC nor folders. It never falls back: a session that is not on the
+This module knows no gRPC and looks for no models. It never falls back: a session that is not on the
 provider asked for is an error.
 """
 

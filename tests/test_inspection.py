@@ -28,12 +28,16 @@ def test_it_tells_what_the_goldens_are(golden: Golden) -> None:
     # Base weight, scaler and G + k coefficients on every edge.
     edges = sum(a * b for a, b in widths)
     assert kan.parameters == edges * (2 + golden.grid_size + golden.order)
-    assert any("base activation is not in the file" in doubt for doubt in kan.doubts)
+    assert [what.partition(":")[0] for what in kan.unknown] == [
+        "the base activation",
+        "how inputs were scaled and shaped before they reached it",
+    ]
 
 
 def test_a_pickled_modules_activation_is_told() -> None:
     (kan,) = inspect_checkpoint(GOLDENS / "pickled_module_4x6x2.pt").kans
     assert {layer.base_activation for layer in kan.layers} == {"silu"}
+    assert len(kan.unknown) == 1
     assert kan.doubts == ()
 
 
