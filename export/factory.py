@@ -3,7 +3,7 @@
 The function is code the user names on the command line, so it is run; the checkpoint is not.
 """
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +52,7 @@ def _import(reference: str) -> Callable[[], object]:
             "network"
         )
     try:
-        factory: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            factory = getattr(factory, part)
+        factory: Any = pkgutil.resolve_name(reference)
     except (Exception, SystemExit) as error:  # the user's own module may fail in any way
         raise NetworkError(
             f"--model {reference}: cannot be imported: {cause(error)}; expected "

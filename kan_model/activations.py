@@ -4,7 +4,7 @@ A state dict does not say which activation the base path uses, so its user must;
 names `--activation` understands.
 """
 
-import importlib
+import pkgutil
 import re
 from collections.abc import Callable
 
@@ -44,7 +44,7 @@ def resolve_activation(name: str) -> Callable[[], nn.Module]:
             "or package.module:Class"
         )
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory = pkgutil.resolve_name(name)
         made = factory()
     except Exception as error:  # the user's own module may fail in any way
         raise ActivationError(

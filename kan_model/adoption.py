@@ -7,13 +7,12 @@ the same and compute something else. This module runs nothing of the other class
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from kan_model.errors import CheckpointError
 from kan_model.layer import KANLinear
 from kan_model.stacks import REQUIRED, Layer
-from kan_model.state_dict import infer_shape
+from kan_model.state_dict import empty_layer, infer_shape
 
 _OPTIONAL = ("spline_scaler", "symbolic_mask")
 
@@ -73,17 +72,9 @@ def adopt(module: nn.Module) -> KANLinear | None:
     for name in ("in_features", "out_features", "grid_size", "spline_order"):
         if getattr(module, name, getattr(shape, name)) != getattr(shape, name):
             return None
-    with torch.device("meta"):  # shapes only
-        layer = KANLinear(
-            shape.in_features,
-            shape.out_features,
-            grid_size=shape.grid_size,
-            spline_order=shape.spline_order,
-            enable_standalone_scale_spline=shape.standalone_scaler,
-        )
-    layer.base_activation = (
-        activation if isinstance(activation, nn.Module) else FunctionActivation(activation)
-    )
+    if not isinstance(activation, nn.Module):
+        activation = FunctionActivation(activation)
+    layer = empty_layer(shape, activation)
     for name, tensor in own.items():
         if isinstance(tensor, nn.Parameter) and name != "grid":
             setattr(layer, name, tensor)

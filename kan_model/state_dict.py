@@ -89,6 +89,20 @@ def infer_shapes(stack: Stack) -> list[LayerShape]:
     return shapes
 
 
+def empty_layer(shape: LayerShape, activation: nn.Module) -> KANLinear:
+    """Make a layer without values, on the meta device, for tensors that there are."""
+    with torch.device("meta"):
+        layer = KANLinear(
+            shape.in_features,
+            shape.out_features,
+            grid_size=shape.grid_size,
+            spline_order=shape.spline_order,
+            enable_standalone_scale_spline=shape.standalone_scaler,
+        )
+    layer.base_activation = activation
+    return layer
+
+
 def check_types(stack: Stack) -> None:
     """Refuse tensors of integers and the like.
 
@@ -191,15 +205,7 @@ def _activation(layer: Layer, base_activation: Callable[[], nn.Module] | None) -
 def _build_layer(
     layer: Layer, shape: LayerShape, activation: nn.Module, dtype: torch.dtype
 ) -> KANLinear:
-    with torch.device("meta"):  # shapes only; the values come from the file
-        built = KANLinear(
-            shape.in_features,
-            shape.out_features,
-            grid_size=shape.grid_size,
-            spline_order=shape.spline_order,
-            enable_standalone_scale_spline=shape.standalone_scaler,
-        )
-    built.base_activation = activation
+    built = empty_layer(shape, activation)
     _check_activation_tensors(built, layer)
     tensors = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().contiguous()

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from kan_model import KAN
+from kan_model import KAN, load_checkpoint
+from tests import zoo
 
 State = dict[str, Any]
 
@@ -29,3 +30,9 @@ def with_value(state: State, key: str, index: tuple[int, ...], value: float) -> 
     state[key] = state[key].clone()
     state[key][index] = value
     return state
+
+
+def assert_same(path: Path, network: zoo.KAN, **options: Any) -> None:
+    x = torch.linspace(-3, 3, 60).reshape(20, 3)
+    found = load_checkpoint(path, **options)(x)
+    torch.testing.assert_close(found, network(x), rtol=1e-5, atol=1e-6)

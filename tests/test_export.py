@@ -15,7 +15,7 @@ import pytest
 import torch
 from google.protobuf import text_format
 
-from export import export_checkpoint, onnx_graph
+from export import export_checkpoint, export_module, onnx_graph
 from export.errors import ParityError
 from export.network import Call
 from export.report import Report
@@ -327,3 +327,16 @@ def test_it_runs_without_being_installed(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "models" / "uniform_4x8x3" / "1" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["../escaped", "a/b", "", ".hidden"])
+def test_a_bundle_stays_in_its_repository(tmp_path: Path, name: str) -> None:
+    with pytest.raises(LayoutError, match="model name"):
+        export_module(KAN([3, 2]), name=name, output=tmp_path / "models", version=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("version", [0, -1, 10**19])
+def test_a_version_is_a_positive_integer(tmp_path: Path, version: int) -> None:
+    with pytest.raises(LayoutError, match="expected a positive integer"):
+        export_module(KAN([3, 2]), name="m", output=tmp_path, version=version)

@@ -19,21 +19,17 @@ from export import (
     ConversionError,
     InputError,
     NetworkError,
-    ParityError,
     export_checkpoint,
     export_module,
     onnx_graph,
 )
-from export.lowering import LoweredKANLinear
 from export.torchscript import load_torchscript
-from kan_bundle.errors import LayoutError
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import TensorSpec, read_manifest
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import running
 from serving.settings import Settings
 from tests import zoo
-from tests.conftest import run_module
 from tests.states import saved
 from tests.wire import infer_request, outputs_of, raw_output
 
@@ -233,92 +229,6 @@ def test_a_module_is_not_touched(tmp_path: Path) -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_a_kan_behind_a_flatten_is_probed_at_its_knots(tmp_path: Path) -> None:
-    network = zoo.flattening_net()
-    manifest = export_module(network, name="m", output=tmp_path, input_shape=(3, 4))
-    assert manifest.input_range is not None
-    assert manifest.input_range.low == pytest.approx([-1.0] * 12)
-    with np.load(tmp_path / "m" / "1" / "golden.npz") as golden:
-        rows = golden["input_0"].reshape(-1, 12)
-    knots = np.asarray(network.kan.layers[0].grid[0])
-    assert np.isin(knots[3], rows)
-
-
-@pytest.mark.parametrize("weight", ["fc1.spline_weight", "fc2.base_weight", "features.0.bias"])
-@pytest.mark.filterwarnings("ignore:onnxruntime gives numbers")
-def test_one_wrong_weight_publishes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str
-) -> None:
-    write = onnx_graph.write_onnx
-
-    def write_wrong(call: nn.Module, *arguments: Any) -> None:
-        tensor = dict((*call.named_parameters(), *call.named_buffers()))[f"module.{weight}"]
-        with torch.no_grad():
-            kept = tensor.clone()
-            tensor.view(-1)[5 % tensor.numel()] += 1e-2  # of a spline, one that x > 0 reaches
-            write(call, *arguments)
-            tensor.copy_(kept)
-
-    monkeypatch.setattr("export.pipeline.write_onnx", write_wrong)
-    with pytest.raises(ParityError, match="onnxruntime cpu does not compute"):
-        export_module(zoo.conv_net(), name="m", output=tmp_path / "models", input_shape=(3, 8, 8))
-    assert not (tmp_path / "models").exists()
-
-
-@pytest.mark.filterwarnings("ignore:onnxruntime gives numbers")
-def test_an_error_outside_the_grid_alone_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = LoweredKANLinear.forward
-
-    def clamped(self: LoweredKANLinear, x: Tensor) -> Tensor:
-        return forward(self, x.clamp(-2.2, 2.2))
-
-    monkeypatch.setattr(LoweredKANLinear, "forward", clamped)
-    with pytest.raises(ParityError, match="does not compute"):
-        export_module(
-            zoo.flattening_net(), name="m", output=tmp_path / "models", input_shape=(3, 4)
-        )
-
-
-def test_true_exports_of_many_networks_pass(tmp_path: Path) -> None:
-    """Noise of float32 is not an error: networks of many kinds and sizes of weights."""
-    rng = np.random.default_rng(0)
-    for seed in range(6):
-        torch.manual_seed(seed)
-        width = int(rng.integers(3, 40))
-        network = nn.Sequential(
-            first := nn.Linear(width, 12),
-            [nn.LayerNorm(12), nn.BatchNorm1d(12), nn.Tanh()][seed % 3],
-            zoo.KAN([12, 8, 4]),
-            last := nn.Linear(4, 3),
-        )
-        with torch.no_grad():
-            first.weight.mul_(10.0 ** rng.integers(-2, 3))
-            last.weight.mul_(10.0 ** rng.integers(-4, 4))
-        manifest = export_module(network, name=f"m{seed}", output=tmp_path, input_shape=(width,))
-        assert manifest.reference == "float64"
-
-
-class InsistsOnSingle(nn.Module):
-    """Has a constant that does not follow the module's precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kan = zoo.KANLinear(3, 2)
-        self.constant = torch.eye(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.kan(x @ self.constant)
-        return y
-
-
-def test_a_network_without_a_float64_form_is_compared_with_itself(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="cannot run in float64"):
-        manifest = export_module(InsistsOnSingle(), name="m", output=tmp_path, input_shape=(3,))
-    assert manifest.reference == "float32"
-
-
 class Branching(nn.Module):
     """Cannot be traced."""
 
@@ -363,113 +273,12 @@ def test_weights_that_do_not_fit_into_the_file_lie_beside_it(
         assert not server.repository.ready
 
 
-BAD: dict[str, tuple[list[str], list[str]]] = {
-    "factory fails": (
-        ["--model", "tests.zoo:failing_net", "--input-shape", "3,8,8"],
-        ["the factory fails: RuntimeError: no such dataset (zoo.py, line"],
-    ),
-    "factory is missing": (
-        ["--model", "tests.zoo:nothing", "--input-shape", "3,8,8"],
-        ["--model tests.zoo:nothing: cannot be imported: AttributeError"],
-    ),
-    "module is missing": (
-        ["--model", "no.such:thing", "--input-shape", "3,8,8"],
-        ["--model no.such:thing: cannot be imported: ModuleNotFoundError: No module named 'no'"],
-    ),
-    "no colon": (["--model", "tests.zoo"], ["expected package.module:factory"]),
-    "makes no module": (
-        ["--model", "tests.zoo:NO_NETWORK", "--input-shape", "3"],
-        ["expected a torch.nn.Module, found a dict"],
-    ),
-    "other keys": (
-        ["--model", "tests.zoo:attention_net", "--input-shape", "3,8,8"],
-        [
-            "missing in the file: embedding.weight",
-            "unexpected in the file: features.0.weight",
-        ],
-    ),
-    "no shape": (
-        ["--model", "tests.zoo:conv_net"],
-        ["what the network takes is not in the file", "--input-shape"],
-    ),
-    "shape does not fit": (
-        ["--model", "tests.zoo:conv_net", "--input-shape", "3,9,40"],
-        ["the network does not take input FP32 [batch, 3, 9, 40]", "--input-shape"],
-    ),
-    "batch in the shape": (
-        ["--model", "tests.zoo:conv_net", "--input-shape", "1,3,8,8"],
-        ["the network does not take input FP32 [batch, 1, 3, 8, 8]", "without the batch"],
-    ),
-    "samples are missing": (
-        ["--model", "tests.zoo:conv_net", "--samples", "none.npy"],
-        ["samples 'none.npy': cannot be read: No such file"],
-    ),
-    "an activation beside a network": (
-        ["--model", "tests.zoo:conv_net", "--input-shape", "3,8,8", "--activation", "silu"],
-        ["--activation: the network says itself"],
-    ),
-    "no such prefix": (
-        ["--model", "tests.zoo:conv_net", "--input-shape", "3,8,8", "--prefix", "ema."],
-        ["missing in the file: features.0.weight"],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_does_not_fit_gives_one_message_and_writes_nothing(tmp_path: Path, case: str) -> None:
-    flags, messages = BAD[case]
-    path = saved(tmp_path, zoo.conv_net().state_dict())
-    done = run_module("export", path, *flags, "--output", tmp_path / "models")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("error: ") == 1
-    for message in messages:
-        assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
-
-
-def test_a_shape_of_one_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    state = zoo.conv_net().state_dict() | {"fc2.base_weight": torch.zeros(3, 6)}
-    with pytest.raises(
-        NetworkError, match=r"fc2\.base_weight: expected shape \(2, 6\) as in the .* \(3, 6\)"
-    ):
-        export_checkpoint(
-            saved(tmp_path, state), output=tmp_path, model=zoo.conv_net, input_shape=(3, 8, 8)
-        )
-
-
-def test_weights_that_are_there_twice_must_be_chosen(tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    ema = zoo.Flattening()
-    content = {"model": zoo.flattening_net().state_dict(), "ema": ema.state_dict()}
-    path = saved(tmp_path, content)
-    options: dict[str, Any] = {"model": zoo.flattening_net, "input_shape": (3, 4)}
-    with pytest.raises(NetworkError, match=r"2 times, behind the prefixes 'model\.', 'ema\.'"):
-        export_checkpoint(path, output=tmp_path / "models", **options)
-    export_checkpoint(path, output=tmp_path / "models", prefix="ema", **options)
-    x = np.random.default_rng(0).standard_normal((4, 3, 4)).astype(np.float32)
-    with torch.no_grad():
-        expected = ema(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(
-        run_onnx(tmp_path / "models" / "model" / "1", x)[0], expected, **CLOSE
-    )
-
-
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     network = zoo.conv_net()
     with torch.no_grad():
         network.get_parameter("features.0.bias")[1] = float("nan")
     with pytest.raises(NetworkError, match=r"features\.0\.bias: 1 of 4 values are not finite"):
         export_module(network, name="m", output=tmp_path, input_shape=(3, 8, 8))
-
-
-def test_what_the_users_code_prints_is_no_result(tmp_path: Path) -> None:
-    path = saved(tmp_path, zoo.conv_net().state_dict())
-    flags = ["--model", "tests.zoo:talking_net", "--input-shape", "3,8,8"]
-    done = run_module("export", path, *flags, "--output", tmp_path / "models")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path}/models/model/1\n"
-    assert "a factory may print" in done.stderr
 
 
 def test_a_kan_can_be_exported_from_python_and_says_so(tmp_path: Path) -> None:
@@ -500,17 +309,6 @@ def test_a_layer_that_swallows_nan_is_no_kanlinear(tmp_path: Path) -> None:
     assert np.isfinite(run_onnx(tmp_path / "m" / "1", x)[0]).all()
 
 
-def test_a_runtime_that_swallows_nan_in_a_kan_layer_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = LoweredKANLinear.forward
-    monkeypatch.setattr(
-        LoweredKANLinear, "forward", lambda self, x: forward(self, torch.nan_to_num(x))
-    )
-    with pytest.raises(ParityError, match="nan"):
-        export_module(zoo.flattening_net(), name="m", output=tmp_path, input_shape=(3, 4))
-
-
 def test_a_layer_with_a_hook_is_exported_with_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(kan_model.KANLinear(3, 2)).eval()
@@ -521,75 +319,6 @@ def test_a_layer_with_a_hook_is_exported_with_it(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = network(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(run_onnx(tmp_path / "m" / "1", x)[0], expected, **CLOSE)
-
-
-class Weak(nn.Module):
-    """One output in which a KAN layer hardly shows, another that is nothing but KAN layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = zoo.KANLinear(6, 5), zoo.KANLinear(5, 3)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.a(x)
-        return self.b(hidden), x.sum(1, keepdim=True) + 1e-6 * hidden
-
-
-def test_noise_at_one_output_excuses_nothing_at_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    export_module(Weak(), name="right", output=tmp_path, input_shape=6)
-    forward = LoweredKANLinear.forward
-    monkeypatch.setattr(LoweredKANLinear, "forward", lambda self, x: 1.00003 * forward(self, x))
-    with pytest.raises(ParityError, match=r"output output_0\["):
-        export_module(Weak(), name="wrong", output=tmp_path, input_shape=6)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda x, y: (y, x.mean(1, keepdim=True)),
-        lambda x, y: (y, x - x.mean(1, keepdim=True)),
-        lambda x, y: (nn.functional.gelu(3 * y - 6), y),
-        lambda x, y: (1.1 * x[:, :4] + 1e-5 * y, y),
-    ],
-)
-def test_arithmetic_without_weights_is_as_noisy_as_it_is(
-    tmp_path: Path, form: Callable[[Tensor, Tensor], Any]
-) -> None:
-    class Mixing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.k = zoo.KANLinear(32, 4)
-
-        def forward(self, x: Tensor) -> Any:
-            return form(x, self.k(x))
-
-    torch.manual_seed(0)
-    export_module(Mixing(), name="m", output=tmp_path, input_shape=32)
-
-
-class Refusing(nn.Module):
-    """Takes nothing negative."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.k = zoo.KANLinear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_exporting() and not isinstance(x, torch.fx.Proxy):
-            assert (x >= 0).all()
-        y: Tensor = self.k(x)
-        return y
-
-
-def test_inputs_that_the_network_refuses_are_left_out_and_told(tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).random((20, 3))
-    with pytest.warns(UserWarning, match="itself refuses inputs of the kind small, normal"):
-        export_module(Refusing(), name="m", output=tmp_path, samples=rows)
-    with pytest.raises(InputError, match=r"does not take input FP32 \[batch, 3\]: AssertionError"):
-        export_module(Refusing(), name="m", output=tmp_path, input_shape=3)
 
 
 class Keyword(nn.Module):
@@ -655,37 +384,6 @@ def test_a_layer_whose_knots_do_not_rise_is_refused(tmp_path: Path) -> None:
         export_module(network, name="m", output=tmp_path, input_shape=(3, 8, 8))
 
 
-@pytest.mark.parametrize("name", ["../escaped", "a/b", "", ".hidden"])
-def test_a_bundle_stays_in_its_repository(tmp_path: Path, name: str) -> None:
-    with pytest.raises(LayoutError, match="model name"):
-        export_module(kan_model.KAN([3, 2]), name=name, output=tmp_path / "models", version=1)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("version", [0, -1, 10**19])
-def test_a_version_is_a_positive_integer(tmp_path: Path, version: int) -> None:
-    with pytest.raises(LayoutError, match="expected a positive integer"):
-        export_module(kan_model.KAN([3, 2]), name="m", output=tmp_path, version=version)
-
-
-def test_tied_weights_may_be_in_the_file_once(tmp_path: Path) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-            self.b.weight = self.a.weight
-            self.k = zoo.KANLinear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.k(self.b(self.a(x)))
-            return y
-
-    torch.manual_seed(0)
-    state = Tied().state_dict()
-    del state["b.weight"]
-    export_checkpoint(saved(tmp_path, state), output=tmp_path, model=Tied, input_shape=3)
-
-
 def test_a_token_beyond_the_vocabulary_is_the_clients_fault(tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(20, size=(9, 6))
     samples = {"tokens": tokens, "age": np.zeros((9, 1))}
@@ -696,14 +394,3 @@ def test_a_token_beyond_the_vocabulary_is_the_clients_fault(tmp_path: Path) -> N
         with pytest.raises(grpc.RpcError) as error:
             GRPCInferenceServiceStub(channel).ModelInfer(request)
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-
-
-def test_samples_are_compared_too_and_must_fit(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    network = kan_model.KAN([3, 4, 2])
-    rows = np.random.default_rng(0).standard_normal((10, 3))
-    with_samples = export_module(network, name="a", output=tmp_path, samples=rows)
-    without = export_module(network, name="b", output=tmp_path)
-    assert with_samples.parity[0].probes == without.parity[0].probes + 4 * 10
-    with pytest.raises(InputError, match=r"does not take input FP32 \[batch, 2\]"):
-        export_module(network, name="c", output=tmp_path, samples=rows[:, :2])
