@@ -16,7 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from export.errors import ExportError
+from export.onnx_graph import DEFAULT_OPSET, OLDEST_OPSET
 from export.pipeline import DEFAULT_ACTIVATION, export_checkpoint
+from export.precision import PRECISIONS
 from export.report import Report, render_inspection
 from kan_bundle import __version__
 from kan_bundle.errors import BundleError
@@ -31,6 +33,7 @@ examples:
   python -m export model.pt --activation gelu        the activation it was trained with
   python -m export runs/best.pt --name digits        models/digits, the next free version
   python -m export inspect model.pt                  what is in the file; nothing is exported
+  python -m export model.pt --precision int8         a quarter of the size, nearly the same answers
   python -m export last.ckpt --prefix ema.           one of several KANs in a file
   python -m export head.pt --model nets:build --input-shape 3,224,224
                                                      a network of your own with KAN layers inside
@@ -110,6 +113,8 @@ def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
         input_shape=arguments.input_shape,
         samples=arguments.samples,
         trust_pickle=arguments.trust_pickle,
+        opset=arguments.opset,
+        precision=arguments.precision,
         force=arguments.force,
         report=report,
     )
@@ -182,6 +187,20 @@ def _parser() -> argparse.ArgumentParser:
         type=_version,
         metavar="N",
         help="model version, a positive integer (default: the next free one)",
+    )
+    bundle.add_argument(
+        "--opset",
+        type=int,
+        default=DEFAULT_OPSET,
+        metavar="N",
+        help=f"version of ONNX's operators, from {OLDEST_OPSET} on (default: {DEFAULT_OPSET})",
+    )
+    bundle.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the KAN layers' weights and products; below fp32 the model is smaller and only "
+        "approximately what was trained (default: fp32)",
     )
     bundle.add_argument("--force", action="store_true", help="replace an existing version")
 

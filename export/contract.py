@@ -8,9 +8,11 @@ from importlib import metadata
 
 import torch
 
+from export.lowering import Choice
 from export.network import Network
 from export.parity import Measurement
-from export.reference import RELATIVE_TOLERANCE, Reference
+from export.precision import TOLERANCE, Precision
+from export.reference import Reference
 from kan_bundle import __version__
 from kan_bundle.layout import BundleFolder
 from kan_bundle.manifest import (
@@ -30,6 +32,8 @@ def make_manifest(
     folder: BundleFolder,
     source: Source | None,
     network: Network,
+    layers: tuple[LayerRecord, ...],
+    precision: Precision,
     reference: Reference,
     measured: Sequence[Measurement],
     files: Mapping[str, FileRecord],
@@ -41,19 +45,20 @@ def make_manifest(
         version=folder.version,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         source=source,
-        layers=describe_layers(network),
+        layers=layers,
+        precision=precision,
         input_range=_input_range(network),
         inputs=network.inputs.specs,
         outputs=network.outputs,
         reference=reference.precision,
         files=dict(files),
-        parity=tuple(_parity_record(m) for m in measured),
+        parity=tuple(_parity_record(m, precision) for m in measured),
         versions=_versions(),
     )
 
 
-def describe_layers(network: Network) -> tuple[LayerRecord, ...]:
-    """Describe every KANLinear, in the network's order."""
+def describe_layers(network: Network, choices: Mapping[str, Choice]) -> tuple[LayerRecord, ...]:
+    """Describe every KANLinear, in the network's order, with the form chosen for it."""
     return tuple(
         LayerRecord(
             name=name,
@@ -64,7 +69,9 @@ def describe_layers(network: Network) -> tuple[LayerRecord, ...]:
             grid="uniform" if bool(is_uniform(layer.grid).all()) else "adapted",
             standalone_scaler=layer.enable_standalone_scale_spline,
             base_activation=activation_name(layer.base_activation),
-            lowering="recursion",
+            lowering=choices[name].form,
+            lowering_error=choices[name].error,
+            eager_error=choices[name].eager_error,
         )
         for name, layer in network.layers.items()
     )
@@ -84,15 +91,16 @@ def metadata_props(
     return notes
 
 
-def _parity_record(m: Measurement) -> ParityRecord:
+def _parity_record(m: Measurement, precision: Precision) -> ParityRecord:
     return ParityRecord(
         runtime=m.runtime,
         max_absolute=m.max_absolute,
         max_relative=m.max_relative,
         max_ulp=m.max_ulp,
-        tolerance=RELATIVE_TOLERANCE,
+        tolerance=TOLERANCE[precision],
         excess=m.excess,
         probes=m.rows,
+        same_argmax=m.same_argmax,
     )
 
 

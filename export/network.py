@@ -30,6 +30,7 @@ from kan_model.state_dict import check_values
 Arrays = Sequence[NDArray[Any]]
 
 _ROWS_PER_GROUP = 4  # of the comparison of one layer
+_SAMPLES = 256  # rows that tell what reaches a layer
 _SAME = 1e-4  # share of the largest output by which two float32 layers may differ there
 
 
@@ -169,6 +170,20 @@ def example(inputs: Inputs, rows: int) -> tuple[Tensor, ...]:
         )
         for spec in inputs.specs
     )
+
+
+@torch.no_grad()
+def inputs_of_layers(network: Network) -> Mapping[str, Tensor]:
+    """Run the samples, and take what reaches each KANLinear, shape (rows, in); none without."""
+    if network.inputs.samples is None:
+        return {}
+    with _watched(network.replaced) as reached:
+        network.call(*example(network.inputs, min(_SAMPLES, len(network.inputs.samples[0]))))
+    found: dict[str, Tensor] = {}
+    for name, given in reached:
+        rows = given.reshape(-1, network.layers[name].in_features)
+        found[name] = torch.cat([found[name], rows]) if name in found else rows
+    return found
 
 
 @contextmanager
@@ -373,6 +388,18 @@ def _find_leading(
     """Find the layer whose input is the network's, at most in another shape."""
     if len(rows) != 1 or inputs.specs[0].datatype != "FP32":
         return None
+    with _watched(layers) as reached:
+        call(*(row.clone() for row in rows))
+    for name, given in reached:
+        whole = rows[0].reshape(len(rows[0]), -1)
+        if given.shape == whole.shape and torch.equal(given.to(whole.dtype), whole):
+            return name
+    return None
+
+
+@contextmanager
+def _watched(layers: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Note what reaches some layers, in the order of their calls."""
     reached: list[tuple[str, Tensor]] = []
 
     def look(name: str, given: Sequence[Any]) -> None:
@@ -387,12 +414,7 @@ def _find_leading(
         for name, layer in layers.items()
     ]
     try:
-        call(*(row.clone() for row in rows))
+        yield reached
     finally:
         for hook in hooks:
             hook.remove()
-    for name, given in reached:
-        whole = rows[0].reshape(len(rows[0]), -1)
-        if given.shape == whole.shape and torch.equal(given.to(whole.dtype), whole):
-            return name
-    return None

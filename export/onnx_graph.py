@@ -1,7 +1,8 @@
 """A network to ONNX, and such a file to something that runs.
 
 The batch is the only dynamic dimension; it is named `batch`. The weights are inside the file, or,
-where they do not fit, in the one file beside it.
+where they do not fit, in the one file beside it. Nodes and tensors are named after the modules of
+the network (graph_names.py).
 """
 
 import logging
@@ -17,16 +18,41 @@ import onnx
 import onnx_ir
 import torch
 from numpy.typing import NDArray
+from onnxscript import optimizer
 from torch import Tensor, nn
 
-from export.errors import ConversionError, conversion
+from export.errors import ConversionError, InputError, conversion
+from export.graph_names import name_after_modules
+from export.lowering import is_kept
 from export.parity import Runner
 from kan_bundle.layout import WEIGHTS_FILE
 from kan_bundle.manifest import TensorSpec
 
-OPSET = 20
+DEFAULT_OPSET = 20
+OLDEST_OPSET = 17
 LARGEST_INLINE = 2**30
 """Bytes of weights inside the file. protobuf ends at twice that, and reads it all into memory."""
+
+_CHATTY = (
+    "torch.onnx._internal.exporter._registration",  # that torchvision is not installed
+    "torch.onnx._internal.exporter._compat",  # that it converts from one opset to another,
+    "onnxscript.version_converter",  # and that it could not, which is an error here
+)
+
+
+def check_opset(opset: int) -> int:
+    """Let an opset pass that torch can write and onnx can check.
+
+    Raises:
+        InputError: It is another.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise InputError(
+            f"--opset: expected {OLDEST_OPSET} to {newest}, the newest that onnx "
+            f"{onnx.__version__} knows, found {opset}"
+        )
+    return opset
 
 
 def write_onnx(
@@ -37,6 +63,7 @@ def write_onnx(
     path: Path,
     graph_name: str,
     metadata: Mapping[str, str],
+    opset: int = DEFAULT_OPSET,
 ) -> None:
     """Write a network as ONNX.
 
@@ -48,6 +75,7 @@ def write_onnx(
         path: Where to write.
         graph_name: Name of the graph.
         metadata: Written to the model's `metadata_props`.
+        opset: Version of the standard operators, as `check_opset` takes it.
 
     Raises:
         ConversionError: The network cannot be converted, or the graph is not what was asked for.
@@ -58,24 +86,29 @@ def write_onnx(
             network,
             example,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=[spec.name for spec in inputs],
             output_names=[spec.name for spec in outputs],
             dynamic_shapes=(tuple(batch for _ in inputs),),
+            optimize=False,
             verbose=False,
         )
-    if program is None:  # the signature allows it for files written directly
-        raise ConversionError("torch.onnx.export returned no program")
-    model = program.model
+        if program is None:  # the signature allows it for files written directly
+            raise ConversionError("torch.onnx.export returned no program")
+        model = program.model
+        optimizer.optimize_ir(model, should_fold=_should_fold)
+    name_after_modules(model)
     _forget_the_exporting_machine(model)
-    _name_after_the_network(model)
     model.producer_name = "kanserve"
     model.producer_version = metadata.get("kanserve.version", "")
     model.graph.name = graph_name
     model.metadata_props.update(metadata)
-    opset = dict(model.opset_imports)
-    if opset != {"": OPSET}:
-        raise ConversionError(f"{path.name}: asked for opset {OPSET} alone, the file has {opset}")
+    found = dict(model.opset_imports)
+    if found != {"": opset}:
+        raise ConversionError(
+            f"{path.name}: asked for opset {opset} alone, the network can only be written with "
+            f"{found.get('', found)}; choose another --opset, {DEFAULT_OPSET} suits most runtimes"
+        )
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     with conversion("ONNX"):
         onnx_ir.save(model, path, external_data=WEIGHTS_FILE if weights > LARGEST_INLINE else None)
@@ -123,22 +156,18 @@ def _forget_the_exporting_machine(model: onnx_ir.Model) -> None:
         part.doc_string = None
 
 
-def _name_after_the_network(model: onnx_ir.Model) -> None:
-    """Take the wrapper's own name off the weights' names."""
-    taken = {value.name for node in model.graph for value in node.outputs}
-    taken |= {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
-    for name in list(model.graph.initializers):
-        short = name.removeprefix("module.")
-        if short not in taken:
-            model.graph.initializers[name].name = short
+def _should_fold(node: onnx_ir.Node) -> bool | None:
+    """Decide whether a node of constants is computed now; None leaves it to the optimizer."""
+    kept = any(value is not None and is_kept(value.name or "") for value in node.inputs)
+    return False if kept else None
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Silence what torch 2.13's exporter says that its user can do nothing about."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)  # that torchvision is not installed
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _CHATTY}
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -146,4 +175,5 @@ def _quiet_exporter() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*was assigned during export.*")
             yield
     finally:
-        registration.setLevel(level)
+        for logger, level in loggers.items():
+            logger.setLevel(level)

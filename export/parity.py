@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.eager import BATCH_SIZES
+from export.probes import ORDINARY
 from export.reference import Reference, largest
 from kan_bundle.golden import Golden, excess, side_by_side
 
@@ -59,6 +60,8 @@ class Measurement:
         excess: Largest deviation as a multiple of what was allowed there; infinite where one
             side is NaN and the other is not.
         worst: Where that was.
+        same_argmax: Share of the ordinary probes whose largest output is the reference's largest;
+            None unless the network has one output of several numbers.
     """
 
     runtime: str
@@ -69,6 +72,7 @@ class Measurement:
     rows: int
     excess: float
     worst: Worst
+    same_argmax: float | None
 
     @property
     def passed(self) -> bool:
@@ -100,13 +104,16 @@ def run_probes(run: Runner, reference: Reference) -> NDArray[np.float64]:
     ).astype(np.float64)
 
 
-def measure(runtime: str, found: NDArray[np.float64], reference: Reference) -> Measurement:
+def measure(
+    runtime: str, found: NDArray[np.float64], reference: Reference, *, scores: bool = False
+) -> Measurement:
     """Compare a runtime's outputs with the reference.
 
     Args:
         runtime: Name for the record.
         found: From `run_probes`, or the reference's own `eager`.
         reference: From `make_reference`.
+        scores: Whether the numbers of a row are scores, of which the largest may decide.
     """
     expected = reference.outputs
     normal = np.finfo(np.float32).tiny  # below it units shrink no more
@@ -135,7 +142,16 @@ def measure(runtime: str, found: NDArray[np.float64], reference: Reference) -> M
             found=float(found[size, row, output]),
             allowed=float(reference.tolerance[row, output]),
         ),
+        same_argmax=_same_argmax(found, reference) if scores else None,
     )
+
+
+def _same_argmax(found: NDArray[np.float64], reference: Reference) -> float | None:
+    rows = np.isin(reference.probes.groups, ORDINARY)
+    rows &= np.isfinite(reference.outputs).all(axis=1)
+    if not rows.any():
+        return None
+    return float((found[:, rows].argmax(-1) == reference.outputs[rows].argmax(-1)).mean())
 
 
 def choose_golden(reference: Reference) -> Golden:

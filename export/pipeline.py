@@ -19,10 +19,11 @@ from export.contract import describe_layers, make_manifest, metadata_props
 from export.errors import InputError, ParityError
 from export.factory import build_module, load_weights
 from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
-from export.lowering import lowered
+from export.lowering import choose_form, lowered
 from export.network import Network, copy_module, describe_network, example
-from export.onnx_graph import load_onnx, write_onnx
+from export.onnx_graph import DEFAULT_OPSET, check_opset, load_onnx, write_onnx
 from export.parity import Measurement, choose_golden, measure, run_probes, swallow_nan
+from export.precision import PRECISIONS, TOLERANCE, Precision
 from export.reference import Reference, make_reference
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
@@ -62,6 +63,14 @@ class _Target:
     force: bool
 
 
+@dataclass(frozen=True)
+class _Written:
+    """How the files are written."""
+
+    opset: int
+    precision: Precision
+
+
 def export_checkpoint(
     checkpoint: Path | str,
     *,
@@ -74,6 +83,8 @@ def export_checkpoint(
     input_shape: Shapes | None = None,
     samples: Samples | None = None,
     trust_pickle: bool = False,
+    opset: int = DEFAULT_OPSET,
+    precision: Precision = "fp32",
     force: bool = False,
     report: Report | None = None,
 ) -> Manifest:
@@ -92,6 +103,9 @@ def export_checkpoint(
         input_shape: Sizes of one row of each input, as `read_inputs` takes them.
         samples: Rows of real data, as `read_inputs` takes them.
         trust_pickle: Run the code in the file. Only for files from people whose programs you run.
+        opset: Version of ONNX's standard operators to write.
+        precision: Of the KAN layers' weights and products; below float32 an approximation, which
+            has its own tolerance (`export.precision`).
         force: Whether an existing version may be replaced.
         report: Is told each stage, the measurements and the warnings; None only warns.
 
@@ -111,6 +125,7 @@ def export_checkpoint(
     path = Path(checkpoint)
     report = report or Report.silent()
     target = _choose_target(Path(output), path.stem if name is None else name, version, force)
+    form = _Written(check_opset(opset), _checked(precision))
     inputs = read_inputs(input_shape, samples)
     with report.stage("read the checkpoint"):
         # Not kept: a large file is mapped, and its pages count until the last tensor lets go.
@@ -121,7 +136,7 @@ def export_checkpoint(
             report.warn(f"--trust-pickle: the code in {path} was RUN, as a program of yours")
         file = os.fsencode(path.name).decode(errors="replace")
         source = Source(file, record_file(path).sha256)
-    return _export(module, inputs, target, source, report)
+    return _export(module, inputs, target, form, source, report)
 
 
 def export_module(
@@ -132,6 +147,8 @@ def export_module(
     version: int | None = None,
     input_shape: Shapes | None = None,
     samples: Samples | None = None,
+    opset: int = DEFAULT_OPSET,
+    precision: Precision = "fp32",
     force: bool = False,
     report: Report | None = None,
 ) -> Manifest:
@@ -145,6 +162,8 @@ def export_module(
         version: As above.
         input_shape: As above. A KAN needs none.
         samples: As above.
+        opset: As above.
+        precision: As above.
         force: As above.
         report: As above.
 
@@ -160,9 +179,10 @@ def export_module(
         OSError: Something could not be written.
     """
     target = _choose_target(Path(output), name, version, force)
+    form = _Written(check_opset(opset), _checked(precision))
     inputs = read_inputs(input_shape, samples)
     own = copy_module(module).cpu().eval()
-    return _export(own, inputs, target, None, report or Report.silent())
+    return _export(own, inputs, target, form, None, report or Report.silent())
 
 
 def _choose_target(output: Path, name: str, version: int | None, force: bool) -> _Target:
@@ -171,6 +191,12 @@ def _choose_target(output: Path, name: str, version: int | None, force: bool) ->
     folder = BundleFolder(name, number, output / name / str(number))
     require_place(folder, force=force)
     return _Target(folder, force)
+
+
+def _checked(precision: Precision) -> Precision:
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision: expected {', '.join(PRECISIONS)}, found {precision!r}")
+    return precision
 
 
 def _build(
@@ -220,20 +246,32 @@ def _build(
 
 
 def _export(
-    module: nn.Module, inputs: Inputs | None, target: _Target, source: Source | None, report: Report
+    module: nn.Module,
+    inputs: Inputs | None,
+    target: _Target,
+    form: _Written,
+    source: Source | None,
+    report: Report,
 ) -> Manifest:
     network = describe_network(module, inputs)
-    layers = describe_layers(network)
+    if not network.layers and form.precision != "fp32":
+        raise InputError(
+            f"--precision {form.precision}: it is that of KANLinear layers, and the network has "
+            "none; leave it out"
+        )
+    with report.stage("choose the form of each layer"):
+        choices = {name: choose_form(layer) for name, layer in network.layers.items()}
+    layers = describe_layers(network, choices)
     _say_what_was_found(report, network, layers)
     folder = target.folder
     notes = metadata_props(folder.name, source, layers)
     with staging(folder) as place:
         model_path, script_path = place.path / MODEL_FILE, place.path / TORCHSCRIPT_FILE
-        with lowered(network) as call:
+        with lowered(network, choices, form.precision) as call:
             rows = example(network.inputs, 2)
             with report.stage(f"write {MODEL_FILE}"):
                 specs = network.inputs.specs, network.outputs
-                write_onnx(call, rows, *specs, model_path, folder.name, notes)
+                write_onnx(call, rows, *specs, model_path, folder.name, notes, form.opset)
             with report.stage(f"write {TORCHSCRIPT_FILE}"):
                 write_torchscript(call, rows, script_path, notes)
         gc.collect()  # the converters leave cycles that hold every weight
@@ -265,8 +303,14 @@ def _export(
             )
             reference = reference.take(~swallowed)
             found = {runtime: answers[:, ~swallowed] for runtime, answers in found.items()}
-        measured = [measure(runtime, answers, reference) for runtime, answers in found.items()]
-        report.parity(measured, reference.precision)
+        if form.precision != "fp32":
+            reference = reference.relaxed(TOLERANCE[form.precision])
+        scores = len(network.outputs) == 1 and len(network.outputs[0].shape) == 2
+        measured = [
+            measure(runtime, answers, reference, scores=scores and network.outputs[0].shape[1] > 1)
+            for runtime, answers in found.items()
+        ]
+        report.parity(measured, reference.precision, form.precision)
         _require_parity(measured, reference, network)
 
         golden = choose_golden(reference)
@@ -276,7 +320,9 @@ def _export(
         with report.stage("publish"):
             write_golden(golden, place.path / GOLDEN_FILE)
             files = {file.name: record_file(file) for file in sorted(place.path.iterdir())}
-            manifest = make_manifest(folder, source, network, reference, measured, files)
+            manifest = make_manifest(
+                folder, source, network, layers, form.precision, reference, measured, files
+            )
             write_manifest(manifest, place.path)
             config = render_config(folder.name, manifest.inputs, manifest.outputs)
             config_kept = place.publish(config, force=target.force)
@@ -295,6 +341,10 @@ def _say_what_was_found(report: Report, network: Network, layers: Sequence[Layer
             f"{layer.name}: {layer.in_features} -> {layer.out_features}, {layer.grid} grid of "
             f"{layer.grid_size}, order {layer.spline_order}, {scaler} standalone scaler, "
             f"{layer.base_activation}"
+        )
+        report.say(
+            f"    written as {layer.lowering}, off by {layer.lowering_error:.1e} in float32 "
+            f"(eager {layer.eager_error:.1e})"
         )
     for kind, specs in (("input", network.inputs.specs), ("output", network.outputs)):
         for spec in specs:

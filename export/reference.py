@@ -88,6 +88,16 @@ class Reference:
             tolerance=self.tolerance[rows],
         )
 
+    def relaxed(self, share: float) -> "Reference":
+        """Allow an approximation more: what float32 is allowed, as many times as `share` is larger
+        than its 1e-5, and at least that share of the size of an output at ordinary inputs.
+        """
+        ordinary = np.isin(self.probes.groups, ORDINARY)
+        allowed = np.maximum(
+            share / RELATIVE_TOLERANCE * self.tolerance, share * _size(self.outputs, ordinary)
+        )
+        return replace(self, tolerance=np.where(np.isfinite(self.outputs), allowed, 0.0))
+
 
 def make_reference(network: Network) -> Reference:
     """Compute the answers and tolerances for a network.
@@ -324,9 +334,16 @@ def _tolerance(
     noise: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Apply the rule at the top of this module; every array has shape (rows, numbers)."""
-    ordinary = np.abs(outputs[np.isin(groups, ORDINARY)])
-    ordinary = np.where(np.isfinite(ordinary), ordinary, 0.0)
-    size = np.minimum(1.0, ordinary.max(axis=0, initial=0.0))  # (numbers,)
+    size = np.minimum(1.0, _size(outputs, np.isin(groups, ORDINARY)))  # (numbers,)
     fixed = RELATIVE_TOLERANCE * np.maximum(size, np.abs(outputs))
     allowed = np.maximum(fixed, EAGER_FACTOR * np.maximum(error, noise))
     return np.where(np.isfinite(outputs), allowed, 0.0)  # NaN and infinity match themselves alone
+
+
+def _size(outputs: NDArray[np.float64], ordinary: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Find the largest magnitude of each output at ordinary inputs, shape (numbers,)."""
+    magnitude = np.abs(outputs[ordinary])
+    size: NDArray[np.float64] = np.where(np.isfinite(magnitude), magnitude, 0.0).max(
+        axis=0, initial=0.0
+    )
+    return size

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from export.parity import Measurement
+from export.precision import TOLERANCE, Precision
 from kan_model.inspection import Inspection, LayerFacts
 from kan_model.stacks import listed, printable
 
@@ -79,15 +80,19 @@ class Report:
         """Tell why there is no result."""
         self._console.print(Text(f"error: {line}", style="bold red"))
 
-    def parity(self, measurements: Sequence[Measurement], precision: str) -> None:
-        """Show how far each runtime is from the network in `precision`."""
+    def parity(
+        self, measurements: Sequence[Measurement], reference: str, precision: Precision
+    ) -> None:
+        """Show how far each runtime is from the network in the precision of the reference."""
+        exact = precision == "fp32"
         table = Table(
-            title=f"Distance from the network in {precision}",
+            title=f"Distance from the network in {reference}",
             title_justify="left",
             box=box.SIMPLE_HEAD,
         )
         table.add_column("runtime", no_wrap=True)
-        for header in ("rows", "max abs", "max rel", "max ULP", "from eager", "of allowed"):
+        headers = ("rows", "max abs", "max rel", "max ULP", "from eager", "of allowed")
+        for header in headers if exact else (*headers, "same argmax"):
             table.add_column(header, justify="right", no_wrap=True)
         table.add_column("verdict", no_wrap=True)
         for m in measurements:
@@ -99,13 +104,17 @@ class Report:
                 f"{m.max_ulp:.3g}",
                 f"{m.max_from_eager:.2e}",
                 f"{m.excess:.0%}" if math.isfinite(m.excess) else "NaN",
-                Text("equal", style="green") if m.passed else Text("DIFFERS", style="bold red"),
+                *([] if exact else ["" if m.same_argmax is None else f"{m.same_argmax:.2%}"]),
+                Text("equal" if exact else "close", style="green")
+                if m.passed
+                else Text("DIFFERS", style="bold red"),
             )
         self._console.print(table)
         self._console.print(
             Text(
                 "  max rel is |y - y64| / max(1, |y64|); ULPs are float32's, at y64\n"
-                "  allowed is 1e-5 of an output's size, or twice eager's error if that is more",
+                f"  allowed is {TOLERANCE[precision]:g} of an output's size, or twice eager's "
+                "error if that is more",
                 style="dim",
             )
         )

@@ -72,7 +72,10 @@ class LayerRecord:
         grid: `uniform` if the knots of every feature are equally spaced, else `adapted`.
         standalone_scaler: Whether the checkpoint had a scale per edge.
         base_activation: As `--activation` names it.
-        lowering: The form the layer was exported in.
+        lowering: How the file computes the basis: `cardinal`, in closed form for equally spaced
+            knots, or `recursion`, by Cox-de Boor.
+        lowering_error: Largest |y - y64| of the layer in that form, in float32, within its knots.
+        eager_error: The same of the layer as it was trained.
     """
 
     name: str
@@ -83,7 +86,9 @@ class LayerRecord:
     grid: Literal["uniform", "adapted"]
     standalone_scaler: bool
     base_activation: str
-    lowering: Literal["recursion"]
+    lowering: Literal["cardinal", "recursion"]
+    lowering_error: Annotated[float, Field(ge=0)]
+    eager_error: Annotated[float, Field(ge=0)]
 
 
 @_STRICT
@@ -123,10 +128,12 @@ class ParityRecord:
         max_absolute: Largest |y - y64|.
         max_relative: Largest |y - y64| / max(1, |y64|).
         max_ulp: Largest |y - y64| in float32 units in the last place of y64.
-        tolerance: Bound on `max_relative` where the eager float32 model keeps it itself;
-            elsewhere twice eager's own error is allowed.
+        tolerance: Allowed share of an output's size, or of y64 if that is more; where the eager
+            float32 model is further off, twice its own error is allowed.
         excess: Largest |y - y64| as a share of what was allowed at that output; at most 1.
         probes: Number of input rows compared, over all batch sizes.
+        same_argmax: Share of the ordinary rows whose largest output is the same as the
+            reference's; None unless there is one output of several numbers.
     """
 
     runtime: str
@@ -136,6 +143,7 @@ class ParityRecord:
     tolerance: float
     excess: Annotated[float, Field(ge=0, le=1)]
     probes: _Count
+    same_argmax: Annotated[float, Field(ge=0, le=1)] | None
 
 
 @_STRICT
@@ -150,6 +158,7 @@ class Manifest:
         created: Time of export, UTC, ISO 8601.
         source: The checkpoint; None for a module exported from Python.
         layers: The KANLinear layers, in the network's order.
+        precision: Of these layers' weights and products.
         input_range: Where the first layer's splines were trained, if the inputs reach it as they
             are; else None.
         inputs: Input tensors, in the network's order.
@@ -167,6 +176,7 @@ class Manifest:
     created: str
     source: Source | None
     layers: tuple[LayerRecord, ...]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
     input_range: InputRange | None
     inputs: _Tensors
     outputs: _Tensors

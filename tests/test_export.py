@@ -212,8 +212,8 @@ def test_failed_parity_publishes_nothing(
     write = onnx_graph.write_onnx
 
     def write_wrong(call: Call, *arguments: object) -> None:
-        weight = call.get_buffer("module.layers.1.spline_weight")
-        weight[0, 4] += 1e-2
+        weight = call.get_buffer("module.layers.1.product.weight")
+        weight[4 * 8, 0] += 1e-2  # the fourth function of the first of eight features
         write(call, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("export.pipeline.write_onnx", write_wrong)

@@ -1,14 +1,157 @@
+"""The exported form of a KANLinear computes what the layer computes."""
+
+import copy
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from export.lowering import ExpSiLU, LoweredKANLinear, lowered
+from export import lowering
+from export.lowering import (
+    EAGER_FACTOR,
+    ExpSiLU,
+    Form,
+    LoweredKANLinear,
+    choose_form,
+    lowered,
+    probes_within,
+)
 from export.network import Call, describe_network
 from export.onnx_graph import load_onnx, write_onnx
 from kan_bundle.manifest import TensorSpec
-from kan_model import KAN
+from kan_model import KAN, KANLinear
+from tests import oracle
+
+
+def make_layer(
+    order: int = 3, grid_size: int = 5, *, features: int = 4, knots: str = "uniform"
+) -> KANLinear:
+    """Make a layer with a spline that matters; its knots are uniform, each (step), or adapted."""
+    torch.manual_seed(order)
+    layer = KANLinear(
+        features,
+        3,
+        grid_size=grid_size,
+        spline_order=order,
+        grid_eps=1.0 if knots == "steps" else 0.02,
+        grid_range=(-1.5, 2.25),
+    )
+    nn.init.normal_(layer.spline_weight)
+    if knots != "uniform":
+        layer.update_grid(torch.randn(200, features) * torch.arange(1, features + 1))
+    return layer
+
+
+def answers_of_the_oracle(layer: KANLinear, rows: Tensor) -> np.ndarray:
+    state = {f"layers.0.{k}": v.double().numpy() for k, v in layer.state_dict().items()}
+    return oracle.kan(state, rows.double().numpy(), oracle.silu)
+
+
+@pytest.mark.parametrize("order", range(6))
+@pytest.mark.parametrize(
+    ("form", "knots"),
+    [
+        ("cardinal", "uniform"),
+        ("cardinal", "steps"),
+        ("recursion", "uniform"),
+        ("recursion", "steps"),
+        ("recursion", "adapted"),
+    ],
+)
+def test_both_forms_are_the_recursion(order: int, form: Form, knots: str) -> None:
+    layer = make_layer(order, knots=knots)
+    rows = probes_within(layer)[::9]
+    rows = torch.cat([rows, torch.tensor([[40.0, -40.0, 1e6, 0.0], [-1e6, 9.0, -9.0, 3e4]])])
+    found = LoweredKANLinear(layer, form)(rows).detach().double().numpy()
+    expected = answers_of_the_oracle(layer, rows)
+    # Float32: knots are rounded to 6e-8 of their size, a spline's slope is up to its order a step.
+    assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
+
+
+@pytest.mark.parametrize("per_row", [1, 8, 12, 20, 1000])
+@pytest.mark.parametrize("form", ["cardinal", "recursion"])
+def test_functions_may_be_grouped_in_any_way(
+    per_row: int, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine functions of four features: alone, by two, three, five (one group is not full), all."""
+    layer = make_layer(grid_size=6)
+    rows = probes_within(layer)
+    expected = layer.double()(rows.double())
+    monkeypatch.setattr(lowering, "_NUMBERS_A_ROW", {form: per_row})
+    module = LoweredKANLinear(layer.float(), form)
+    torch.testing.assert_close(module(rows).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Identity])
+@pytest.mark.parametrize("form", ["cardinal", "recursion"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_what_is_no_number_makes_the_row_nan(
+    tmp_path: Path, order: int, form: Form, activation: type[nn.Module]
+) -> None:
+    layer = KANLinear(3, 2, spline_order=order, base_activation=activation)
+    rows = torch.zeros(4, 3)
+    rows[:3, 1] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    expected = layer(rows).isnan()
+    assert expected.any(dim=1).tolist() == [True, True, True, False]
+    module = LoweredKANLinear(layer, form)
+    assert torch.equal(module(rows).isnan(), expected)
+    found = run_onnx(module, rows, tmp_path)
+    np.testing.assert_array_equal(np.isnan(found), expected.numpy())
+
+
+def run_onnx(module: nn.Module, rows: Tensor, folder: Path) -> np.ndarray:
+    inputs = (TensorSpec("x", "FP32", (-1, rows.shape[1])),)
+    outputs = (TensorSpec("y", "FP32", (-1, 1)),)
+    path = folder / "m.onnx"
+    write_onnx(Call(module, ["x"]).eval(), (rows[:2],), inputs, outputs, path, "m", {})
+    found: np.ndarray = load_onnx(path)([rows.numpy()])[0]
+    return found
+
+
+def test_the_closed_form_is_for_equal_steps_and_the_recursion_for_others() -> None:
+    assert choose_form(make_layer()).form == "cardinal"
+    assert choose_form(make_layer(knots="steps", features=2)).form == "cardinal"
+    assert choose_form(make_layer(knots="adapted")).form == "recursion"
+    assert choose_form(make_layer(0)).form == "recursion"  # a staircase is exact at its knots
+
+
+def test_one_feature_with_other_knots_is_enough_for_the_recursion() -> None:
+    layer = make_layer()
+    layer.grid[2, 5] += 0.01
+    assert choose_form(layer).form == "recursion"
+
+
+@torch.no_grad()
+def test_the_closed_form_is_refused_where_the_rounding_of_knots_shows() -> None:
+    """A hundred steps of 0.0375: half a unit in the last place of 2.25 is 3e-6 of a step."""
+    layer = make_layer(order=1, grid_size=100)
+    choice = choose_form(layer)
+    assert choice.form == "recursion"
+    rows = probes_within(layer)
+    exact = copy.deepcopy(layer).double()(rows.double())
+    off = float((LoweredKANLinear(layer, "cardinal")(rows) - exact).abs().max())
+    assert off > EAGER_FACTOR * choice.eager_error
+
+
+@torch.no_grad()
+def test_the_measured_errors_are_those_of_the_layers() -> None:
+    layer = make_layer()
+    choice, rows = choose_form(layer), probes_within(layer)
+    exact = copy.deepcopy(layer).double()(rows.double())
+    off = (LoweredKANLinear(layer, choice.form)(rows) - exact).abs().max()
+    assert choice.error == float(off)
+    assert choice.eager_error == float((layer(rows) - exact).abs().max())
+
+
+def test_a_few_outputs_of_a_wide_layer_are_measured() -> None:
+    layer = KANLinear(3, 1000)
+    before = layer.base_weight.clone()
+    choice = choose_form(layer)
+    assert 0 < choice.error < 1e-6
+    assert torch.equal(layer.base_weight, before)
+    assert layer.out_features == 1000
 
 
 def test_silu_keeps_its_relative_precision_in_onnxruntime(tmp_path: Path) -> None:
@@ -26,12 +169,13 @@ def test_silu_keeps_its_relative_precision_in_onnxruntime(tmp_path: Path) -> Non
     np.testing.assert_array_equal(run([edges])[0], expected)
 
 
-def test_lowering_computes_the_same_and_leaves_the_network_as_it_was() -> None:
+def test_lowering_leaves_the_network_as_it_was() -> None:
     kan = KAN([3, 4, 2])
     network = describe_network(kan.double(), None)
     x = torch.randn(50, 3).double() * 3
     before, layers = kan(x), list(kan.layers)
-    with lowered(network) as call:
+    choices = {name: choose_form(layer) for name, layer in network.layers.items()}
+    with lowered(network, choices) as call:
         assert isinstance(call.module.layers[0], LoweredKANLinear)  # type: ignore[index]
         torch.testing.assert_close(call(x.float())[0].double(), before, rtol=1e-5, atol=1e-6)
     assert list(kan.layers) == layers
@@ -40,11 +184,11 @@ def test_lowering_computes_the_same_and_leaves_the_network_as_it_was() -> None:
 
 def test_only_silu_is_written_in_another_form() -> None:
     for activation, form in ((nn.GELU, nn.GELU), (nn.SiLU, ExpSiLU)):
-        layer = LoweredKANLinear(KAN([2, 1], base_activation=activation).layers[0])
-        assert isinstance(layer.base_activation, form)
+        layer = LoweredKANLinear(KAN([2, 1], base_activation=activation).layers[0], "cardinal")
+        assert isinstance(layer.activation, form)
 
 
 def test_a_lowered_layer_takes_any_leading_dimensions() -> None:
     layer = KAN([3, 2]).layers[0]
     x = torch.randn(4, 5, 3)
-    torch.testing.assert_close(LoweredKANLinear(layer)(x), layer(x))
+    torch.testing.assert_close(LoweredKANLinear(layer, "cardinal")(x), layer(x))

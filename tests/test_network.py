@@ -71,7 +71,7 @@ def test_a_network_with_kan_layers_inside_is_exported_with_its_weights(
     np.testing.assert_allclose(found, expected, **CLOSE)
     # It is our layer that is in the graph, whose weights carry the scaler.
     names = {tensor.name for tensor in onnx.load(folder / "model.onnx").graph.initializer}
-    assert "fc1.spline_weight" in names
+    assert "fc1.product.weight" in names
     assert "fc1.spline_scaler" not in names
 
 

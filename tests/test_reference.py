@@ -34,10 +34,14 @@ def test_a_kan_behind_a_flatten_is_probed_at_its_knots(tmp_path: Path) -> None:
     assert np.isin(knots[3], rows)
 
 
-@pytest.mark.parametrize("weight", ["fc1.spline_weight", "fc2.base_weight", "features.0.bias"])
+@pytest.mark.parametrize(
+    ("weight", "share"),
+    [("fc1.product.weight", 0.5), ("fc2.product.weight", 0.999), ("features.0.bias", 0.0)],
+    ids=["spline", "base path", "another layer"],
+)
 @pytest.mark.filterwarnings("ignore:onnxruntime gives numbers")
 def test_one_wrong_weight_publishes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str, share: float
 ) -> None:
     write = onnx_graph.write_onnx
 
@@ -45,7 +49,7 @@ def test_one_wrong_weight_publishes_nothing(
         tensor = dict((*call.named_parameters(), *call.named_buffers()))[f"module.{weight}"]
         with torch.no_grad():
             kept = tensor.clone()
-            tensor.view(-1)[5 % tensor.numel()] += 1e-2  # of a spline, one that x > 0 reaches
+            tensor.view(-1)[int(share * tensor.numel())] += 1e-2
             write(call, *arguments)
             tensor.copy_(kept)
 

@@ -1,0 +1,81 @@
+"""Readable names for a graph: after the modules of the network that its nodes come from.
+
+What a module returns is named after the module (`layers.0/basis`), what it computes on the way
+after the module and the operator (`layers.0/basis/sub_3`). Weights keep the names they have in the
+network (`layers.0.weight`); other constants are `constants/0` and so on.
+"""
+
+import ast
+from collections import defaultdict
+
+import onnx_ir
+
+_WRAPPER = "module"  # where `Call` holds the network
+_SCOPES = "pkg.torch.onnx.name_scopes"  # a list of paths, the innermost last, then the node itself
+_UNNAMED = "lifted_tensor_"  # what torch.export calls a tensor that forward makes
+
+Scope = tuple[str, ...]
+
+
+def name_after_modules(model: onnx_ir.Model) -> None:
+    """Rename the nodes, values and initializers of a graph that torch.onnx.export made.
+
+    The names of inputs and outputs stay. The exporter's notes on the nodes are needed.
+    """
+    graph = model.graph
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+
+    def unique(name: str) -> str:
+        found, count = name, 0
+        while found in taken:
+            count += 1
+            found = f"{name}_{count}"
+        taken.add(found)
+        return found
+
+    constants = 0
+    for name in list(graph.initializers):
+        path = name.removeprefix(f"{_WRAPPER}.")
+        if path == name or _UNNAMED in name:
+            path, constants = f"constants/{constants}", constants + 1
+        graph.initializers[name].name = unique(path)
+
+    kept = {id(value) for value in graph.outputs}
+    exits = _exits(graph)
+    for node in graph:
+        scope = _scope(node)
+        name = unique("/".join((*scope, node.op_type.lower())))
+        for depth in range(1, len(scope) + 1):
+            if exits[scope[:depth]] == [node.outputs[0]]:
+                taken.discard(name)
+                name = unique("/".join(scope[:depth]))
+                break
+        node.name = name
+        for i, value in enumerate(node.outputs):
+            if id(value) not in kept:
+                value.name = unique(f"{name}/{i}") if i else name
+
+
+def _exits(graph: onnx_ir.Graph) -> dict[Scope, list[onnx_ir.Value]]:
+    """Find the values that each module gives to nodes outside it."""
+    exits: dict[Scope, list[onnx_ir.Value]] = defaultdict(list)
+    for node in graph:
+        scope = _scope(node)
+        for value in node.outputs:
+            users = [_scope(user) for user, _ in value.uses()]
+            for depth in range(1, len(scope) + 1):
+                inner = scope[:depth]
+                if value.is_graph_output() or any(user[:depth] != inner for user in users):
+                    exits[inner].append(value)
+    return exits
+
+
+def _scope(node: onnx_ir.Node) -> Scope:
+    """Name the modules a node lies in, from the outermost, each relative to the one before."""
+    paths = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))[:-1]
+    scope, outer = [], f"{_WRAPPER}."
+    for path in paths:
+        if path.startswith(outer):
+            scope.append(path.removeprefix(outer))
+            outer = f"{path}."
+    return tuple(scope)

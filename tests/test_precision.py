@@ -1,0 +1,185 @@
+"""Weights of fewer bits: what stays true, and how far off it may be."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export import InputError, export_checkpoint, export_module
+from export.lowering import LoweredKANLinear, probes_within
+from export.onnx_graph import load_onnx
+from export.precision import PRECISIONS, TOLERANCE, Int8Product, Precision
+from kan_bundle.manifest import Manifest
+from kan_model import KAN, KANLinear
+from tests.conftest import GOLDENS, run_module
+from tests.test_lowering import answers_of_the_oracle, make_layer, run_onnx
+
+UNIFORM = GOLDENS / "uniform_4x8x3.pt"
+REDUCED = [precision for precision in PRECISIONS if precision != "fp32"]
+
+
+@pytest.mark.parametrize("knots", ["uniform", "adapted"])
+@pytest.mark.parametrize("precision", REDUCED)
+def test_it_is_as_close_as_it_says(tmp_path: Path, precision: Precision, knots: str) -> None:
+    layer = make_layer(features=16, knots=knots)
+    rows = probes_within(layer)
+    module = LoweredKANLinear(layer, "recursion" if knots == "adapted" else "cardinal", precision)
+    expected = answers_of_the_oracle(layer, rows[::9])
+    allowed = TOLERANCE[precision] * np.abs(expected).max(axis=0)
+    for found in (module(rows[::9]).detach().numpy(), run_onnx(module, rows[::9], tmp_path)):
+        assert (np.abs(found - expected) <= allowed).all()
+
+
+@pytest.mark.parametrize("precision", REDUCED)
+def test_rows_do_not_influence_each_other(tmp_path: Path, precision: Precision) -> None:
+    """Also beside one of another size, which would share a scale with them."""
+    layer = make_layer()
+    rows = torch.cat([probes_within(layer)[:20], torch.full((1, 4), 1e6)])
+    module = LoweredKANLinear(layer, "cardinal", precision)
+    together = run_onnx(module, rows, tmp_path)
+    alone = np.concatenate([run_onnx(module, row[None], tmp_path) for row in rows[:3]])
+    np.testing.assert_allclose(together[:3], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", REDUCED)
+def test_what_is_no_number_or_far_outside_is_answered_as_in_float32(
+    tmp_path: Path, precision: Precision
+) -> None:
+    layer = make_layer()
+    rows = torch.zeros(5, 4)
+    rows[:, 1] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e7, -1e7])
+    found = run_onnx(LoweredKANLinear(layer, "cardinal", precision), rows, tmp_path)
+    expected = layer(rows).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0.05)  # 1e7 is beyond float16
+
+
+@pytest.mark.parametrize("precision", REDUCED)
+def test_a_nearly_constant_feature_survives(tmp_path: Path, precision: Precision) -> None:
+    """Its knots are 8e-5 apart; in float16 they coincide, and a model cast to it is all NaN."""
+    torch.manual_seed(0)
+    kan = KAN([3, 4, 2])
+    samples = torch.randn(200, 3)
+    samples[:, 1] = 0.5
+    kan.layers[0].update_grid(samples)
+    assert bool(kan.half()(samples.half()).isnan().all())
+    torch.manual_seed(0)
+    kan = KAN([3, 4, 2])
+    kan.layers[0].update_grid(samples)
+    export_module(kan, name="m", output=tmp_path, precision=precision)
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([samples.numpy()])[0]
+    expected = kan(samples).detach().numpy()
+    assert np.abs(found - expected).max() <= TOLERANCE[precision] * np.abs(expected).max()
+
+
+def test_the_file_shrinks_with_the_weights(tmp_path: Path) -> None:
+    kan = KAN([200, 64, 10])
+    sizes = {}
+    for precision in PRECISIONS:
+        export_module(kan, name=precision, output=tmp_path, precision=precision)
+        sizes[precision] = (tmp_path / precision / "1" / "model.onnx").stat().st_size
+    assert sizes["fp16"] < 0.55 * sizes["fp32"]
+    assert sizes["bf16"] < 0.55 * sizes["fp32"]
+    assert sizes["int8"] < 0.35 * sizes["fp32"]
+    types = {
+        t.data_type for t in onnx.load(tmp_path / "int8" / "1" / "model.onnx").graph.initializer
+    }
+    assert onnx.TensorProto.INT8 in types
+
+
+def test_int8_has_a_scale_for_each_output_and_part() -> None:
+    layer = make_layer()
+    with torch.no_grad():
+        layer.spline_weight[1] *= 100
+        layer.base_weight[2] *= 100
+    product = LoweredKANLinear(layer, "cardinal", "int8").product
+    assert isinstance(product, Int8Product)
+    assert product.spline_scale[1] > 20 * product.spline_scale[0]
+    assert product.base_scale[2] > 20 * product.base_scale[0]
+    assert product.base_scale[1] < 5 * product.base_scale[0]
+    rows = probes_within(layer)
+    off = (LoweredKANLinear(layer, "cardinal", "int8")(rows) - layer(rows)).abs().amax(0)
+    assert (off <= TOLERANCE["int8"] * layer(rows).abs().amax(0)).all()
+
+
+def test_samples_choose_the_scales_of_int8() -> None:
+    """On data at one end of the grid, a scale that clips weights of the other end is better."""
+    layer = make_layer(features=8)
+    samples = -1.5 + 0.5 * torch.rand(200, 8)
+    with torch.no_grad():
+        layer.spline_weight[..., 6:] *= 1.6
+
+    def off(given: Tensor | None) -> float:
+        module = LoweredKANLinear(layer, "cardinal", "int8", given)
+        return float((module(samples) - layer(samples)).detach().square().mean())
+
+    assert off(samples) < 0.9 * off(None)
+
+
+def test_the_samples_reach_every_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    kan = KAN([6, 5, 3])
+    samples = np.random.default_rng(0).uniform(-1, -0.8, (50, 6)).astype(np.float32)
+    np.save(tmp_path / "x.npy", samples)
+    weights = []
+    for name, given in (("with", str(tmp_path / "x.npy")), ("without", None)):
+        export_module(kan, name=name, output=tmp_path, precision="int8", samples=given)
+        graph = onnx.load(tmp_path / name / "1" / "model.onnx").graph
+        found = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        weights.append(found["layers.1.product.spline_scale"])
+    assert not np.array_equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_manifest_says_how_close_and_how_often_the_argmax_agrees(
+    tmp_path: Path, precision: Precision
+) -> None:
+    manifest: Manifest = export_checkpoint(
+        UNIFORM, output=tmp_path, activation="silu", precision=precision
+    )
+    assert manifest.precision == precision
+    served = manifest.parity[1]
+    assert served.runtime == "onnxruntime cpu"
+    assert served.tolerance == TOLERANCE[precision]
+    assert served.max_relative > 1e-6 or precision == "fp32"
+    assert served.same_argmax is not None
+    assert served.same_argmax > 0.9
+    assert manifest.parity[0].same_argmax == 1.0
+
+
+def test_one_number_has_no_argmax(tmp_path: Path) -> None:
+    manifest = export_module(KAN([3, 1]), name="m", output=tmp_path)
+    assert [record.same_argmax for record in manifest.parity] == [None] * 3
+
+
+def test_the_command_tells_the_agreement(tmp_path: Path) -> None:
+    run = run_module(
+        *("export", UNIFORM, "--precision", "int8", "--activation", "silu"),
+        *("--output", tmp_path, "--json"),
+    )
+    assert run.returncode == 0, run.stderr
+    assert "same argmax" in run.stderr
+    assert "allowed is 0.1 of an output's size" in run.stderr
+    assert json.loads(run.stdout)["manifest"]["precision"] == "int8"
+
+
+def test_a_wrong_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--precision: expected fp32, fp16, bf16, int8, found 'x'"):
+        export_module(KAN([3, 1]), name="m", output=tmp_path, precision="x")  # type: ignore[arg-type]
+    network = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(InputError, match="the network has none; leave it out"):
+        export_module(network, name="m", output=tmp_path, input_shape="3", precision="int8")
+    assert run_module("export", UNIFORM, "--precision", "fp8").returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_all_zero_stay_so() -> None:
+    layer = KANLinear(3, 2)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    rows = probes_within(layer)
+    assert not LoweredKANLinear(layer, "cardinal", "int8")(rows).any()
