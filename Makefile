@@ -10,12 +10,17 @@ DEMO := build/demo
 # newest protobuf and gRPC.
 OTHER_VENVS := .venv-tritonclient .venv-protobuf7
 
-.PHONY: demo test test-full-size lint format protos clean
+.PHONY: demo benchmark test test-full-size lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
 	$(BIN)/python -m export $(DEMO)/digits.pt --output $(DEMO)/models --activation silu
 	$(BIN)/python -m examples.digits.classify --checkpoint $(DEMO)/digits.pt --model-repository $(DEMO)/models
+
+# Everything takes hours; `make benchmark BENCHMARK=--quick` takes a minute or two. Without a C++
+# compiler, what needs one is left out.
+benchmark: $(VENV)/benchmarks
+	$(BIN)/python -m benchmarks.engine --output build/benchmark $(BENCHMARK)
 
 test: lint $(OTHER_VENVS:%=%/installed)
 	$(BIN)/pytest
@@ -40,6 +45,10 @@ protos: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,examples,dev]'
+	touch $@
+
+$(VENV)/benchmarks: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmarks]'
 	touch $@
 
 .venv-%/installed: tests/environments/%.txt

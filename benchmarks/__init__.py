@@ -1,0 +1,1 @@
+"""How fast, how exact and how large what the export writes is, beside other ways to run a KAN."""

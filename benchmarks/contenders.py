@@ -1,0 +1,391 @@
+"""The ways to run a KAN that are compared: what file each one needs, and how that is run.
+
+Files are written by one process and may be read by another that measures memory, so every runtime
+is imported where it is used: who runs onnxruntime or OpenVINO has no torch in memory.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kan_model import KAN
+
+ORDER = 3
+"""Spline order of every model."""
+
+Knots = Literal["uniform", "adapted"]
+Call = Callable[[], Any]
+"""Runs a model once on inputs bound beforehand; what it gives, `np.asarray` makes an array."""
+Bind = Callable[[NDArray[np.float32]], Call]
+"""Takes inputs, shape (batch, in), into the form a loaded model wants."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is run: widths from input to output, intervals of the grid, and the knots' kind."""
+
+    widths: tuple[int, ...]
+    grid_size: int
+    knots: Knots
+
+    @property
+    def bases(self) -> int:
+        """Columns of the weights for each input: G + k basis functions and the base path."""
+        return self.grid_size + ORDER + 1
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in float32, the scaler folded in."""
+        return sum(4 * n * m * self.bases for n, m in pairwise(self.widths))
+
+    def __str__(self) -> str:
+        return f"{list(self.widths)}, grid {self.grid_size}, {self.knots} knots"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a model.
+
+    Args:
+        name: What tables call it.
+        meaning: What it is, in a line.
+        modules: Imported before its memory is counted; the first may not be installed.
+        file: Which of `WRITERS` makes what `load` reads.
+        load: From that file and a number of threads to something that takes inputs.
+        compiles: Whether it needs a C++ compiler.
+        answers: Whether it computes the model's outputs.
+    """
+
+    name: str
+    meaning: str
+    modules: tuple[str, ...]
+    file: str
+    load: Callable[[Path, int], Bind]
+    compiles: bool = False
+    answers: bool = True
+
+    def missing(self) -> str | None:
+        """Say what it lacks on this machine; None if nothing."""
+        package = self.modules[0].partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        compiler = os.environ.get("CXX", "g++")
+        if self.compiles and shutil.which(compiler) is None:
+            return f"there is no C++ compiler ({compiler})"
+        return None
+
+
+# --- Files: from a KAN to what contenders load. These run torch. ---------------------------------
+
+
+def _write_pickle(kan: "KAN", path: Path) -> None:
+    import torch
+
+    torch.save(kan, path)
+
+
+def _write_trace(kan: "KAN", path: Path) -> None:
+    import torch
+
+    torch.jit.save(torch.jit.trace(kan, _example(kan), check_trace=False), path)
+
+
+def _write_naive_onnx(kan: "KAN", path: Path) -> None:
+    """Export as everybody would: the module as it is, dynamic batch, all else by default."""
+    import torch
+
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(
+        kan,
+        (_example(kan),),
+        path,
+        dynamo=True,
+        input_names=["input"],
+        output_names=["output"],
+        dynamic_shapes=(batch,),
+        external_data=False,
+        verbose=False,
+    )
+
+
+def _write_package(kan: "KAN", path: Path) -> None:
+    import torch
+
+    batch = {0: torch.export.Dim("batch")}
+    with torch.no_grad():
+        program = torch.export.export(kan, (_example(kan),), dynamic_shapes=(batch,))
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={"freezing": True}
+        )
+
+
+def _write_bundle(kan: "KAN", path: Path) -> None:
+    """Let the project's own export write what it writes; `path` is below OUTPUT/NAME/1."""
+    from export import export_module
+
+    name = path.parent.parent
+    if not path.exists():  # model.onnx and model.ts come together
+        export_module(kan, name=name.name, output=name.parent, version=1)
+
+
+def _write_products(kan: "KAN", path: Path) -> None:
+    """Write only the layers' matrix products, each on an input of its own."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes, inputs, outputs, weights = [], [], [], []
+    for i, layer in enumerate(kan.layers):
+        columns = layer.in_features * (layer.grid_size + layer.spline_order + 1)
+        shape = {f"x{i}": columns, f"y{i}": layer.out_features}
+        x, y = (
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
+            for name, size in shape.items()
+        )
+        matrix = np.random.default_rng(i).standard_normal((columns, layer.out_features))
+        weights.append(numpy_helper.from_array(matrix.astype(np.float32), f"w{i}"))
+        nodes.append(helper.make_node("MatMul", [f"x{i}", f"w{i}"], [f"y{i}"]))
+        inputs.append(x)
+        outputs.append(y)
+    graph = helper.make_graph(nodes, "products", inputs, outputs, weights)
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+
+
+WRITERS: dict[str, Callable[["KAN", Path], None]] = {
+    "kan.pt": _write_pickle,
+    "trace.ts": _write_trace,
+    "naive.onnx": _write_naive_onnx,
+    "package.pt2": _write_package,
+    "ours/1/model.onnx": _write_bundle,
+    "ours/1/model.ts": _write_bundle,
+    "products.onnx": _write_products,
+}
+"""By path below the model's folder: what writes the file."""
+
+
+def _example(kan: "KAN") -> "Tensor":
+    import torch
+
+    return torch.zeros(2, kan.layers[0].in_features)
+
+
+# --- Runtimes: from a file to calls. -------------------------------------------------------------
+
+
+def _torch_calls(program: Callable[["Tensor"], "Tensor"]) -> Bind:
+    import torch
+
+    def bind(x: NDArray[np.float32]) -> Call:
+        tensor = torch.from_numpy(x)
+
+        @torch.no_grad()
+        def call() -> "Tensor":
+            return program(tensor)
+
+        return call
+
+    return bind
+
+
+def _load_eager(path: Path, threads: int) -> Bind:
+    import torch
+
+    torch.set_num_threads(threads)
+    return _torch_calls(torch.load(path, weights_only=False))  # this project wrote it just now
+
+
+def _load_torchscript(path: Path, threads: int) -> Bind:
+    import torch
+
+    torch.set_num_threads(threads)
+    frozen = torch.jit.freeze(torch.jit.load(path).eval())
+    return _torch_calls(torch.jit.optimize_for_inference(frozen))
+
+
+def _load_compiled(path: Path, threads: int) -> Bind:
+    """Compile for one batch size: the next `bind` with another one compiles again."""
+    import torch
+
+    torch.set_num_threads(threads)
+    # All models share the code of KAN.forward, and what was compiled for others counts against the
+    # limit of recompilations.
+    torch._dynamo.reset()
+    kan = torch.load(path, weights_only=False)
+    options: dict[str, Any] = {"freezing": True}
+    return _torch_calls(torch.compile(kan, dynamic=False, fullgraph=True, options=options))
+
+
+def _load_package(path: Path, threads: int) -> Bind:
+    import torch
+
+    torch.set_num_threads(threads)
+    return _torch_calls(torch._inductor.aoti_load_package(str(path)))
+
+
+def _session(path: Path, threads: int) -> Any:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Workers spin while a model runs, and not after it: those of idle sessions would take the
+    # cores from whoever is measured, whose times then become five times as long.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _load_onnxruntime(path: Path, threads: int) -> Bind:
+    session = _session(path, threads)
+    name = session.get_inputs()[0].name
+
+    def bind(x: NDArray[np.float32]) -> Call:
+        feed = {name: x}
+        return lambda: session.run(None, feed)[0]
+
+    return bind
+
+
+def _load_products(path: Path, threads: int) -> Bind:
+    session = _session(path, threads)
+    widths = {tensor.name: tensor.shape[1] for tensor in session.get_inputs()}
+
+    def bind(x: NDArray[np.float32]) -> Call:
+        random = np.random.default_rng(0)
+        shapes = {name: (len(x), width) for name, width in widths.items()}
+        feed = {name: random.random(shape, np.float32) for name, shape in shapes.items()}
+        return lambda: session.run(None, feed)
+
+    return bind
+
+
+def _load_openvino(path: Path, threads: int) -> Bind:
+    import openvino
+
+    # By default it computes in bfloat16 where the processor can, which is another arithmetic.
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def bind(x: NDArray[np.float32]) -> Call:
+        return lambda: request.infer([x], share_inputs=True, share_outputs=True)[0]
+
+    return bind
+
+
+_TORCH = ("torch", "kan_model")
+_INDUCTOR = ("torch", "kan_model", "torch._dynamo", "torch._inductor.compile_fx")
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("eager", "the model in PyTorch, no_grad", _TORCH, "kan.pt", _load_eager),
+        Contender(
+            "torchscript",
+            "the model as it is, traced, frozen, optimised for inference",
+            ("torch",),
+            "trace.ts",
+            _load_torchscript,
+        ),
+        Contender(
+            "torch.compile",
+            "default mode, freezing, compiled for each batch size",
+            _INDUCTOR,
+            "kan.pt",
+            _load_compiled,
+            compiles=True,
+        ),
+        Contender(
+            "AOTInductor",
+            "compiled ahead of time, freezing, one package for every batch size",
+            ("torch", "torch._inductor"),
+            "package.pt2",
+            _load_package,
+            compiles=True,
+        ),
+        Contender(
+            "traced",
+            "the model as it is through torch.onnx.export, in onnxruntime",
+            ("onnxruntime",),
+            "naive.onnx",
+            _load_onnxruntime,
+        ),
+        Contender(
+            "openvino",
+            "the same file in OpenVINO, in float32",
+            ("openvino",),
+            "naive.onnx",
+            _load_openvino,
+        ),
+        Contender(
+            "openvino on ours",
+            "kanserve's model.onnx in OpenVINO, in float32",
+            ("openvino",),
+            "ours/1/model.onnx",
+            _load_openvino,
+        ),
+        Contender(
+            "kanserve torchscript",
+            "kanserve's model.ts, frozen, optimised for inference",
+            ("torch",),
+            "ours/1/model.ts",
+            _load_torchscript,
+        ),
+        Contender(
+            "kanserve",
+            "kanserve's model.onnx in onnxruntime",
+            ("onnxruntime",),
+            "ours/1/model.onnx",
+            _load_onnxruntime,
+        ),
+        Contender(
+            "product",
+            "the layers' matrix products alone, in onnxruntime: the floor "
+            "(what they are fed counts as its memory)",
+            ("onnxruntime",),
+            "products.onnx",
+            _load_products,
+            answers=False,
+        ),
+    )
+}
+"""By name, in the order of tables."""
+
+
+def find_contender(text: str) -> str:
+    """Find a contender's name from how a person types it: any case, hyphens for spaces.
+
+    Raises:
+        KeyError: There is none of this name.
+    """
+    return {name.lower(): name for name in CONTENDERS}[text.lower().replace("-", " ")]
+
+
+def cycled(x: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
+    """Repeat rows until there are as many as wanted; shape (n, in) to (rows, in)."""
+    return np.ascontiguousarray(x[np.arange(rows) % len(x)])
+
+
+def answers(bind: Bind, x: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
+    """Run every row in batches of one size, the last one filled up; (n, in) to (n, out).
+
+    What is compiled for a batch size runs at no other, and kernels differ from size to size.
+    """
+    parts: Sequence[NDArray[np.float32]] = [
+        np.array(bind(cycled(x[start:], batch))(), copy=True) for start in range(0, len(x), batch)
+    ]
+    return np.concatenate(parts)[: len(x)]

@@ -1,0 +1,250 @@
+"""Time in alternating rounds, and peak memory in a process of its own.
+
+Times: everything compared is alive in one process and takes its turn in every round, so that a
+machine that is slower for a while is slower for all. Before each turn there is a pause, in which
+the worker threads of whoever ran before go to sleep, and two calls that are not timed.
+
+The pause also settles OMP_WAIT_POLICY, which is left at its default: torch's OpenMP threads spin
+for a few milliseconds after a call and then sleep, and onnxruntime is as fast among all as alone
+(6.0 ms for [64, 64, 64, 10] at batch 256, grid 5, on two cores). PASSIVE would let them sleep at
+once, but wakes them at each operation too: eager then takes 8.5 ms instead of 4.3 (torch 2.13.0).
+
+Memory: `python -m benchmarks.measuring CONTENDER FILE INPUTS THREADS` loads and runs one contender
+and prints by how many bytes its peak was above what it held before, with everything imported.
+This module imports no runtime.
+"""
+
+import gc
+import importlib
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.contenders import CONTENDERS, Call, Contender, Model
+
+PAUSE_S = 0.005
+TURN_S = 0.002
+"""A turn has as many timed calls as fill this, at least one."""
+MOST_CALLS = 1000
+LARGEST_ERROR = 1e-3
+"""An answer further than this from the float64 model is another function's."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of single calls, over all rounds.
+
+    Args:
+        median_ms: The median.
+        p99_ms: The smallest time that 99 in 100 do not exceed.
+        samples: How many calls were timed.
+    """
+
+    median_ms: float
+    p99_ms: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contender at one batch size.
+
+    Args:
+        contender: Its name.
+        batch: Rows in a call.
+        timing: How long a call takes.
+        error: Largest |y - y64| against the float64 model; None if it computes no answers.
+    """
+
+    contender: str
+    batch: int
+    timing: Timing
+    error: float | None
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the answers are not the model's. NaN is wrong."""
+        return self.error is not None and not self.error <= LARGEST_ERROR
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """Everything found about one model.
+
+    Args:
+        model: Which.
+        entries: In the order of the contenders, for one batch size after the other.
+        memory_bytes: By contender, what loading it and running its largest batch adds at the peak.
+        onnx_bytes: Size of kanserve's model.onnx; None if it was not asked for.
+        weight_bytes: Size of the folded weights in float32.
+    """
+
+    model: Model
+    entries: tuple[Entry, ...]
+    memory_bytes: Mapping[str, int]
+    onnx_bytes: int | None
+    weight_bytes: int
+
+    def entry(self, contender: str, batch: int) -> Entry | None:
+        """Find a contender's entry; None if it did not run."""
+        found = (e for e in self.entries if (e.contender, e.batch) == (contender, batch))
+        return next(found, None)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes that ran, ascending."""
+        return tuple(sorted({entry.batch for entry in self.entries}))
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """Who ran, in the order of tables."""
+        ran = {entry.contender for entry in self.entries}
+        return tuple(name for name in CONTENDERS if name in ran)
+
+
+@dataclass(frozen=True)
+class Results:
+    """One run of the benchmark.
+
+    Args:
+        machine: What it ran on: processor, cores, threads, versions.
+        settings: What was asked for.
+        models: What was found.
+        skipped: Why a contender did not run, once for each reason.
+    """
+
+    machine: Mapping[str, str | int]
+    settings: Mapping[str, object]
+    models: tuple[ModelResult, ...]
+    skipped: tuple[str, ...]
+
+
+def time_in_rounds(
+    calls: Mapping[str, Call], rounds: int, tick: Callable[[], None]
+) -> dict[str, Timing]:
+    """Time calls against each other.
+
+    Args:
+        calls: By name.
+        rounds: How often each takes its turn; the order of turns changes from round to round.
+        tick: Called after each round.
+
+    Returns:
+        The timing of each.
+    """
+    with _no_garbage_collection():
+        counts = {name: _calls_in_a_turn(call) for name, call in calls.items()}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        names = list(calls)
+        order = random.Random(0)
+        for _ in range(rounds):
+            order.shuffle(names)
+            for name in names:
+                time.sleep(PAUSE_S)
+                times[name] += _turn(calls[name], counts[name])
+            tick()
+    return {name: _summary(times[name]) for name in calls}
+
+
+def _turn(call: Call, count: int) -> list[float]:
+    """Time single calls after two that are not timed; seconds."""
+    call()
+    call()
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _calls_in_a_turn(call: Call) -> int:
+    # The first calls of a TorchScript program compile it; these are the third to the fifth.
+    fastest = min(_turn(call, 3))
+    return min(MOST_CALLS, max(1, math.ceil(TURN_S / fastest)))
+
+
+def _summary(times: list[float]) -> Timing:
+    milliseconds = 1e3 * np.array(times)
+    return Timing(
+        median_ms=float(np.median(milliseconds)),
+        p99_ms=float(np.quantile(milliseconds, 0.99, method="higher")),
+        samples=len(times),
+    )
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect before and not during: torch's many objects would make it a tenth of a second."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def measure_memory(contender: Contender, file: Path, inputs: Path, threads: int) -> int:
+    """Load and run a contender in a new process.
+
+    Args:
+        contender: Which.
+        file: What it loads.
+        inputs: A .npy file with inputs, shape (batch, in).
+        threads: For the runtime.
+
+    Returns:
+        Bytes that its peak resident memory was above what it held before.
+
+    Raises:
+        ChildFailed: The process failed, or this system does not tell peaks.
+    """
+    words = [contender.name, str(file), str(inputs), str(threads)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.measuring", *words], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise ChildFailed(lines[-1] if lines else f"exit code {done.returncode}")
+    return int(json.loads(done.stdout.splitlines()[-1])["bytes"])
+
+
+class ChildFailed(Exception):
+    """A process that was to measure memory has not."""
+
+
+def _child(name: str, file: str, inputs: str, threads: str) -> None:
+    contender = CONTENDERS[name]
+    for module in contender.modules:
+        importlib.import_module(module)
+    x: NDArray[np.float32] = np.load(inputs)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status("VmRSS")
+    call = contender.load(Path(file), int(threads))(x)
+    for _ in range(3):
+        call()
+    print(json.dumps({"bytes": _status("VmHWM") - before}))
+
+
+def _status(key: str) -> int:
+    """Read a size from the kernel's account of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return 1024 * int(value.split()[0])
+    raise LookupError(key)
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])
