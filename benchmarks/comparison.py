@@ -53,7 +53,7 @@ class Settings:
     knots: tuple[Knots, ...] = KNOTS
     batches: tuple[int, ...] = (1, 32, 256, 1024)
     contenders: tuple[str, ...] = tuple(CONTENDERS)
-    rounds: int = 30
+    rounds: int = 10
     threads: int = 2
 
     @property

@@ -239,9 +239,6 @@ def _session(path: Path, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Workers spin while a model runs, and not after it: those of idle sessions would take the
-    # cores from whoever is measured, whose times then become five times as long.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

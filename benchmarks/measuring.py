@@ -1,13 +1,11 @@
 """Time in alternating rounds, and peak memory in a process of its own.
 
 Times: everything compared is alive in one process and takes its turn in every round, so that a
-machine that is slower for a while is slower for all. Before each turn there is a pause, in which
-the worker threads of whoever ran before go to sleep, and two calls that are not timed.
-
-The pause also settles OMP_WAIT_POLICY, which is left at its default: torch's OpenMP threads spin
-for a few milliseconds after a call and then sleep, and onnxruntime is as fast among all as alone
-(6.0 ms for [64, 64, 64, 10] at batch 256, grid 5, on two cores). PASSIVE would let them sleep at
-once, but wakes them at each operation too: eager then takes 8.5 ms instead of 4.3 (torch 2.13.0).
+machine that is slower for a while is slower for all. Every runtime has its own worker threads,
+which spin for some time after a call: with nothing in between, those of whoever ran before take the
+cores, and times become up to five times as long. So each turn begins with a pause, in which they go
+to sleep (10 ms are not enough for onnxruntime 1.32, 50 ms are), and calls that are not timed, which
+wake its own. Then every runtime runs as it does by default, in a server that is kept busy.
 
 Memory: `python -m benchmarks.measuring CONTENDER FILE INPUTS THREADS` loads and runs one contender
 and prints by how many bytes its peak was above what it held before, with everything imported.
@@ -32,10 +30,10 @@ from numpy.typing import NDArray
 
 from benchmarks.contenders import CONTENDERS, Call, Contender, Model
 
-PAUSE_S = 0.005
-TURN_S = 0.002
-"""A turn has as many timed calls as fill this, at least one."""
-MOST_CALLS = 1000
+PAUSE_S = 0.05
+TURN_S = 0.01
+"""A turn has as many timed calls as fill this, at least one, and before them a quarter as many."""
+MOST_CALLS = 400
 LARGEST_ERROR = 1e-3
 """An answer further than this from the float64 model is another function's."""
 
@@ -157,9 +155,9 @@ def time_in_rounds(
 
 
 def _turn(call: Call, count: int) -> list[float]:
-    """Time single calls after two that are not timed; seconds."""
-    call()
-    call()
+    """Time single calls, after some that are not timed; seconds."""
+    for _ in range(max(1, count // 4)):
+        call()
     times = []
     for _ in range(count):
         started = time.perf_counter()

@@ -89,8 +89,11 @@ class Reference:
         )
 
     def relaxed(self, share: float) -> "Reference":
-        """Allow an approximation more: what float32 is allowed, as many times as `share` is larger
-        than its 1e-5, and at least that share of the size of an output at ordinary inputs.
+        """Allow an approximation more.
+
+        Args:
+            share: As many times as it is larger than 1e-5 is allowed of what float32 is allowed,
+                and at least this share of the size of an output at ordinary inputs.
         """
         ordinary = np.isin(self.probes.groups, ORDINARY)
         allowed = np.maximum(
