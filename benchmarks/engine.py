@@ -87,6 +87,7 @@ def run(settings: Settings, output: Path, console: Console) -> Results:
     story = Story(console, count_steps(settings))
     machine = describe_machine(settings.threads)
     models: list[ModelResult] = []
+    (output / "engine.json").unlink(missing_ok=True)  # of an earlier run
     with story.progress, workspace() as folder:
         for result in measure(settings, story, folder):
             models.append(result)

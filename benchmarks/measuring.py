@@ -5,7 +5,7 @@ machine that is slower for a while is slower for all. Every runtime has its own 
 which spin for some time after a call: with nothing in between, those of whoever ran before take the
 cores, and times become up to five times as long. So each turn begins with a pause, in which they go
 to sleep (10 ms are not enough for onnxruntime 1.32, 50 ms are), and calls that are not timed, which
-wake its own. Then every runtime runs as it does by default, in a server that is kept busy.
+wake its own. So every runtime runs as it does by default in a process that is kept busy with it.
 
 Memory: `python -m benchmarks.measuring CONTENDER FILE INPUTS THREADS` loads and runs one contender
 and prints by how many bytes its peak was above what it held before, with everything imported.

@@ -15,8 +15,8 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
-from export.errors import ExportError
-from export.onnx_graph import DEFAULT_OPSET, OLDEST_OPSET
+from export.errors import ExportError, InputError
+from export.onnx_graph import DEFAULT_OPSET, OLDEST_OPSET, check_opset
 from export.pipeline import DEFAULT_ACTIVATION, export_checkpoint
 from export.precision import PRECISIONS
 from export.report import Report, render_inspection
@@ -26,7 +26,10 @@ from kan_bundle.layout import parse_version
 from kan_model import KanModelError, inspect_checkpoint, resolve_activation
 from kan_model.activations import NAMED
 
-_EXPORT_ONLY = ("--model", "--input-shape", "--samples", "--name", "--version", "--force")
+_EXPORT_ONLY = (
+    *("--model", "--input-shape", "--samples"),
+    *("--name", "--version", "--opset", "--precision", "--force"),
+)
 _EXAMPLES = """\
 examples:
   python -m export model.pt                          models/model/1, SiLU assumed
@@ -113,8 +116,8 @@ def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
         input_shape=arguments.input_shape,
         samples=arguments.samples,
         trust_pickle=arguments.trust_pickle,
-        opset=arguments.opset,
-        precision=arguments.precision,
+        opset=arguments.opset or DEFAULT_OPSET,
+        precision=arguments.precision or "fp32",
         force=arguments.force,
         report=report,
     )
@@ -190,15 +193,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     bundle.add_argument(
         "--opset",
-        type=int,
-        default=DEFAULT_OPSET,
+        type=_opset,
         metavar="N",
         help=f"version of ONNX's operators, from {OLDEST_OPSET} on (default: {DEFAULT_OPSET})",
     )
     bundle.add_argument(
         "--precision",
         choices=PRECISIONS,
-        default="fp32",
         help="of the KAN layers' weights and products; below fp32 the model is smaller and only "
         "approximately what was trained (default: fp32)",
     )
@@ -255,6 +256,15 @@ def _version(text: str) -> int:
             f"expected a positive integer of at most 18 digits, found {text!r}"
         )
     return number
+
+
+def _opset(text: str) -> int:
+    try:
+        return check_opset(int(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--opset: ")) from None
 
 
 if __name__ == "__main__":

@@ -20,10 +20,14 @@ Scope = tuple[str, ...]
 def name_after_modules(model: onnx_ir.Model) -> None:
     """Rename the nodes, values and initializers of a graph that torch.onnx.export made.
 
-    The names of inputs and outputs stay. The exporter's notes on the nodes are needed.
+    The names of inputs and outputs stay, and those inside branches and loops. The exporter's notes
+    on the nodes are needed.
     """
     graph = model.graph
     taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    for node in graph.all_nodes():
+        if node.graph is not graph:
+            taken |= {node.name, *(value.name for value in (*node.inputs, *node.outputs) if value)}
 
     def unique(name: str) -> str:
         found, count = name, 0
@@ -33,12 +37,15 @@ def name_after_modules(model: onnx_ir.Model) -> None:
         taken.add(found)
         return found
 
-    constants = 0
-    for name in list(graph.initializers):
+    constants, names = 0, {}
+    for i, (name, value) in enumerate(list(graph.initializers.items())):
         path = name.removeprefix(f"{_WRAPPER}.")
         if path == name or _UNNAMED in name:
             path, constants = f"constants/{constants}", constants + 1
-        graph.initializers[name].name = unique(path)
+        names[f"\0{i}"] = unique(path)
+        value.name = f"\0{i}"  # out of the way: no two may share a name meanwhile
+    for meanwhile, name in names.items():
+        graph.initializers[meanwhile].name = name
 
     kept = {id(value) for value in graph.outputs}
     exits = _exits(graph)

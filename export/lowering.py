@@ -37,7 +37,7 @@ from kan_model.splines import is_uniform
 
 Form = Literal["cardinal", "recursion"]
 
-EAGER_FACTOR = 1.5
+CARDINAL_FACTOR = 1.5
 """The closed form is taken if its error is at most this many times the error of eager's float32.
 
 A file may have twice eager's error (reference.py); this leaves room for the layers after it.
@@ -64,7 +64,8 @@ class Choice:
 
     Attributes:
         form: How the basis is computed.
-        error: Largest |y - y64| of the layer in this form, in float32, within its knots.
+        error: Largest |y - y64| of the layer in this form, in float32 and without its activation,
+            within its knots, at up to 64 of its outputs.
         eager_error: The same of the layer as it is.
     """
 
@@ -215,7 +216,7 @@ class LoweredKANLinear(nn.Module):
 
     Args:
         layer: In float32.
-        form: How to compute the basis.
+        form: How to compute the basis; `cardinal` from order 1 on.
         precision: Of the product.
         samples: Inputs of the layer, shape (rows, in), to choose the scales of int8 on; None takes
             points within the knots.
@@ -233,34 +234,32 @@ class LoweredKANLinear(nn.Module):
         silu = type(layer.base_activation) is nn.SiLU
         self.activation = ExpSiLU() if silu else layer.base_activation
         knots, k = layer.grid, layer.spline_order
-        cardinal = form == "cardinal" and k > 0
-        self.basis = CardinalBasis(knots, k) if cardinal else RecursiveBasis(knots, k)
+        self.basis = CardinalBasis(knots, k) if form == "cardinal" else RecursiveBasis(knots, k)
         # NaN and infinities must show in the answer; clamping and whole numbers lose them.
-        self.loses_nan = k == 1 or (k > 1 and (cardinal or precision == "int8"))
+        self.loses_nan = k == 1 or (k > 1 and (form == "cardinal" or precision == "int8"))
         weight = _fold(layer, self.basis)
         self.product: nn.Module
         if precision == "fp32":
             self.product = Float32Product(weight)
         elif precision == "int8":
             points = probes_within(layer) if samples is None else samples
-            columns = self._columns(points)
-            self.product = Int8Product(weight, layer.in_features, self.basis.peak, columns)
+            basis = self.basis(points, points)[:, : -layer.in_features]
+            self.product = Int8Product(weight, layer.in_features, self.basis.peak, basis)
         else:
             dtype = torch.float16 if precision == "fp16" else torch.bfloat16
             self.product = HalfProduct(weight, layer.in_features, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; shape (..., in) to (..., out)."""
-        if x.dim() != 2:
-            rows: Tensor = self(x.reshape(-1, self.in_features))
-            return rows.reshape(*x.shape[:-1], rows.shape[-1])
         y: Tensor = self.product(self._columns(x))
-        return y
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _columns(self, x: Tensor) -> Tensor:
-        base = self.activation(x)
+        base = self.activation(x)  # which may know its channels by their dimension
         if self.loses_nan:
             base = base + 0 * x
+        if x.dim() != 2:
+            x, base = (value.reshape(-1, self.in_features) for value in (x, base))
         columns: Tensor = self.basis(x, base)
         return columns
 
@@ -271,7 +270,8 @@ def choose_form(layer: KANLinear) -> Choice:
 
     The closed form takes the knots for equally spaced. In float32 they only nearly are, which
     shifts every function by about a rounding of the largest knot over a step: more for finer
-    grids. So both are measured, on rows within the knots, against the layer in float64.
+    grids. So both are measured, on rows within the knots, against the layer in float64. The base
+    activation has no part in the choice, and is left out.
 
     Args:
         layer: In float32.
@@ -290,7 +290,7 @@ def choose_form(layer: KANLinear) -> Choice:
     eager = error(some)
     if bool(is_uniform(layer.grid).all()) and layer.spline_order > 0:
         cardinal = error(LoweredKANLinear(some, "cardinal"))
-        if cardinal <= EAGER_FACTOR * eager:
+        if cardinal <= CARDINAL_FACTOR * eager:
             return Choice("cardinal", cardinal, eager)
     return Choice("recursion", error(LoweredKANLinear(some, "recursion")), eager)
 
@@ -319,12 +319,17 @@ def probes_within(layer: KANLinear) -> Tensor:
     return torch.from_numpy(probes.inputs[0][within])
 
 
-def is_kept(name: str) -> bool:
-    """Tell whether a tensor of that name is to be in the file as it is, and not folded.
+def own_tensors(network: nn.Module) -> set[str]:
+    """Name the tensors of lowered layers, which are to be in the file as they are, not folded.
 
     Differences of knots are three times as many numbers, and weights of 16 bits would become 32.
     """
-    return any(part in f".{name}" for part in (".basis.knots.", ".product."))
+    return {
+        f"{path}.{name}"
+        for path, module in network.named_modules()
+        if isinstance(module, LoweredKANLinear)
+        for name, _ in (*module.named_parameters(), *module.named_buffers())
+    }
 
 
 def _groups(functions: int, features: int, form: Form) -> int:
@@ -343,8 +348,12 @@ def _constant(values: Tensor) -> nn.Parameter:
 
 def _power(value: Tensor, order: int) -> Tensor:
     """Multiply: onnxruntime's Pow runs on one thread only."""
+    if order == 1:
+        return value
     square = value * value
-    return (value, square, square * value, square * square, square * square * value)[order - 1]
+    if order <= 3:
+        return square if order == 2 else square * value
+    return square * square if order == 4 else square * square * value
 
 
 def _fold(layer: KANLinear, basis: CardinalBasis | RecursiveBasis) -> Tensor:
@@ -361,7 +370,7 @@ def _fold(layer: KANLinear, basis: CardinalBasis | RecursiveBasis) -> Tensor:
 
 
 def _some_outputs(layer: KANLinear) -> KANLinear:
-    """Take a layer with some of the outputs, evenly spread."""
+    """Take a layer with some of the outputs, evenly spread, and without its activation."""
     chosen = torch.linspace(0, layer.out_features - 1, min(_OUTPUTS, layer.out_features)).long()
     some = copy.copy(layer)
     some._parameters = {
@@ -370,4 +379,5 @@ def _some_outputs(layer: KANLinear) -> KANLinear:
         if parameter is not None
     }
     some.out_features = len(chosen)
+    some._modules = {"base_activation": nn.Identity()}
     return some

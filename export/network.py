@@ -30,7 +30,8 @@ from kan_model.state_dict import check_values
 Arrays = Sequence[NDArray[Any]]
 
 _ROWS_PER_GROUP = 4  # of the comparison of one layer
-_SAMPLES = 256  # rows that tell what reaches a layer
+_SAMPLES = 256  # rows that tell what reaches a layer,
+_ROWS = 512  # of which so many are enough
 _SAME = 1e-4  # share of the largest output by which two float32 layers may differ there
 
 
@@ -174,7 +175,10 @@ def example(inputs: Inputs, rows: int) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def inputs_of_layers(network: Network) -> Mapping[str, Tensor]:
-    """Run the samples, and take what reaches each KANLinear, shape (rows, in); none without."""
+    """Run some samples, and take finite rows that reach each KANLinear, shape (rows, in).
+
+    There are none without samples, or if none is finite.
+    """
     if network.inputs.samples is None:
         return {}
     with _watched(network.replaced) as reached:
@@ -182,7 +186,10 @@ def inputs_of_layers(network: Network) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, given in reached:
         rows = given.reshape(-1, network.layers[name].in_features)
-        found[name] = torch.cat([found[name], rows]) if name in found else rows
+        rows = rows[rows.isfinite().all(dim=1)]
+        rows = torch.cat([found[name], rows]) if name in found else rows
+        if len(rows):
+            found[name] = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).long()]
     return found
 
 

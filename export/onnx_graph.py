@@ -18,18 +18,19 @@ import onnx
 import onnx_ir
 import torch
 from numpy.typing import NDArray
-from onnxscript import optimizer
+from onnxscript import optimizer, version_converter
 from torch import Tensor, nn
 
-from export.errors import ConversionError, InputError, conversion
+from export.errors import ConversionError, InputError, cause, conversion
 from export.graph_names import name_after_modules
-from export.lowering import is_kept
+from export.lowering import own_tensors
 from export.parity import Runner
 from kan_bundle.layout import WEIGHTS_FILE
 from kan_bundle.manifest import TensorSpec
 
 DEFAULT_OPSET = 20
 OLDEST_OPSET = 17
+_BY_TORCH = (18, 25)  # opsets that the exporter writes itself; converters make others of them
 LARGEST_INLINE = 2**30
 """Bytes of weights inside the file. protobuf ends at twice that, and reads it all into memory."""
 
@@ -86,7 +87,7 @@ def write_onnx(
             network,
             example,
             dynamo=True,
-            opset_version=opset,
+            opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
             input_names=[spec.name for spec in inputs],
             output_names=[spec.name for spec in outputs],
             dynamic_shapes=(tuple(batch for _ in inputs),),
@@ -96,18 +97,30 @@ def write_onnx(
         if program is None:  # the signature allows it for files written directly
             raise ConversionError("torch.onnx.export returned no program")
         model = program.model
-        optimizer.optimize_ir(model, should_fold=_should_fold)
-    name_after_modules(model)
+        kept = own_tensors(network)
+
+        def should_fold(node: onnx_ir.Node) -> bool | None:  # None leaves it to the optimizer
+            return False if any(v is not None and v.name in kept for v in node.inputs) else None
+
+        optimizer.optimize_ir(model, should_fold=should_fold)
+        name_after_modules(model)
+        if model.opset_imports.get("") != opset:
+            version_converter.convert_version(model, opset, fallback=True)
     _forget_the_exporting_machine(model)
     model.producer_name = "kanserve"
     model.producer_version = metadata.get("kanserve.version", "")
     model.graph.name = graph_name
     model.metadata_props.update(metadata)
     found = dict(model.opset_imports)
-    if found != {"": opset}:
+    if set(found) != {""}:
         raise ConversionError(
-            f"{path.name}: asked for opset {opset} alone, the network can only be written with "
-            f"{found.get('', found)}; choose another --opset, {DEFAULT_OPSET} suits most runtimes"
+            f"{path.name}: expected ONNX's own operators alone, found some of "
+            f"{', '.join(sorted(filter(None, found)))}; write that part of the network another way"
+        )
+    if found[""] != opset:
+        raise ConversionError(
+            f"{path.name}: asked for opset {opset}, the network can only be written with "
+            f"{found['']}; choose another --opset, {DEFAULT_OPSET} suits most runtimes"
         )
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
     with conversion("ONNX"):
@@ -131,8 +144,13 @@ def load_onnx(path: Path) -> Runner:
         raise ConversionError(
             "onnxruntime is needed to verify the export; install kanserve[cpu] or kanserve[gpu]"
         ) from error
-    with conversion("ONNX"):
+    try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of onnxruntime, which has a class for each kind
+        raise ConversionError(
+            f"onnxruntime {onnxruntime.__version__} cannot run the file: {cause(error)}; it may "
+            "not know the newest operators yet: choose a lower --opset"
+        ) from error
     names = [tensor.name for tensor in session.get_inputs()]
 
     def run(inputs: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
@@ -154,12 +172,6 @@ def _forget_the_exporting_machine(model: onnx_ir.Model) -> None:
     for part in (*parts, *nodes, *values):
         part.metadata_props.clear()
         part.doc_string = None
-
-
-def _should_fold(node: onnx_ir.Node) -> bool | None:
-    """Decide whether a node of constants is computed now; None leaves it to the optimizer."""
-    kept = any(value is not None and is_kept(value.name or "") for value in node.inputs)
-    return False if kept else None
 
 
 @contextmanager

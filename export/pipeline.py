@@ -23,7 +23,7 @@ from export.lowering import choose_form, lowered
 from export.network import Network, copy_module, describe_network, example
 from export.onnx_graph import DEFAULT_OPSET, check_opset, load_onnx, write_onnx
 from export.parity import Measurement, choose_golden, measure, run_probes, swallow_nan
-from export.precision import PRECISIONS, TOLERANCE, Precision
+from export.precision import TOLERANCE, Precision, check_precision
 from export.reference import Reference, make_reference
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
@@ -64,7 +64,7 @@ class _Target:
 
 
 @dataclass(frozen=True)
-class _Written:
+class _Options:
     """How the files are written."""
 
     opset: int
@@ -125,7 +125,7 @@ def export_checkpoint(
     path = Path(checkpoint)
     report = report or Report.silent()
     target = _choose_target(Path(output), path.stem if name is None else name, version, force)
-    form = _Written(check_opset(opset), _checked(precision))
+    options = _Options(check_opset(opset), check_precision(precision))
     inputs = read_inputs(input_shape, samples)
     with report.stage("read the checkpoint"):
         # Not kept: a large file is mapped, and its pages count until the last tensor lets go.
@@ -136,7 +136,7 @@ def export_checkpoint(
             report.warn(f"--trust-pickle: the code in {path} was RUN, as a program of yours")
         file = os.fsencode(path.name).decode(errors="replace")
         source = Source(file, record_file(path).sha256)
-    return _export(module, inputs, target, form, source, report)
+    return _export(module, inputs, target, options, source, report)
 
 
 def export_module(
@@ -179,10 +179,10 @@ def export_module(
         OSError: Something could not be written.
     """
     target = _choose_target(Path(output), name, version, force)
-    form = _Written(check_opset(opset), _checked(precision))
+    options = _Options(check_opset(opset), check_precision(precision))
     inputs = read_inputs(input_shape, samples)
     own = copy_module(module).cpu().eval()
-    return _export(own, inputs, target, form, None, report or Report.silent())
+    return _export(own, inputs, target, options, None, report or Report.silent())
 
 
 def _choose_target(output: Path, name: str, version: int | None, force: bool) -> _Target:
@@ -191,12 +191,6 @@ def _choose_target(output: Path, name: str, version: int | None, force: bool) ->
     folder = BundleFolder(name, number, output / name / str(number))
     require_place(folder, force=force)
     return _Target(folder, force)
-
-
-def _checked(precision: Precision) -> Precision:
-    if precision not in PRECISIONS:
-        raise InputError(f"--precision: expected {', '.join(PRECISIONS)}, found {precision!r}")
-    return precision
 
 
 def _build(
@@ -249,14 +243,14 @@ def _export(
     module: nn.Module,
     inputs: Inputs | None,
     target: _Target,
-    form: _Written,
+    options: _Options,
     source: Source | None,
     report: Report,
 ) -> Manifest:
     network = describe_network(module, inputs)
-    if not network.layers and form.precision != "fp32":
+    if not network.layers and options.precision != "fp32":
         raise InputError(
-            f"--precision {form.precision}: it is that of KANLinear layers, and the network has "
+            f"--precision {options.precision}: it is that of KANLinear layers, and the network has "
             "none; leave it out"
         )
     with report.stage("choose the form of each layer"):
@@ -267,11 +261,11 @@ def _export(
     notes = metadata_props(folder.name, source, layers)
     with staging(folder) as place:
         model_path, script_path = place.path / MODEL_FILE, place.path / TORCHSCRIPT_FILE
-        with lowered(network, choices, form.precision) as call:
+        with lowered(network, choices, options.precision) as call:
             rows = example(network.inputs, 2)
             with report.stage(f"write {MODEL_FILE}"):
                 specs = network.inputs.specs, network.outputs
-                write_onnx(call, rows, *specs, model_path, folder.name, notes, form.opset)
+                write_onnx(call, rows, *specs, model_path, folder.name, notes, options.opset)
             with report.stage(f"write {TORCHSCRIPT_FILE}"):
                 write_torchscript(call, rows, script_path, notes)
         gc.collect()  # the converters leave cycles that hold every weight
@@ -303,15 +297,15 @@ def _export(
             )
             reference = reference.take(~swallowed)
             found = {runtime: answers[:, ~swallowed] for runtime, answers in found.items()}
-        if form.precision != "fp32":
-            reference = reference.relaxed(TOLERANCE[form.precision])
+        if options.precision != "fp32":
+            reference = reference.relaxed(TOLERANCE[options.precision])
         scores = len(network.outputs) == 1 and len(network.outputs[0].shape) == 2
         measured = [
             measure(runtime, answers, reference, scores=scores and network.outputs[0].shape[1] > 1)
             for runtime, answers in found.items()
         ]
-        report.parity(measured, reference.precision, form.precision)
-        _require_parity(measured, reference, network)
+        report.parity(measured, reference.precision, options.precision)
+        _require_parity(measured, reference, network, options.precision)
 
         golden = choose_golden(reference)
         with report.stage("replay what the server will replay"):
@@ -321,7 +315,7 @@ def _export(
             write_golden(golden, place.path / GOLDEN_FILE)
             files = {file.name: record_file(file) for file in sorted(place.path.iterdir())}
             manifest = make_manifest(
-                folder, source, network, layers, form.precision, reference, measured, files
+                folder, source, network, layers, options.precision, reference, measured, files
             )
             write_manifest(manifest, place.path)
             config = render_config(folder.name, manifest.inputs, manifest.outputs)
@@ -334,7 +328,11 @@ def _export(
     return manifest
 
 
-def _say_what_was_found(report: Report, network: Network, layers: Sequence[LayerRecord]) -> None:
+def _say_what_was_found(
+    report: Report,
+    network: Network,
+    layers: Sequence[LayerRecord],
+) -> None:
     for layer in layers:
         scaler = "with" if layer.standalone_scaler else "without"
         report.say(
@@ -343,8 +341,8 @@ def _say_what_was_found(report: Report, network: Network, layers: Sequence[Layer
             f"{layer.base_activation}"
         )
         report.say(
-            f"    written as {layer.lowering}, off by {layer.lowering_error:.1e} in float32 "
-            f"(eager {layer.eager_error:.1e})"
+            f"    written as {layer.lowering}, in float32 off by {layer.lowering_error:.1e} "
+            f"(eager by {layer.eager_error:.1e})"
         )
     for kind, specs in (("input", network.inputs.specs), ("output", network.outputs)):
         for spec in specs:
@@ -358,7 +356,10 @@ def _say_what_was_found(report: Report, network: Network, layers: Sequence[Layer
 
 
 def _require_parity(
-    measured: Sequence[Measurement], reference: Reference, network: Network
+    measured: Sequence[Measurement],
+    reference: Reference,
+    network: Network,
+    precision: Precision,
 ) -> None:
     """Raise for the runtime that is furthest off, if any is too far.
 
@@ -369,7 +370,9 @@ def _require_parity(
     if failed:
         m = max(failed, key=lambda m: m.excess)
         blame = "please report it with the checkpoint"
-        if network.kan is None:
+        if precision != "fp32":
+            blame = f"{precision} is too coarse for this model; choose a --precision of more bits"
+        elif network.kan is None:
             blame = (
                 "if another layer is to blame (onnxruntime's Elu, LogSigmoid and GRU, for some, "
                 "lose digits that torch keeps), write it another way; else please report it"

@@ -5,11 +5,12 @@ nearly constant features coincide, and every answer NaN. The parts of the produc
 low precision, because they differ in kind: the basis lies between 0 and 1, the base path has no
 bounds.
 
-    fp16   weights in float16; the spline part is multiplied in float16, the base part in float32
+    fp16   weights in float16 with a power of two as the scale of each output, so that none is too
+           small or too large; the spline part is multiplied in float16, the base part in float32
     bf16   weights in bfloat16, multiplied in float32: onnxruntime has no bfloat16 product on CPU
-    int8   weights in int8 with a scale for each output and part; the basis in uint8 over its known
-           range, the base path in uint8 over the range that each row has of it, so that rows do not
-           influence each other and nothing saturates
+    int8   weights in int8 with a scale for each output and part; the basis in 7 bits over its
+           known range, because processors without VNNI add pairs of products in 16 bits, which
+           2 * 127 * 127 just fits; the base path, which has no range, is multiplied in float32
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from export.errors import InputError
 from export.reference import RELATIVE_TOLERANCE
 from export.symbolic import matmul_integer, quantize
 
@@ -30,13 +32,24 @@ TOLERANCE: Mapping[Precision, float] = {
     "bf16": 3e-2,
     "int8": 1e-1,
 }
-"""Allowed |y - y64| as a share of the size of an output at ordinary inputs, or of |y64| if that is
-more. What else is allowed in float32, and how its size is bounded, is in reference.py."""
+"""Allowed |y - y64| as a share of an output's size. What that is, and what else is allowed, is in
+reference.py: for float32 at `_tolerance`, for the others at `Reference.relaxed`."""
 
-_LEVELS = 127.0  # of int8, on either side of 0
-_STEPS = 255.0  # of uint8
-_MIDDLE = 128  # the zero of what may be negative, in uint8
+_LEVELS = 127.0  # of the basis, and of int8 on either side of 0
 _CLIPS = torch.linspace(0.6, 1.0, 17)  # shares of the largest weight, tried as ends of the scale
+_OUTPUTS_AT_ONCE = 256  # of a large layer, which is as large again in every step
+
+
+def check_precision(precision: str) -> Precision:
+    """Let a known precision pass.
+
+    Raises:
+        InputError: It is none of `PRECISIONS`.
+    """
+    for known in PRECISIONS:
+        if precision == known:
+            return known
+    raise InputError(f"--precision: expected {', '.join(PRECISIONS)}, found {precision!r}")
 
 
 class Float32Product(nn.Module):
@@ -68,12 +81,15 @@ class HalfProduct(nn.Module):
 
     base: Tensor
     spline: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Tensor, features: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.features = features
-        self.register_buffer("spline", weight[:-features].to(dtype))
-        self.register_buffer("base", weight[-features:].to(dtype))
+        largest = weight.abs().amax(0).clamp_min(2.0**-100)
+        self.register_buffer("scale", torch.exp2(largest.log2().ceil()))  # exact to divide by
+        self.register_buffer("spline", (weight[:-features] / self.scale).to(dtype))
+        self.register_buffer("base", (weight[-features:] / self.scale).to(dtype))
 
     def forward(self, columns: Tensor) -> Tensor:
         """Multiply; shape (rows, in * (G + k + 1)) to (rows, out)."""
@@ -82,17 +98,17 @@ class HalfProduct(nn.Module):
             product = (spline.half() @ self.spline).float()
         else:
             product = spline @ self.spline.float()
-        return product + base @ self.base.float()
+        return (product + base @ self.base.float()) * self.scale
 
 
 class Int8Product(nn.Module):
-    """A product of 8-bit numbers, summed up in 32 bits.
+    """A product of 8-bit numbers, summed up in 32 bits, and of the base path with 8-bit weights.
 
     Args:
         weight: As for `Float32Product`.
         features: Width of the input.
         peak: Largest value of the basis.
-        columns: Rows of basis and base path to choose the scales on, shape (rows, weights).
+        basis: Rows of it, to choose the scales on, shape (rows, in * (G + k)).
     """
 
     base: Tensor
@@ -100,50 +116,56 @@ class Int8Product(nn.Module):
     spline: Tensor
     spline_scale: Tensor
 
-    def __init__(self, weight: Tensor, features: int, peak: float, columns: Tensor) -> None:
+    def __init__(self, weight: Tensor, features: int, peak: float, basis: Tensor) -> None:
         super().__init__()
         self.features = features
-        self.spline_step = peak / _STEPS
-        parts = {"spline": slice(None, -features), "base": slice(-features, None)}
-        for name, part in parts.items():
-            rounded, scale = _quantized(weight[part], columns[:, part])
-            self.register_buffer(name, rounded)
-            self.register_buffer(f"{name}_scale", scale)
+        self.step = peak / _LEVELS
+        rounded, scale = _quantized(weight[:-features], basis)
+        self.register_buffer("spline", rounded)
+        self.register_buffer("spline_scale", scale * self.step)
+        rounded, scale = _quantized(weight[-features:], None)
+        self.register_buffer("base", rounded)
+        self.register_buffer("base_scale", scale)
 
     def forward(self, columns: Tensor) -> Tensor:
         """Multiply; shape (rows, in * (G + k + 1)) to (rows, out)."""
         spline, base = columns[:, : -self.features], columns[:, -self.features :]
-        reach = base.abs().amax(1, keepdim=True).clamp_min(1e-30)
-        base_sum = matmul_integer(quantize(base / reach, 1 / _LEVELS, _MIDDLE), self.base, _MIDDLE)
-        spline_sum = matmul_integer(quantize(spline, self.spline_step, 0), self.spline, 0)
-        not_a_number = (0 * base).sum(1, keepdim=True)  # whole numbers cannot say it
-        return (
-            base_sum * (reach / _LEVELS) * self.base_scale
-            + spline_sum * (self.spline_scale * self.spline_step)
-            + not_a_number
-        )
+        product = matmul_integer(quantize(spline, self.step), self.spline)
+        return product * self.spline_scale + (base @ self.base.float()) * self.base_scale
 
 
-def _quantized(weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Round weights to int8, with the scale of each output that is best on some rows.
+def _quantized(weight: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Round weights to int8, with a scale for each output.
 
     Args:
         weight: Shape (weights, out).
-        columns: What they are multiplied with, shape (rows, weights).
+        columns: Rows that they are multiplied with, shape (rows, weights), on which the scales are
+            to be best; None lets the largest weight decide.
 
     Returns:
         The rounded weights, shape (weights, out), and the scales, shape (out).
     """
+    rounded = torch.empty_like(weight, dtype=torch.int8)
+    scales = weight.abs().amax(0).clamp_min(1e-30) / _LEVELS
+    for start in range(0, weight.shape[1], _OUTPUTS_AT_ONCE):
+        some = slice(start, start + _OUTPUTS_AT_ONCE)
+        if columns is not None:
+            scales[some] = _best_scale(weight[:, some], columns)
+        rounded[:, some] = _rounded(weight[:, some], scales[some])
+    return rounded, scales
+
+
+def _best_scale(weight: Tensor, columns: Tensor) -> Tensor:
+    """Try where the scale of each output may end; arguments are `_quantized`'s, shape (out)."""
     largest = weight.abs().amax(0).clamp_min(1e-30)
-    least = torch.full_like(largest, torch.inf)
-    scale = largest / _LEVELS
+    best, least = largest / _LEVELS, torch.full_like(largest, torch.inf)
     for clip in _CLIPS.tolist():
-        tried = clip * largest / _LEVELS
-        off = columns @ (_rounded(weight, tried) * tried - weight)
+        scale = clip * largest / _LEVELS
+        off = columns @ (_rounded(weight, scale) * scale - weight)
         error = off.square().mean(0)
-        scale = torch.where(error < least, tried, scale)
+        best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
-    return _rounded(weight, scale).to(torch.int8), scale
+    return best
 
 
 def _rounded(weight: Tensor, scale: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from export.eager import BATCH_SIZES, LARGEST_BATCH, evaluate, in_double
 from export.errors import NetworkError, cause
 from export.network import Call, Network, is_single
 from export.probes import ORDINARY, Probes, make_kan_probes, make_probes
-from export.rounding import decidable, longest_sum, rounding_scale, sensitivity
+from export.rounding import ROUNDING, decidable, longest_sum, rounding_scale, sensitivity
 
 RELATIVE_TOLERANCE = 1e-5
 EAGER_FACTOR = 2.0
@@ -67,6 +67,8 @@ class Reference:
         eager: The eager float32 model's answers in batches of each of `BATCH_SIZES`, shape
             (batch sizes, rows, numbers).
         tolerance: Largest allowed |y - outputs|, shape (rows, numbers).
+        magnitude: What an output is made of, which may cancel: the sum of the magnitudes of its
+            terms, through all layers, shape (rows, numbers).
         precision: Of `outputs`: float64, or float32 if the network cannot run in float64.
         refused: Groups of probes that the network itself refuses, which were left out.
     """
@@ -75,6 +77,7 @@ class Reference:
     outputs: NDArray[np.float64]
     eager: NDArray[np.float64]
     tolerance: NDArray[np.float64]
+    magnitude: NDArray[np.float64]
     precision: Literal["float64", "float32"] = "float64"
     refused: tuple[str, ...] = ()
 
@@ -86,19 +89,24 @@ class Reference:
             outputs=self.outputs[rows],
             eager=self.eager[:, rows],
             tolerance=self.tolerance[rows],
+            magnitude=self.magnitude[rows],
         )
 
     def relaxed(self, share: float) -> "Reference":
         """Allow an approximation more.
 
         Args:
-            share: As many times as it is larger than 1e-5 is allowed of what float32 is allowed,
-                and at least this share of the size of an output at ordinary inputs.
+            share: Of the size of an output, which is its largest magnitude at ordinary inputs, or
+                at inputs of the same kind and size as this one, or what it is made of.
         """
-        ordinary = np.isin(self.probes.groups, ORDINARY)
-        allowed = np.maximum(
-            share / RELATIVE_TOLERANCE * self.tolerance, share * _size(self.outputs, ordinary)
-        )
+        ordinary = _size(self.outputs, np.isin(self.probes.groups, ORDINARY))
+        kin = _kindred(self.probes)
+        allowed = self.tolerance.copy()
+        for group in np.unique(kin):
+            rows = kin == group
+            size = np.maximum(ordinary, _size(self.outputs, rows))
+            size = np.maximum(size, np.nan_to_num(self.magnitude[rows]))
+            allowed[rows] = np.maximum(allowed[rows], share * size)
         return replace(self, tolerance=np.where(np.isfinite(self.outputs), allowed, 0.0))
 
 
@@ -127,7 +135,8 @@ def make_reference(network: Network) -> Reference:
     outputs = evaluate(Call(oracle, ["x"]), probes.inputs, LARGEST_BATCH, torch.float64)
     error = _error(eager, outputs)
     noise = _kan_noise(probes.groups, error, scale, longest_sum(kan))
-    return Reference(probes, outputs, eager, _tolerance(probes.groups, outputs, error, noise))
+    tolerance = _tolerance(probes.groups, outputs, error, noise)
+    return Reference(probes, outputs, eager, tolerance, scale)
 
 
 def largest(values: NDArray[np.float64]) -> float:
@@ -227,7 +236,7 @@ def _reference_of_network(
     error = _error(eager, outputs)
     noise = _network_noise(_kindred(probes), error, scale)
     tolerance = _tolerance(probes.groups, outputs, error, noise)
-    return Reference(probes, outputs, eager, tolerance, precision)
+    return Reference(probes, outputs, eager, tolerance, scale / ROUNDING, precision)
 
 
 def _require_lone_rows(call: Call, probes: Probes, means: _Means) -> None:

@@ -113,11 +113,15 @@ class Report:
         self._console.print(
             Text(
                 "  max rel is |y - y64| / max(1, |y64|); ULPs are float32's, at y64\n"
-                f"  allowed is {TOLERANCE[precision]:g} of an output's size, or twice eager's "
-                "error if that is more",
+                f"  allowed is {_share(precision)} of an output's size, or twice eager's error if "
+                "that is more",
                 style="dim",
             )
         )
+
+
+def _share(precision: Precision) -> str:
+    return f"{TOLERANCE[precision]:g}".replace("e-0", "e-")
 
 
 def render_inspection(found: Inspection) -> str:

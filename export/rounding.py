@@ -21,7 +21,8 @@ from kan_model import KAN, KANLinear
 from kan_model.splines import b_spline_basis, b_spline_slope
 
 _SLACK = 1e-5  # share of a value within which float32 may find it on either side of a step
-_ROUNDING = 2.0**-24  # the unit roundoff of float32
+ROUNDING = 2.0**-24
+"""The unit roundoff of float32."""
 _DRAWS = 2
 _ACTIVATIONS = (
     *("elu", "erf", "expm1", "gelu", "hardswish", "log1p", "log_sigmoid_forward", "mish"),
@@ -166,7 +167,7 @@ def sensitivity(
             with _Noise(draw):
                 moved = evaluate(tuple(noisy))
         with np.errstate(invalid="ignore", over="ignore"):
-            squares += (_ROUNDING / noise * (moved - outputs)) ** 2
+            squares += (ROUNDING / noise * (moved - outputs)) ** 2
     scale: NDArray[np.float64] = np.sqrt(squares / _DRAWS)
     return np.where(np.isfinite(scale), scale, 0.0)
 

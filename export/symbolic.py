@@ -17,28 +17,28 @@ def ramp(distance: Tensor, top: float, slope: float) -> Tensor:
     return (top - slope * distance).clamp_min(0)
 
 
-def quantize(values: Tensor, step: float, zero: int) -> Tensor:
-    """Round to multiples of a step, as uint8 with a zero point; outside TorchScript, in float32."""
+def quantize(values: Tensor, step: float) -> Tensor:
+    """Round numbers of at least 0 to multiples of a step: uint8 in ONNX, float32 in TorchScript."""
     if torch.compiler.is_exporting():
         return torch.onnx.ops.symbolic(
             "QuantizeLinear",
-            [values, torch.tensor(step), torch.tensor(zero, dtype=torch.uint8)],
+            [values, torch.tensor(step, dtype=torch.float32), torch.tensor(0, dtype=torch.uint8)],
             dtype=torch.uint8,
             shape=values.shape,
         )
-    return (values / step).round().add(zero).clamp(0, 255)
+    return (values / step).round().clamp(0, 255)
 
 
-def matmul_integer(left: Tensor, right: Tensor, zero: int) -> Tensor:
-    """Multiply (rows, n) of uint8 with a zero point and (n, out) of int8, to float32.
+def matmul_integer(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply (rows, n) of uint8 and (n, out) of int8, to float32.
 
-    TorchScript sums up the same whole numbers in float32, which has no such product on CPU.
+    Sums are exact to 2^31 in ONNX, and rounded in TorchScript, which has no such product on CPU.
     """
     if torch.compiler.is_exporting():
         return torch.onnx.ops.symbolic(
             "MatMulInteger",
-            [left, right, torch.tensor(zero, dtype=torch.uint8)],
+            [left, right],
             dtype=torch.int32,
             shape=(left.shape[0], right.shape[1]),
         ).float()
-    return (left - zero) @ right.float()
+    return left @ right.float()

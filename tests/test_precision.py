@@ -75,7 +75,35 @@ def test_a_nearly_constant_feature_survives(tmp_path: Path, precision: Precision
     assert np.abs(found - expected).max() <= TOLERANCE[precision] * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("precision", REDUCED)
+def test_weights_of_very_different_sizes_are_exported(
+    tmp_path: Path, precision: Precision, seed: int
+) -> None:
+    """Pruned networks are like that, and a lone feature far outside shows a small weight alone."""
+    torch.manual_seed(seed)
+    kan = KAN([10, 10])
+    with torch.no_grad():
+        kept = torch.rand(10, 10) < 0.1
+        kan.layers[0].base_weight.mul_(torch.where(kept, 1e5, 1e-9))
+        kan.layers[0].spline_weight.mul_(torch.where(kept, 1e5, 1e-9).unsqueeze(-1))
+    export_module(kan, name="m", output=tmp_path, precision=precision)
+
+
+def test_int8_sums_fit_where_pairs_are_added_in_16_bits() -> None:
+    """Processors without VNNI do that, and cut off what is larger."""
+    layer = make_layer(features=8)
+    module = LoweredKANLinear(layer, "cardinal", "int8")
+    product = module.product
+    assert isinstance(product, Int8Product)
+    rows = torch.cat([probes_within(layer), 1e6 * torch.randn(50, 8)])
+    levels = (module.basis(rows, rows)[:, :-8] / product.step).round()
+    assert (float(levels.min()), float(levels.max())) == (0, 127)
+    assert 2 * 127 * int(product.spline.abs().max()) < 2**15
+
+
 def test_the_file_shrinks_with_the_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     kan = KAN([200, 64, 10])
     sizes = {}
     for precision in PRECISIONS:
@@ -173,6 +201,12 @@ def test_a_wrong_precision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the network has none; leave it out"):
         export_module(network, name="m", output=tmp_path, input_shape="3", precision="int8")
     assert run_module("export", UNIFORM, "--precision", "fp8").returncode == 2
+    inspected = run_module("export", "inspect", UNIFORM, "--precision", "int8", "--opset", "18")
+    assert inspected.returncode == 2
+    assert "leave out --opset, --precision" in inspected.stderr
+    refused = run_module("export", UNIFORM, "--opset", "16")
+    assert refused.returncode == 2
+    assert "expected 17 to" in refused.stderr
     assert list(tmp_path.iterdir()) == []
 
 
