@@ -4,38 +4,29 @@ A layer becomes one matrix product,
 
     y = [B_0(x) | B_1(x) | ... | act(x)] @ weight,
 
-with the scaler and the constant factors of the basis folded into the weight in float64. The basis
-functions are laid out coefficient by coefficient, each a row of all features, so that every
-operation runs over long contiguous rows. The base path comes last, because its few terms tend to be
-the largest: in front of the others every later addition is rounded to their size, and [16, 32, 8]
-is three times as far from float64 as it need be. The basis is computed in one of two ways:
+with the scaler and the constant factors of the basis folded into the weight in float64. The base
+path comes last, because its few terms tend to be the largest: in front of the others every later
+addition is rounded to their size, and [16, 32, 8] is three times as far from float64 as it need be.
 
-    cardinal    equally spaced knots: each function is the same bump, written in closed form
-    recursion   any rising knots: Cox-de Boor, from the hats of order 1 upwards
-
-Which one a layer gets is measured (`choose_form`). The untouched network stays the reference;
-nothing here is trusted without the comparison in parity.py.
+Which of the two forms of the basis (basis.py) a layer gets is measured. The untouched network stays
+the reference; nothing here is trusted without the comparison in parity.py.
 """
 
 import copy
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from export.network import Call, Network, inputs_of_layers, swapped
+from export.basis import CardinalBasis, Form, RecursiveBasis
+from export.network import Call, Network, inputs_of_layers
+from export.parts import swapped
 from export.precision import Float32Product, HalfProduct, Int8Product, Precision
 from export.probes import make_kan_probes
-from export.symbolic import ramp
 from kan_model import KANLinear
 from kan_model.splines import is_uniform
-
-Form = Literal["cardinal", "recursion"]
 
 CARDINAL_FACTOR = 1.5
 """The closed form is taken if its error is at most this many times the error of eager's float32.
@@ -47,15 +38,6 @@ _ROWS_PER_GROUP = 64
 _OUTPUTS = 64  # of a layer, which are enough to tell
 _NUMBERS_AT_ONCE = 2**22  # of a basis in float64
 _WITHIN_KNOTS = ("knots", "inside", "margin")
-
-_NUMBERS_A_ROW: Mapping[Form, int] = {"cardinal": 2048, "recursion": 1024}
-"""How many numbers of one row a tensor of the basis should hold.
-
-Basis functions are grouped up to this size. Larger tensors leave the cache: on 784 features and 256
-rows the recursion takes 3.9 ms one function at a time and 10.7 ms all at once, the closed form 3.6
-ms two at a time and 4.3 ms all at once. Smaller ones are more operations, each with a cost of its
-own, which shows on one row. The closed form has fewer operations and so profits from larger groups.
-"""
 
 
 @dataclass(frozen=True)
@@ -86,129 +68,6 @@ class ExpSiLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the activation to each element; shape (...) to (...)."""
         return x / (1 + torch.exp(-x))
-
-
-class CardinalBasis(nn.Module):
-    """B-splines on equally spaced knots, as functions of the distance to their centres.
-
-    With h the step, c the centre, v = |x - c| / h and m = (k + 1) / 2,
-
-        B(x) = 1/k! * sum over i of (-1)^i * binomial(k + 1, i) * max(0, m - i - v)^k,
-
-    where only the terms with i < m count. I. Schoenberg's cardinal B-spline by symmetry from one
-    side; de Boor, chapter X. Unlike the truncated powers of all k + 1 terms it cancels little.
-
-    Args:
-        knots: Equally spaced for each feature, shape (in, G + 2k + 1).
-        order: k, at least 1.
-    """
-
-    def __init__(self, knots: Tensor, order: int) -> None:
-        super().__init__()
-        features, count = knots[:, order + 1 :].shape
-        exact = knots.double()
-        steps = (exact[:, -1] - exact[:, 0]) / (knots.shape[1] - 1)  # (in,)
-        first, second = (order + 1) // 2, order // 2 + 1  # around the centre; the same if k is odd
-        centres = (exact[:, first : first + count] + exact[:, second : second + count]) / 2
-        groups = _groups(count, features, "cardinal")
-        self.functions = [list(range(start, count, groups)) for start in range(groups)]
-        self.centres = nn.ParameterList(
-            _constant(centres[:, group].T.float()) for group in self.functions
-        )
-        common = bool(((steps - steps[0]).abs() <= 2.0**-23 * steps[0]).all())
-        self.steps = None if common else nn.Parameter(steps.float(), requires_grad=False)
-        self.order = order
-        half = (order + 1) / 2
-        self.scale = half**order / math.factorial(order)
-        # Each term with its binomial inside the power, in units in which the first is 1 at c.
-        step = float(steps[0]) if common else 1.0
-        inner = [math.comb(order + 1, i) ** (1 / order) / half for i in range(math.ceil(half))]
-        self.ramps = [(root * (half - i), root / step) for i, root in enumerate(inner)]
-        self.peak = sum((-1) ** i * top**order for i, (top, _) in enumerate(self.ramps))
-
-    def forward(self, x: Tensor, base: Tensor) -> Tensor:
-        """Evaluate the basis, up to the factor `scale`; an x that is no number gives any number.
-
-        Args:
-            x: Shape (rows, in).
-            base: What stands behind the basis, shape (rows, in).
-
-        Returns:
-            Shape (rows, in * (G + k + 1)): the functions in the order of `functions`, and `base`.
-        """
-        x = x.unsqueeze(1)
-        basis = []
-        for centres in self.centres:
-            distance = (x - centres).abs()
-            if self.steps is not None:
-                distance = distance / self.steps
-            terms = [_power(ramp(distance, *line), self.order) for line in self.ramps]
-            value = terms[0]
-            for i, term in enumerate(terms[1:]):
-                value = value + term if i % 2 else value - term
-            basis.append(value)
-        return _side_by_side(basis, base)
-
-
-class RecursiveBasis(nn.Module):
-    """B-splines on any rising knots, by the Cox-de Boor recursion from the hats upwards.
-
-        w[i, p] = (x - t[i]) / (t[i+p] - t[i])
-        B[i, 1] = u[i] - u[i+1]                           with u[i] = w[i, 1] clamped to [0, 1]
-        B[i, p] = w[i, p] * B[i, p-1] - w[i+1, p] * B[i+1, p-1] + B[i+1, p-1]
-
-    which is the formula of `kan_model.splines.b_spline_basis`, each weight used for both functions
-    it belongs to. Functions are grouped so that a neighbour is always in the next group at the same
-    place, and nothing has to be moved: group j holds the functions j, j + groups, and so on.
-
-    The knots are the only constants. Their differences are exact enough in float32 (each is
-    rounded once, as it would be from float64), and runtimes compute them when they load the model.
-
-    Args:
-        knots: Shape (in, G + 2k + 1).
-        order: k.
-    """
-
-    scale = 1.0
-    peak = 1.0
-
-    def __init__(self, knots: Tensor, order: int) -> None:
-        super().__init__()
-        features, count = knots[:, order + 1 :].shape
-        groups = _groups(count, features, "recursion")
-        length = math.ceil(count / groups)
-        beyond = groups * length + order + 1 - knots.shape[1]  # knots that complete the last group
-        last_step = (knots[:, -1:] - knots[:, -2:-1]) * torch.arange(1, beyond + 1)
-        rows = torch.cat([knots, knots[:, -1:] + last_step], dim=1).T
-        self.functions = [list(range(start, count, groups)) for start in range(groups)]
-        self.knots = nn.ParameterList(
-            _constant(rows[start::groups][:length].float()) for start in range(groups + order + 1)
-        )
-        self.order = order
-
-    def forward(self, x: Tensor, base: Tensor) -> Tensor:
-        """Evaluate the basis; arguments and result are those of `CardinalBasis`."""
-        x = x.unsqueeze(1)
-        knots: list[Tensor] = list(self.knots)
-        if self.order == 0:
-            steps = [(x >= t).to(x.dtype) for t in knots]
-            basis = [left - right for left, right in pairwise(steps)]
-        else:
-            offsets = [x - t for t in knots[:-1]]
-
-            def weight(i: int, p: int) -> Tensor:
-                return offsets[i] / (knots[i + p] - knots[i])
-
-            ramps = [weight(i, 1).clamp(0, 1) for i in range(len(offsets))]
-            basis = [left - right for left, right in pairwise(ramps)]
-            for p in range(2, self.order + 1):
-                rising = [weight(i, p) * b for i, b in enumerate(basis)]
-                basis = [
-                    left - right + b
-                    for (left, right), b in zip(pairwise(rising), basis[1:], strict=True)
-                ]
-        groups = zip(basis, self.functions, strict=True)
-        return _side_by_side([b[:, : len(functions)] for b, functions in groups], base)
 
 
 class LoweredKANLinear(nn.Module):
@@ -330,30 +189,6 @@ def own_tensors(network: nn.Module) -> set[str]:
         if isinstance(module, LoweredKANLinear)
         for name, _ in (*module.named_parameters(), *module.named_buffers())
     }
-
-
-def _groups(functions: int, features: int, form: Form) -> int:
-    """Count the groups that hold at most so many numbers a row, or one function."""
-    length = min(functions, max(1, _NUMBERS_A_ROW[form] // features))
-    return math.ceil(functions / length)
-
-
-def _side_by_side(basis: Sequence[Tensor], base: Tensor) -> Tensor:
-    return torch.cat([*basis, base.unsqueeze(1)], dim=1).flatten(1)
-
-
-def _constant(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values.contiguous(), requires_grad=False)
-
-
-def _power(value: Tensor, order: int) -> Tensor:
-    """Multiply: onnxruntime's Pow runs on one thread only."""
-    if order == 1:
-        return value
-    square = value * value
-    if order <= 3:
-        return square if order == 2 else square * value
-    return square * square if order == 4 else square * square * value
 
 
 def _fold(layer: KANLinear, basis: CardinalBasis | RecursiveBasis) -> Tensor:

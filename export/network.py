@@ -7,8 +7,7 @@ the network.
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from export.errors import InputError, NetworkError, cause
 from export.inputs import DEFAULT_INPUT, Inputs, check_name, shown
+from export.parts import watched
 from export.probes import make_kan_probes
 from kan_bundle.manifest import DATATYPES, TensorSpec
 from kan_model import KAN, KANLinear, KanModelError
@@ -181,7 +181,7 @@ def inputs_of_layers(network: Network) -> Mapping[str, Tensor]:
     """
     if network.inputs.samples is None:
         return {}
-    with _watched(network.replaced) as reached:
+    with watched(network.replaced) as reached:
         network.call(*example(network.inputs, min(_SAMPLES, len(network.inputs.samples[0]))))
     found: dict[str, Tensor] = {}
     for name, given in reached:
@@ -191,22 +191,6 @@ def inputs_of_layers(network: Network) -> Mapping[str, Tensor]:
         if len(rows):
             found[name] = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).long()]
     return found
-
-
-@contextmanager
-def swapped(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
-    """Put other modules in the place of some, everywhere in `root`, for a while."""
-    done: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for parent in list(root.modules()):
-            for name, child in list(parent._modules.items()):
-                if child is not None and child in replacements:
-                    done.append((parent, name, child))
-                    parent._modules[name] = replacements[child]
-        yield
-    finally:
-        for parent, name, child in done:
-            parent._modules[name] = child
 
 
 def _require_values(module: nn.Module) -> None:
@@ -395,33 +379,10 @@ def _find_leading(
     """Find the layer whose input is the network's, at most in another shape."""
     if len(rows) != 1 or inputs.specs[0].datatype != "FP32":
         return None
-    with _watched(layers) as reached:
+    with watched(layers) as reached:
         call(*(row.clone() for row in rows))
     for name, given in reached:
         whole = rows[0].reshape(len(rows[0]), -1)
         if given.shape == whole.shape and torch.equal(given.to(whole.dtype), whole):
             return name
     return None
-
-
-@contextmanager
-def _watched(layers: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Note what reaches some layers, in the order of their calls."""
-    reached: list[tuple[str, Tensor]] = []
-
-    def look(name: str, given: Sequence[Any]) -> None:
-        if given and isinstance(given[0], Tensor):
-            reached.append((name, given[0].detach().clone()))
-
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, by_place, by_name, name=name: look(name, [*by_place, *by_name.values()]),
-            with_kwargs=True,
-        )
-        for name, layer in layers.items()
-    ]
-    try:
-        yield reached
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from export.contract import describe_layers, make_manifest, metadata_props
-from export.errors import InputError, ParityError
+from export.errors import InputError
 from export.factory import build_module, load_weights
 from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
 from export.lowering import choose_form, lowered
 from export.network import Network, copy_module, describe_network, example
 from export.onnx_graph import DEFAULT_OPSET, check_opset, load_onnx, write_onnx
-from export.parity import Measurement, choose_golden, measure, run_probes, swallow_nan
+from export.parity import choose_golden, measure, run_probes, swallow_nan
 from export.precision import TOLERANCE, Precision, check_precision
-from export.reference import Reference, make_reference
+from export.reference import make_reference
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
-from kan_bundle.golden import Golden, excess, side_by_side, write_golden
+from export.verdict import require_golden, require_parity
+from kan_bundle.golden import side_by_side, write_golden
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import (
     CONFIG_FILE,
@@ -305,12 +305,12 @@ def _export(
             for runtime, answers in found.items()
         ]
         report.parity(measured, reference.precision, options.precision)
-        _require_parity(measured, reference, network, options.precision)
+        require_parity(measured, network, options.precision)
 
         golden = choose_golden(reference)
         with report.stage("replay what the server will replay"):
             answers = side_by_side(load_onnx(model_path)(golden.inputs))
-            _require_golden(golden, answers)
+            require_golden(golden, answers)
         with report.stage("publish"):
             write_golden(golden, place.path / GOLDEN_FILE)
             files = {file.name: record_file(file) for file in sorted(place.path.iterdir())}
@@ -353,57 +353,3 @@ def _say_what_was_found(
         report.warn("the network has no KANLinear layer; it is exported as it is written")
     if network.exact is not network.call:
         report.warn("the weights are not all float32; the files are, and are compared with float64")
-
-
-def _require_parity(
-    measured: Sequence[Measurement],
-    reference: Reference,
-    network: Network,
-    precision: Precision,
-) -> None:
-    """Raise for the runtime that is furthest off, if any is too far.
-
-    Raises:
-        ParityError: With the worst probe.
-    """
-    failed = [m for m in measured if not m.passed]
-    if failed:
-        m = max(failed, key=lambda m: m.excess)
-        blame = "please report it with the checkpoint"
-        if precision != "fp32":
-            blame = f"{precision} is too coarse for this model; choose a --precision of more bits"
-        elif network.kan is None:
-            blame = (
-                "if another layer is to blame (onnxruntime's Elu, LogSigmoid and GRU, for some, "
-                "lose digits that torch keeps), write it another way; else please report it"
-            )
-        raise ParityError(
-            f"{m.runtime} does not compute what the network computes, nothing was published: at "
-            f"probe {m.worst.row} ({m.worst.group}, batch {m.worst.batch_size}), output "
-            f"{_place(network, m.worst.output)}, expected {m.worst.expected!r} within "
-            f"{m.worst.allowed:.2e}, found {m.worst.found!r}; {blame}"
-        )
-
-
-def _require_golden(golden: Golden, answers: NDArray[np.float64]) -> None:
-    """Raise if the server would refuse the bundle.
-
-    Raises:
-        ParityError: In one batch, in which the server runs them, the answers are others.
-    """
-    worst = float(excess(answers, golden.outputs, golden.tolerance).max())
-    if worst > 1:
-        raise ParityError(
-            f"onnxruntime is off by {worst:.3g} times what is allowed when it runs {len(answers)} "
-            "rows in one batch, nothing was published; please report it with the checkpoint"
-        )
-
-
-def _place(network: Network, column: int) -> str:
-    """Name one of the numbers of a row."""
-    for spec in network.outputs:
-        size = int(torch.Size(spec.shape[1:]).numel())
-        if column < size:
-            return f"{spec.name}[{column}]" if len(network.outputs) > 1 else str(column)
-        column -= size
-    raise AssertionError(f"{column} is beyond the outputs")

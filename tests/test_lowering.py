@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import export_module, lowering
+from export import basis, export_module
+from export.basis import Form
 from export.lowering import (
     CARDINAL_FACTOR,
     ExpSiLU,
-    Form,
     LoweredKANLinear,
     choose_form,
     lowered,
@@ -22,31 +22,7 @@ from export.network import Call, describe_network
 from export.onnx_graph import load_onnx, write_onnx
 from kan_bundle.manifest import TensorSpec
 from kan_model import KAN, KANLinear
-from tests import oracle
-
-
-def make_layer(
-    order: int = 3, grid_size: int = 5, *, features: int = 4, knots: str = "uniform"
-) -> KANLinear:
-    """Make a layer with a spline that matters; its knots are uniform, each (step), or adapted."""
-    torch.manual_seed(order)
-    layer = KANLinear(
-        features,
-        3,
-        grid_size=grid_size,
-        spline_order=order,
-        grid_eps=1.0 if knots == "steps" else 0.02,
-        grid_range=(-1.5, 2.25),
-    )
-    nn.init.normal_(layer.spline_weight)
-    if knots != "uniform":
-        layer.update_grid(torch.randn(200, features) * torch.arange(1, features + 1))
-    return layer
-
-
-def answers_of_the_oracle(layer: KANLinear, rows: Tensor) -> np.ndarray:
-    state = {f"layers.0.{k}": v.double().numpy() for k, v in layer.state_dict().items()}
-    return oracle.kan(state, rows.double().numpy(), oracle.silu)
+from tests.layers import answers_of_the_oracle, make_layer, run_onnx
 
 
 @pytest.mark.parametrize("order", range(6))
@@ -84,7 +60,7 @@ def test_functions_may_be_grouped_in_any_way(
     layer = make_layer(order, 9 - order, knots="uniform" if form == "cardinal" else "adapted")
     rows = probes_within(layer)
     expected = layer.double()(rows.double())
-    monkeypatch.setattr(lowering, "_NUMBERS_A_ROW", {form: per_row})
+    monkeypatch.setattr(basis, "_NUMBERS_A_ROW", {form: per_row})
     module = LoweredKANLinear(layer.float(), form)
     torch.testing.assert_close(module(rows).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -104,15 +80,6 @@ def test_what_is_no_number_makes_the_row_nan(
     assert torch.equal(module(rows).isnan(), expected)
     found = run_onnx(module, rows, tmp_path)
     np.testing.assert_array_equal(np.isnan(found), expected.numpy())
-
-
-def run_onnx(module: nn.Module, rows: Tensor, folder: Path) -> np.ndarray:
-    inputs = (TensorSpec("x", "FP32", (-1, rows.shape[1])),)
-    outputs = (TensorSpec("y", "FP32", (-1, 1)),)
-    path = folder / "m.onnx"
-    write_onnx(Call(module, ["x"]).eval(), (rows[:2],), inputs, outputs, path, "m", {})
-    found: np.ndarray = load_onnx(path)([rows.numpy()])[0]
-    return found
 
 
 def test_the_closed_form_is_for_equal_steps_and_the_recursion_for_others() -> None:

@@ -206,6 +206,7 @@ class Cond(nn.Module):
         return chosen
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_what_lies_in_a_branch_keeps_its_name_to_itself(tmp_path: Path) -> None:
     network, path = Cond().eval(), tmp_path / "m.onnx"
     assert "If" in {node.op_type for node in write(network, path, "3").graph.node}

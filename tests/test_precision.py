@@ -16,7 +16,7 @@ from export.precision import PRECISIONS, TOLERANCE, Int8Product, Precision
 from kan_bundle.manifest import Manifest
 from kan_model import KAN, KANLinear
 from tests.conftest import GOLDENS, run_module
-from tests.test_lowering import answers_of_the_oracle, make_layer, run_onnx
+from tests.layers import answers_of_the_oracle, make_layer, run_onnx
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
 REDUCED = [precision for precision in PRECISIONS if precision != "fp32"]

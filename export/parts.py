@@ -1,0 +1,46 @@
+"""The parts of a module, for a while: to put others in their place, or to see what reaches them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def swapped(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Put other modules in the place of some, everywhere in `root`, for a while."""
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for parent in list(root.modules()):
+            for name, child in list(parent._modules.items()):
+                if child is not None and child in replacements:
+                    done.append((parent, name, child))
+                    parent._modules[name] = replacements[child]
+        yield
+    finally:
+        for parent, name, child in done:
+            parent._modules[name] = child
+
+
+@contextmanager
+def watched(layers: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Note what reaches some layers, in the order of their calls."""
+    reached: list[tuple[str, Tensor]] = []
+
+    def look(name: str, given: Sequence[Any]) -> None:
+        if given and isinstance(given[0], Tensor):
+            reached.append((name, given[0].detach().clone()))
+
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, by_place, by_name, name=name: look(name, [*by_place, *by_name.values()]),
+            with_kwargs=True,
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        yield reached
+    finally:
+        for hook in hooks:
+            hook.remove()
