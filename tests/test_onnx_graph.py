@@ -15,9 +15,10 @@ from export import ConversionError, InputError, export_module
 from export.inputs import read_inputs
 from export.lowering import choose_form, lowered
 from export.network import describe_network
-from export.onnx_graph import load_onnx, write_onnx
+from export.onnx_graph import DEFAULT_OPSET, load_onnx, write_onnx
 from export.precision import TOLERANCE, Precision
 from kan_model import KAN
+from tests.conftest import GOLDENS, run_module
 
 Make = Callable[[KAN], KAN]
 
@@ -28,12 +29,18 @@ def adapted(kan: KAN) -> KAN:
     return kan
 
 
-def write(module: nn.Module, path: Path, shape: str | None = None) -> onnx.ModelProto:
+def write(
+    module: nn.Module,
+    path: Path,
+    shape: str | None = None,
+    precision: Precision = "fp32",
+    opset: int = DEFAULT_OPSET,
+) -> onnx.ModelProto:
     network = describe_network(module.eval(), read_inputs(shape, None))
     choices = {name: choose_form(layer) for name, layer in network.layers.items()}
     example = (torch.zeros(2, *network.inputs.specs[0].shape[1:]),)
-    with lowered(network, choices) as call:
-        write_onnx(call, example, network.inputs.specs, network.outputs, path, "m", {})
+    with lowered(network, choices, precision) as call:
+        write_onnx(call, example, network.inputs.specs, network.outputs, path, "m", {}, opset)
     return onnx.load(path)
 
 
@@ -134,9 +141,8 @@ def test_the_opset_that_is_asked_for_is_written(
 ) -> None:
     torch.manual_seed(0)
     kan = make(KAN([3, 2]))
-    export_module(kan, name="m", output=tmp_path, opset=opset, precision=precision)
-    path = tmp_path / "m" / "1" / "model.onnx"
-    model = onnx.load(path)
+    path = tmp_path / "m.onnx"
+    model = write(kan, path, precision=precision, opset=opset)
     assert [(i.domain, i.version) for i in model.opset_import] == [("", opset)]
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
@@ -144,6 +150,13 @@ def test_the_opset_that_is_asked_for_is_written(
     x = torch.randn(5, 3)
     off = np.abs(load_onnx(path)([x.numpy()])[0] - kan(x).detach().numpy()).max()
     assert off <= TOLERANCE[precision]
+
+
+def test_the_command_takes_an_opset(tmp_path: Path) -> None:
+    run = run_module("export", GOLDENS / "uniform_4x8x3.pt", "--opset", "17", "--output", tmp_path)
+    assert run.returncode == 0, run.stderr
+    model = onnx.load(tmp_path / "uniform_4x8x3" / "1" / "model.onnx")
+    assert [(i.domain, i.version) for i in model.opset_import] == [("", 17)]
 
 
 @pytest.mark.parametrize("opset", [-1, 16, NEWEST + 1])

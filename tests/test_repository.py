@@ -84,7 +84,7 @@ def test_a_missing_or_damaged_file_is_not_served(
 def test_other_weights_with_true_hashes_fail_the_golden_replay(folder: BundleFolder) -> None:
     path = folder.path / "model.onnx"
     model = onnx.load(path)
-    weight = next(t for t in model.graph.initializer if t.name == "layers.0.base_weight")
+    weight = next(t for t in model.graph.initializer if t.name == "layers.0.product.weight")
     values = onnx.numpy_helper.to_array(weight).copy()
     values[0, 0] += 1e-2
     weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
