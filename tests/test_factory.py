@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import (
@@ -15,19 +13,9 @@ from export import (
     export_checkpoint,
 )
 from tests import zoo
+from tests.bundles import CLOSE, run_onnx
 from tests.conftest import run_module
 from tests.states import saved
-
-# Two float32 runtimes, which add in different orders, at outputs of about 1.
-CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
-
-
-def run_onnx(folder: Path, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
-    names = [tensor.name for tensor in session.get_inputs()]
-    found: list[NDArray[Any]] = session.run(None, dict(zip(names, inputs, strict=True)))
-    return found
-
 
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "factory fails": (

@@ -30,18 +30,9 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import running
 from serving.settings import Settings
 from tests import zoo
+from tests.bundles import CLOSE, run_onnx
 from tests.states import saved
 from tests.wire import infer_request, outputs_of, raw_output
-
-# Two float32 runtimes, which add in different orders, at outputs of about 1.
-CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
-
-
-def run_onnx(folder: Path, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
-    names = [tensor.name for tensor in session.get_inputs()]
-    found: list[NDArray[Any]] = session.run(None, dict(zip(names, inputs, strict=True)))
-    return found
 
 
 @pytest.fixture
