@@ -152,10 +152,12 @@ def measure(settings: Settings, story: Story, folder: Path) -> Iterator[ModelRes
     for number, model in enumerate(settings.models):
         place = folder / str(number)
         kan, x = build(model), rows(model)
+        with torch.no_grad():
+            y64 = copy.deepcopy(kan).double()(torch.from_numpy(x).double()).numpy()
         ready = _write_files(kan, model, able, place, story)
         entries: list[Entry] = []
         for batch in settings.batches:
-            entries += _measure_batch(settings, kan, x, model, batch, ready, place, story)
+            entries += _measure_batch(settings, x, y64, model, batch, ready, place, story)
             story.step(len(settings.contenders) - len(ready))
         memory = _measure_memory(settings, x, model, ready, place, story)
         story.step(2 * absent + len(able) - len(ready))
@@ -189,8 +191,8 @@ def _write_files(
 
 def _measure_batch(
     settings: Settings,
-    kan: KAN,
     x: NDArray[np.float32],
+    y64: NDArray[np.float64],
     model: Model,
     batch: int,
     contenders: Sequence[Contender],
@@ -198,8 +200,6 @@ def _measure_batch(
     story: Story,
 ) -> list[Entry]:
     """Load all contenders, check their answers, and time them against each other."""
-    with torch.no_grad():
-        y64 = copy.deepcopy(kan).double()(torch.from_numpy(x).double()).numpy()
     calls: dict[str, Call] = {}
     errors: dict[str, float | None] = {}
     for contender in contenders:
@@ -208,7 +208,9 @@ def _measure_batch(
             bind = contender.load(folder / contender.file, settings.threads)
             found = answers(bind, x, batch) if contender.answers else None
             errors[contender.name] = None if found is None else float(np.abs(found - y64).max())
-            calls[contender.name] = bind(cycled(x, batch))
+            call = bind(cycled(x, batch))
+            call()  # what fails, fails here, and not among the rounds
+            calls[contender.name] = call
         story.step()
     story.now(f"{model}, batch {batch}: rounds")
     timings = time_in_rounds(calls, settings.rounds, story.step)

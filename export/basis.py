@@ -10,14 +10,12 @@ operation runs over long contiguous rows. There are two ways to compute them:
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from export.symbolic import ramp
-
-Form = Literal["cardinal", "recursion"]
+from kan_bundle.manifest import Form
 
 _NUMBERS_A_ROW: Mapping[Form, int] = {"cardinal": 2048, "recursion": 1024}
 """How many numbers of one row a tensor of the basis should hold.

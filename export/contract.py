@@ -11,7 +11,7 @@ import torch
 from export.lowering import Choice
 from export.network import Network
 from export.parity import Measurement
-from export.precision import TOLERANCE, Precision
+from export.precision import TOLERANCE
 from export.reference import Reference
 from kan_bundle import __version__
 from kan_bundle.layout import BundleFolder
@@ -22,6 +22,7 @@ from kan_bundle.manifest import (
     LayerRecord,
     Manifest,
     ParityRecord,
+    Precision,
     Source,
 )
 from kan_model.activations import activation_name

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from export.basis import CardinalBasis, Form, RecursiveBasis
+from export.basis import CardinalBasis, RecursiveBasis
 from export.network import Call, Network, inputs_of_layers
 from export.parts import swapped
-from export.precision import Float32Product, HalfProduct, Int8Product, Precision
+from export.precision import Float32Product, HalfProduct, Int8Product
 from export.probes import make_kan_probes
+from kan_bundle.manifest import Form, Precision
 from kan_model import KANLinear
 from kan_model.splines import is_uniform
 

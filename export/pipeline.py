@@ -22,7 +22,7 @@ from export.lowering import choose_form, lowered
 from export.network import Network, copy_module, describe_network, example
 from export.onnx_graph import DEFAULT_OPSET, check_opset, load_onnx, write_onnx
 from export.parity import choose_golden, measure, run_probes, swallow_nan
-from export.precision import TOLERANCE, Precision, check_precision
+from export.precision import TOLERANCE, check_precision
 from export.reference import make_reference
 from export.report import Report
 from export.torchscript import load_torchscript, write_torchscript
@@ -45,6 +45,7 @@ from kan_bundle.layout import (
 from kan_bundle.manifest import (
     LayerRecord,
     Manifest,
+    Precision,
     Source,
     write_manifest,
 )

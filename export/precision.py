@@ -14,7 +14,7 @@ bounds.
 """
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from export.errors import InputError
 from export.reference import RELATIVE_TOLERANCE
 from export.symbolic import matmul_integer, quantize
+from kan_bundle.manifest import Precision
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 TOLERANCE: Mapping[Precision, float] = {

@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from export.parity import Measurement
-from export.precision import TOLERANCE, Precision
+from export.precision import TOLERANCE
+from kan_bundle.manifest import Precision
 from kan_model.inspection import Inspection, LayerFacts
 from kan_model.stacks import listed, printable
 

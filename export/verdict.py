@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from export.errors import ParityError
 from export.network import Network
 from export.parity import Measurement
-from export.precision import Precision
 from kan_bundle.golden import Golden, excess
+from kan_bundle.manifest import Precision
 
 
 def require_parity(

@@ -38,6 +38,12 @@ DATATYPES: dict[Datatype, type[np.generic]] = {
 }
 """The Open Inference Protocol's names of the element types that are offered, and numpy's types."""
 
+Form = Literal["cardinal", "recursion"]
+"""How a file computes a basis: in closed form for equally spaced knots, or by Cox-de Boor."""
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+"""What KANLinear layers' weights are stored and multiplied in."""
+
 
 @_STRICT
 @dataclass(frozen=True)
@@ -72,8 +78,7 @@ class LayerRecord:
         grid: `uniform` if the knots of every feature are equally spaced, else `adapted`.
         standalone_scaler: Whether the checkpoint had a scale per edge.
         base_activation: As `--activation` names it.
-        lowering: How the file computes the basis: `cardinal`, in closed form for equally spaced
-            knots, or `recursion`, by Cox-de Boor.
+        lowering: How the file computes the basis.
         lowering_error: Largest |y - y64| of the layer in that form, in float32 and without its
             activation, within its knots, at up to 64 of its outputs.
         eager_error: The same of the layer as it was trained.
@@ -87,7 +92,7 @@ class LayerRecord:
     grid: Literal["uniform", "adapted"]
     standalone_scaler: bool
     base_activation: str
-    lowering: Literal["cardinal", "recursion"]
+    lowering: Form
     lowering_error: Annotated[float, Field(ge=0)]
     eager_error: Annotated[float, Field(ge=0)]
 
@@ -177,7 +182,7 @@ class Manifest:
     created: str
     source: Source | None
     layers: tuple[LayerRecord, ...]
-    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    precision: Precision
     input_range: InputRange | None
     inputs: _Tensors
     outputs: _Tensors

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from export import basis, export_module
-from export.basis import Form
 from export.lowering import (
     CARDINAL_FACTOR,
     ExpSiLU,
@@ -20,7 +19,7 @@ from export.lowering import (
 )
 from export.network import Call, describe_network
 from export.onnx_graph import load_onnx, write_onnx
-from kan_bundle.manifest import TensorSpec
+from kan_bundle.manifest import Form, TensorSpec
 from kan_model import KAN, KANLinear
 from tests.layers import answers_of_the_oracle, make_layer, run_onnx
 

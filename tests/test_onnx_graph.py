@@ -16,7 +16,8 @@ from export.inputs import read_inputs
 from export.lowering import choose_form, lowered
 from export.network import describe_network
 from export.onnx_graph import DEFAULT_OPSET, load_onnx, write_onnx
-from export.precision import TOLERANCE, Precision
+from export.precision import TOLERANCE
+from kan_bundle.manifest import Precision
 from kan_model import KAN
 from tests.conftest import GOLDENS, run_module
 

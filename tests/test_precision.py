@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from export import InputError, export_checkpoint, export_module
 from export.lowering import LoweredKANLinear, probes_within
 from export.onnx_graph import load_onnx
-from export.precision import PRECISIONS, TOLERANCE, Int8Product, Precision
-from kan_bundle.manifest import Manifest
+from export.precision import PRECISIONS, TOLERANCE, Int8Product
+from kan_bundle.manifest import Manifest, Precision
 from kan_model import KAN, KANLinear
 from tests.conftest import GOLDENS, run_module
 from tests.layers import answers_of_the_oracle, make_layer, run_onnx
