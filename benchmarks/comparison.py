@@ -23,6 +23,7 @@ from rich.table import Column
 from benchmarks.contenders import (
     CONTENDERS,
     ORDER,
+    OUR_ONNX,
     WRITERS,
     Call,
     Contender,
@@ -36,7 +37,6 @@ from kan_model import KAN
 
 ERROR_ROWS = 256
 KNOTS: tuple[Knots, ...] = ("uniform", "adapted")
-_OURS = "ours/1/model.onnx"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def measure(settings: Settings, story: Story, folder: Path) -> Iterator[ModelRes
             story.step(len(settings.contenders) - len(ready))
         memory = _measure_memory(settings, x, model, ready, place, story)
         story.step(2 * absent + len(able) - len(ready))
-        ours = place / _OURS
+        ours = place / OUR_ONNX
         yield ModelResult(
             model=model,
             entries=tuple(entries),
@@ -182,7 +182,7 @@ def _write_files(
         story.now(f"{model}: files for {contender.name}")
         path = folder / contender.file
         with _left_out_if_it_fails(f"{contender.name}, {model}", story):
-            if not path.exists():
+            if not path.exists():  # one may be written with another
                 WRITERS[contender.file](kan, path)
             ready.append(contender)
         story.step()

@@ -131,12 +131,11 @@ def _write_package(kan: "KAN", path: Path) -> None:
 
 
 def _write_bundle(kan: "KAN", path: Path) -> None:
-    """Let the project's own export write what it writes; `path` is below OUTPUT/NAME/1."""
+    """Let the project's own export write all that it writes; `path` is below OUTPUT/NAME/1."""
     from export import export_module
 
     name = path.parent.parent
-    if not path.exists():  # model.onnx and model.ts come together
-        export_module(kan, name=name.name, output=name.parent, version=1)
+    export_module(kan, name=name.name, output=name.parent, version=1)
 
 
 def _write_products(kan: "KAN", path: Path) -> None:
@@ -162,13 +161,16 @@ def _write_products(kan: "KAN", path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
 
 
+OUR_ONNX = "ours/1/model.onnx"
+_OUR_SCRIPT = "ours/1/model.ts"
+
 WRITERS: dict[str, Callable[["KAN", Path], None]] = {
     "kan.pt": _write_pickle,
     "trace.ts": _write_trace,
     "naive.onnx": _write_naive_onnx,
     "package.pt2": _write_package,
-    "ours/1/model.onnx": _write_bundle,
-    "ours/1/model.ts": _write_bundle,
+    OUR_ONNX: _write_bundle,
+    _OUR_SCRIPT: _write_bundle,
     "products.onnx": _write_products,
 }
 """By path below the model's folder: what writes the file."""
@@ -332,21 +334,21 @@ CONTENDERS = {
             "openvino on ours",
             "kanserve's model.onnx in OpenVINO, in float32",
             ("openvino",),
-            "ours/1/model.onnx",
+            OUR_ONNX,
             _load_openvino,
         ),
         Contender(
             "kanserve torchscript",
             "kanserve's model.ts, frozen, optimised for inference",
             ("torch",),
-            "ours/1/model.ts",
+            _OUR_SCRIPT,
             _load_torchscript,
         ),
         Contender(
             "kanserve",
             "kanserve's model.onnx in onnxruntime",
             ("onnxruntime",),
-            "ours/1/model.onnx",
+            OUR_ONNX,
             _load_onnxruntime,
         ),
         Contender(

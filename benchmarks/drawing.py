@@ -10,7 +10,7 @@ from benchmarks.measuring import Entry, ModelResult, Results
 # Okabe and Ito's colours, told apart by the colour-blind too. OpenVINO keeps its colour on the file
 # of kanserve, whose own colour is nobody else's. The line of kanserve is wide and lies below the
 # others, so that one at the same place shows on it.
-_STYLES: dict[str, dict[str, object]] = {
+STYLES: dict[str, dict[str, object]] = {
     "eager": {"color": "#000000", "marker": "o"},
     "torchscript": {"color": "#56B4E9", "marker": "s"},
     "torch.compile": {"color": "#0072B2", "marker": "^"},
@@ -173,7 +173,7 @@ def draw(results: Results, folder: Path) -> Sequence[Path]:
 def _panel(axis: Any, result: ModelResult) -> None:
     for name in result.contenders:
         entries = [entry for batch in result.batches if (entry := result.entry(name, batch))]
-        style = {"linewidth": 1.2, "markersize": 4.0, "zorder": 3} | _STYLES[name]
+        style = {"linewidth": 1.2, "markersize": 4.0, "zorder": 3} | STYLES[name]
         axis.plot(
             [entry.batch for entry in entries],
             [1e3 * entry.timing.median_ms / entry.batch for entry in entries],

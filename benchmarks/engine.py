@@ -6,13 +6,14 @@ ended by a signal.
 """
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
@@ -44,11 +45,9 @@ def describe_machine(threads: int) -> dict[str, str | int]:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default"),
         "kanserve": __version__,
     }
-    for name in ("torch", "onnxruntime", "openvino"):
-        try:
-            facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            facts[name] = "not installed"
+    for name in ("torch", "onnxruntime", "openvino"):  # modules: distributions have other names
+        there = importlib.util.find_spec(name) is not None
+        facts[name] = importlib.import_module(name).__version__ if there else "not installed"
     return facts
 
 
@@ -66,7 +65,9 @@ def as_json(results: Results) -> str:
     for model, result in zip(document["models"], results.models, strict=True):
         for plain, entry in zip(model["entries"], result.entries, strict=True):
             plain["wrong"] = entry.wrong
-    return json.dumps(document, indent=1)
+            if entry.error is not None and not math.isfinite(entry.error):
+                plain["error"] = None  # JSON has no NaN
+    return json.dumps(document, indent=1, allow_nan=False)
 
 
 def run(settings: Settings, output: Path, console: Console) -> Results:
@@ -87,12 +88,15 @@ def run(settings: Settings, output: Path, console: Console) -> Results:
     story = Story(console, count_steps(settings))
     machine = describe_machine(settings.threads)
     models: list[ModelResult] = []
-    (output / "engine.json").unlink(missing_ok=True)  # of an earlier run
+    for old in output.glob("engine.*"):
+        old.unlink()
     with story.progress, workspace() as folder:
         for result in measure(settings, story, folder):
             models.append(result)
             results = Results(machine, asdict(settings), tuple(models), tuple(story.skipped))
-            (output / "engine.json").write_text(as_json(results) + "\n")
+            aside = output / "engine.json.part"
+            aside.write_text(as_json(results) + "\n")
+            aside.replace(output / "engine.json")
     (output / "engine.md").write_text(render(results) + "\n")
     try:
         draw(results, output)
@@ -123,8 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"error: {error.filename or output}: {error.strerror or error}", markup=False)
         return 1
     except KeyboardInterrupt:
+        found = output / "engine.json"
         console.print(
-            f"interrupted; models measured until then are in {output}/engine.json", markup=False
+            f"interrupted; what was measured until then is in {found}"
+            if found.exists()
+            else "interrupted before the first model was measured; there are no results",
+            markup=False,
         )
         return 128 + signal.SIGINT
     console.print(f"also in {output}: {', '.join(sorted(p.name for p in output.glob('engine.*')))}")

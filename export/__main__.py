@@ -242,8 +242,8 @@ def _parser() -> argparse.ArgumentParser:
         "--samples",
         action="append",
         metavar="[NAME=]FILE",
-        help="rows of real data, to compare on and to take shapes from: .npy, or .npz with an "
-        "array for each input",
+        help="rows of real data, to compare on, to take shapes from, and to choose the scales of "
+        "int8 on: .npy, or .npz with an array for each input",
     )
     parser.add_argument("--kanserve-version", action="version", version=f"kanserve {__version__}")
     return parser

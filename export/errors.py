@@ -42,6 +42,13 @@ def cause(error: BaseException) -> str:
     )
 
 
+def refused_samples(error: Exception) -> NetworkError:
+    """Say that the network raised something on rows that the user gave."""
+    return NetworkError(
+        f"the network fails on the samples: {cause(error)}; give rows that it takes"
+    )
+
+
 @contextmanager
 def conversion(form: str) -> Iterator[None]:
     """Turn whatever a converter raises into one line.

@@ -30,8 +30,6 @@ from kan_model.state_dict import check_values
 Arrays = Sequence[NDArray[Any]]
 
 _ROWS_PER_GROUP = 4  # of the comparison of one layer
-_SAMPLES = 256  # rows that tell what reaches a layer,
-_ROWS = 512  # of which so many are enough
 _SAME = 1e-4  # share of the largest output by which two float32 layers may differ there
 
 
@@ -171,26 +169,6 @@ def example(inputs: Inputs, rows: int) -> tuple[Tensor, ...]:
         )
         for spec in inputs.specs
     )
-
-
-@torch.no_grad()
-def inputs_of_layers(network: Network) -> Mapping[str, Tensor]:
-    """Run some samples, and take finite rows that reach each KANLinear, shape (rows, in).
-
-    There are none without samples, or if none is finite.
-    """
-    if network.inputs.samples is None:
-        return {}
-    with watched(network.replaced) as reached:
-        network.call(*example(network.inputs, min(_SAMPLES, len(network.inputs.samples[0]))))
-    found: dict[str, Tensor] = {}
-    for name, given in reached:
-        rows = given.reshape(-1, network.layers[name].in_features)
-        rows = rows[rows.isfinite().all(dim=1)]
-        rows = torch.cat([found[name], rows]) if name in found else rows
-        if len(rows):
-            found[name] = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).long()]
-    return found
 
 
 def _require_values(module: nn.Module) -> None:

@@ -26,7 +26,6 @@ from export.graph_names import name_after_modules
 from export.lowering import own_tensors
 from export.parity import Runner
 from kan_bundle.layout import WEIGHTS_FILE
-from kan_bundle.manifest import TensorSpec
 
 DEFAULT_OPSET = 20
 OLDEST_OPSET = 17
@@ -59,8 +58,8 @@ def check_opset(opset: int) -> int:
 def write_onnx(
     network: nn.Module,
     example: tuple[Tensor, ...],
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
     path: Path,
     graph_name: str,
     metadata: Mapping[str, str],
@@ -71,8 +70,8 @@ def write_onnx(
     Args:
         network: In evaluation mode, float32; takes one tensor for each input, gives a tuple.
         example: Inputs of at least two rows.
-        inputs: Names of the inputs.
-        outputs: Names of the outputs.
+        input_names: Of the graph, in the order of `example`.
+        output_names: Of the graph.
         path: Where to write.
         graph_name: Name of the graph.
         metadata: Written to the model's `metadata_props`.
@@ -88,9 +87,9 @@ def write_onnx(
             example,
             dynamo=True,
             opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
-            input_names=[spec.name for spec in inputs],
-            output_names=[spec.name for spec in outputs],
-            dynamic_shapes=(tuple(batch for _ in inputs),),
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes=(tuple(batch for _ in input_names),),
             optimize=False,
             verbose=False,
         )

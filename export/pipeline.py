@@ -18,7 +18,7 @@ from export.contract import describe_layers, make_manifest, metadata_props
 from export.errors import InputError
 from export.factory import build_module, load_weights
 from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
-from export.lowering import choose_form, lowered
+from export.lowering import choose_forms, lowered
 from export.network import Network, copy_module, describe_network, example
 from export.onnx_graph import DEFAULT_OPSET, check_opset, load_onnx, write_onnx
 from export.parity import choose_golden, measure, run_probes, swallow_nan
@@ -255,7 +255,7 @@ def _export(
             "none; leave it out"
         )
     with report.stage("choose the form of each layer"):
-        choices = {name: choose_form(layer) for name, layer in network.layers.items()}
+        choices = choose_forms(network)
     layers = describe_layers(network, choices)
     _say_what_was_found(report, network, layers)
     folder = target.folder
@@ -265,8 +265,9 @@ def _export(
         with lowered(network, choices, options.precision) as call:
             rows = example(network.inputs, 2)
             with report.stage(f"write {MODEL_FILE}"):
-                specs = network.inputs.specs, network.outputs
-                write_onnx(call, rows, *specs, model_path, folder.name, notes, options.opset)
+                given = [spec.name for spec in network.inputs.specs]
+                gives = [spec.name for spec in network.outputs]
+                write_onnx(call, rows, given, gives, model_path, folder.name, notes, options.opset)
             with report.stage(f"write {TORCHSCRIPT_FILE}"):
                 write_torchscript(call, rows, script_path, notes)
         gc.collect()  # the converters leave cycles that hold every weight

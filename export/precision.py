@@ -1,16 +1,16 @@
 """The product of a lowered layer, in float32 or, as an explicit option, with smaller weights.
 
-Knots and basis stay in float32 always: converting a whole model to half precision makes knots of
-nearly constant features coincide, and every answer NaN. The parts of the product are kept apart in
-low precision, because they differ in kind: the basis lies between 0 and 1, the base path has no
-bounds.
+The basis is always computed in float32, from knots in float32: converting a whole model to half
+precision makes knots of nearly constant features coincide, and every answer NaN. The parts of the
+product are kept apart in low precision, because they differ in kind: the basis lies between 0 and
+1, the base path has no bounds. Each part has a scale for each output.
 
-    fp16   weights in float16 with a power of two as the scale of each output, so that none is too
-           small or too large; the spline part is multiplied in float16, the base part in float32
-    bf16   weights in bfloat16, multiplied in float32: onnxruntime has no bfloat16 product on CPU
-    int8   weights in int8 with a scale for each output and part; the basis in 7 bits over its
-           known range, because processors without VNNI add pairs of products in 16 bits, which
-           2 * 127 * 127 just fits; the base path, which has no range, is multiplied in float32
+    fp16   weights in float16, scaled by a power of two so that the largest is nearly 1; the spline
+           part is multiplied in float16, the base part in float32
+    bf16   the same in bfloat16, multiplied in float32: onnxruntime has no bfloat16 product on CPU
+    int8   weights in int8; the basis in 7 bits over its known range, because processors without
+           VNNI add pairs of products in 16 bits, which 2 * 127 * 127 just fits; the base path,
+           which has no range, is multiplied in float32
 """
 
 from collections.abc import Mapping
@@ -74,39 +74,39 @@ class HalfProduct(nn.Module):
     """A product with weights of 16 bits.
 
     Args:
-        weight: As for `Float32Product`.
-        features: Width of the input.
-        dtype: Of the weights, float16 or bfloat16.
+        spline: Weights of the basis, shape (in * (G + k), out).
+        base: Weights of the base path, shape (in, out).
+        dtype: Of the weights in the file, float16 or bfloat16.
     """
 
     base: Tensor
+    base_scale: Tensor
     spline: Tensor
-    scale: Tensor
+    spline_scale: Tensor
 
-    def __init__(self, weight: Tensor, features: int, dtype: torch.dtype) -> None:
+    def __init__(self, spline: Tensor, base: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.features = features
-        largest = weight.abs().amax(0).clamp_min(2.0**-100)
-        self.register_buffer("scale", torch.exp2(largest.log2().ceil()))  # exact to divide by
-        self.register_buffer("spline", (weight[:-features] / self.scale).to(dtype))
-        self.register_buffer("base", (weight[-features:] / self.scale).to(dtype))
+        for name, weight in (("spline", spline), ("base", base)):
+            largest = weight.abs().amax(0).clamp_min(2.0**-100)
+            scale = torch.exp2(largest.log2().ceil())  # exact to divide by
+            self.register_buffer(name, (weight / scale).to(dtype))
+            self.register_buffer(f"{name}_scale", scale)
 
-    def forward(self, columns: Tensor) -> Tensor:
-        """Multiply; shape (rows, in * (G + k + 1)) to (rows, out)."""
-        spline, base = columns[:, : -self.features], columns[:, -self.features :]
+    def forward(self, basis: Tensor, base: Tensor) -> Tensor:
+        """Multiply; shapes (rows, in * (G + k)) and (rows, in) to (rows, out)."""
         if self.spline.dtype == torch.float16:
-            product = (spline.half() @ self.spline).float()
+            product = (basis.half() @ self.spline).float()
         else:
-            product = spline @ self.spline.float()
-        return (product + base @ self.base.float()) * self.scale
+            product = basis @ self.spline.float()
+        return product * self.spline_scale + (base @ self.base.float()) * self.base_scale
 
 
 class Int8Product(nn.Module):
     """A product of 8-bit numbers, summed up in 32 bits, and of the base path with 8-bit weights.
 
     Args:
-        weight: As for `Float32Product`.
-        features: Width of the input.
+        spline: As for `HalfProduct`.
+        base: As for `HalfProduct`.
         peak: Largest value of the basis.
         basis: Rows of it, to choose the scales on, shape (rows, in * (G + k)).
     """
@@ -116,21 +116,19 @@ class Int8Product(nn.Module):
     spline: Tensor
     spline_scale: Tensor
 
-    def __init__(self, weight: Tensor, features: int, peak: float, basis: Tensor) -> None:
+    def __init__(self, spline: Tensor, base: Tensor, peak: float, basis: Tensor) -> None:
         super().__init__()
-        self.features = features
         self.step = peak / _LEVELS
-        rounded, scale = _quantized(weight[:-features], basis)
+        rounded, scale = _quantized(spline, basis)
         self.register_buffer("spline", rounded)
         self.register_buffer("spline_scale", scale * self.step)
-        rounded, scale = _quantized(weight[-features:], None)
+        rounded, scale = _quantized(base, None)
         self.register_buffer("base", rounded)
         self.register_buffer("base_scale", scale)
 
-    def forward(self, columns: Tensor) -> Tensor:
-        """Multiply; shape (rows, in * (G + k + 1)) to (rows, out)."""
-        spline, base = columns[:, : -self.features], columns[:, -self.features :]
-        product = matmul_integer(quantize(spline, self.step), self.spline)
+    def forward(self, basis: Tensor, base: Tensor) -> Tensor:
+        """Multiply; shapes (rows, in * (G + k)) and (rows, in) to (rows, out)."""
+        product = matmul_integer(quantize(basis, self.step), self.spline)
         return product * self.spline_scale + (base @ self.base.float()) * self.base_scale
 
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.eager import BATCH_SIZES, LARGEST_BATCH, evaluate, in_double
-from export.errors import NetworkError, cause
+from export.errors import NetworkError, cause, refused_samples
 from export.network import Call, Network, is_single
 from export.probes import ORDINARY, Probes, make_kan_probes, make_probes
 from export.rounding import ROUNDING, decidable, longest_sum, rounding_scale, sensitivity
@@ -96,17 +96,18 @@ class Reference:
         """Allow an approximation more.
 
         Args:
-            share: Of the size of an output, which is its largest magnitude at ordinary inputs, or
-                at inputs of the same kind and size as this one, or what it is made of.
+            share: Of the size of an output, which is its largest magnitude at ordinary inputs. At
+                other inputs it may be the largest at inputs of the same kind and size, or what the
+                output is made of there: far outside a single rounded weight may show alone.
         """
-        ordinary = _size(self.outputs, np.isin(self.probes.groups, ORDINARY))
+        ordinary = np.isin(self.probes.groups, ORDINARY)
+        size = np.broadcast_to(_size(self.outputs, ordinary), self.outputs.shape).copy()
         kin = _kindred(self.probes)
-        allowed = self.tolerance.copy()
-        for group in np.unique(kin):
+        for group in np.unique(kin[~ordinary]):
             rows = kin == group
-            size = np.maximum(ordinary, _size(self.outputs, rows))
-            size = np.maximum(size, np.nan_to_num(self.magnitude[rows]))
-            allowed[rows] = np.maximum(allowed[rows], share * size)
+            beyond = np.maximum(_size(self.outputs, rows), np.nan_to_num(self.magnitude[rows]))
+            size[rows] = np.maximum(size[rows], beyond)
+        allowed = np.maximum(self.tolerance, share * size)
         return replace(self, tolerance=np.where(np.isfinite(self.outputs), allowed, 0.0))
 
 
@@ -133,6 +134,7 @@ def make_reference(network: Network) -> Reference:
     keep: NDArray[np.bool_] = in_range & decidable(oracle, inputs, exact)
     probes, scale, eager = probes.take(keep), scale[keep], eager[:, keep]
     outputs = evaluate(Call(oracle, ["x"]), probes.inputs, LARGEST_BATCH, torch.float64)
+    _require_numbers(probes, outputs)
     error = _error(eager, outputs)
     noise = _kan_noise(probes.groups, error, scale, longest_sum(kan))
     tolerance = _tolerance(probes.groups, outputs, error, noise)
@@ -198,9 +200,7 @@ def _accepted(network: Network, probes: Probes) -> tuple[Probes, tuple[str, ...]
             refused.append(group)
             last = error
             if group == "samples":
-                raise NetworkError(
-                    f"the network fails on the samples: {cause(error)}; give rows that it takes"
-                ) from error
+                raise refused_samples(error) from error
     if last is not None and not set(kept) & set(ORDINARY):
         raise NetworkError(
             f"the network fails on every ordinary input tried: {cause(last)}; give rows that it "
@@ -228,15 +228,25 @@ def _reference_of_network(
     lost = np.isfinite(outputs) & ~np.isfinite(eager).all(axis=0)
     kept: NDArray[np.bool_] = np.logical_not(lost.any(axis=1))
     probes, outputs, eager, scale = probes.take(kept), outputs[kept], eager[:, kept], scale[kept]
-    if not np.isfinite(outputs[np.isin(probes.groups, ORDINARY)]).any():
-        raise NetworkError(
-            "the network answers every ordinary input with NaN or infinity, so nothing can be "
-            "compared; give rows of real data with --samples"
-        )
+    _require_numbers(probes, outputs)
     error = _error(eager, outputs)
     noise = _network_noise(_kindred(probes), error, scale)
     tolerance = _tolerance(probes.groups, outputs, error, noise)
     return Reference(probes, outputs, eager, tolerance, scale / ROUNDING, precision)
+
+
+def _require_numbers(probes: Probes, outputs: NDArray[np.float64]) -> None:
+    """Raise if there is nothing to compare.
+
+    Raises:
+        NetworkError: No ordinary input is left that is answered with a number.
+    """
+    if not np.isfinite(outputs[np.isin(probes.groups, ORDINARY)]).any():
+        raise NetworkError(
+            "the network answers every ordinary input with NaN, infinity or numbers at the end of "
+            "float32, so nothing can be compared; look at its weights, or give rows of real data "
+            "with --samples"
+        )
 
 
 def _require_lone_rows(call: Call, probes: Probes, means: _Means) -> None:

@@ -79,8 +79,8 @@ class LayerRecord:
         standalone_scaler: Whether the checkpoint had a scale per edge.
         base_activation: As `--activation` names it.
         lowering: How the file computes the basis.
-        lowering_error: Largest |y - y64| of the layer in that form, in float32 and without its
-            activation, within its knots, at up to 64 of its outputs.
+        lowering_error: Largest |y - y64| of the layer in that form, in float32, within its knots,
+            at up to 64 of its outputs.
         eager_error: The same of the layer as it was trained.
     """
 
@@ -134,8 +134,9 @@ class ParityRecord:
         max_absolute: Largest |y - y64|.
         max_relative: Largest |y - y64| / max(1, |y64|).
         max_ulp: Largest |y - y64| in float32 units in the last place of y64.
-        tolerance: Allowed share of an output's size, or of y64 if that is more; where the eager
-            float32 model is further off than that, twice its own error is allowed.
+        tolerance: Allowed share of an output's size, or of y64 if that is more (below float32: of
+            what the output is made of, at inputs far from ordinary); where the eager float32 model
+            is further off than that, twice its own error is allowed.
         excess: Largest |y - y64| as a share of what was allowed at that output; at most 1.
         probes: Number of input rows compared, over all batch sizes.
         same_argmax: Share of the ordinary rows whose largest output is the same as the

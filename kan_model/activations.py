@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from kan_model.errors import ActivationError
 
@@ -20,6 +21,39 @@ NAMED: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "identity": nn.Identity,
 }
+
+_OF_FUNCTION: dict[Callable[..., Tensor], Callable[[], nn.Module]] = {
+    functional.silu: nn.SiLU,
+    functional.gelu: nn.GELU,
+    functional.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    functional.tanh: nn.Tanh,
+    torch.tanh: nn.Tanh,
+}
+
+
+class FunctionActivation(nn.Module):
+    """A function as a module, for layers whose base activation is one.
+
+    Args:
+        function: Acts on each element.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the function; shape (...) to (...)."""
+        return self.function(x)
+
+
+def as_module(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Make a module of an activation function; torch's own of the same name, if there is one."""
+    for known, make in _OF_FUNCTION.items():
+        if function is known:  # some callables have no hash
+            return make()
+    return FunctionActivation(function)
 
 
 def resolve_activation(name: str) -> Callable[[], nn.Module]:

@@ -5,32 +5,15 @@ kind is what it holds. That ours then computes the same is for the caller to che
 the same and compute something else. This module runs nothing of the other class.
 """
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
+from kan_model.activations import as_module
 from kan_model.errors import CheckpointError
 from kan_model.layer import KANLinear
 from kan_model.stacks import REQUIRED, Layer
 from kan_model.state_dict import empty_layer, infer_shape
 
 _OPTIONAL = ("spline_scaler", "symbolic_mask")
-
-
-class FunctionActivation(nn.Module):
-    """A function as a module, for layers whose base activation is one.
-
-    Args:
-        function: Acts on each element.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the function; shape (...) to (...)."""
-        return self.function(x)
 
 
 def adopt(module: nn.Module) -> KANLinear | None:
@@ -73,7 +56,7 @@ def adopt(module: nn.Module) -> KANLinear | None:
         if getattr(module, name, getattr(shape, name)) != getattr(shape, name):
             return None
     if not isinstance(activation, nn.Module):
-        activation = FunctionActivation(activation)
+        activation = as_module(activation)
     layer = empty_layer(shape, activation)
     for name, tensor in own.items():
         if isinstance(tensor, nn.Parameter) and name != "grid":

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from export.network import Call
 from export.onnx_graph import load_onnx, write_onnx
-from kan_bundle.manifest import TensorSpec
 from kan_model import KANLinear
 from tests import oracle
 
@@ -37,10 +36,8 @@ def answers_of_the_oracle(layer: KANLinear, rows: Tensor) -> np.ndarray:
     return oracle.kan(state, rows.double().numpy(), oracle.silu)
 
 
-def run_onnx(module: nn.Module, rows: Tensor, folder: Path) -> np.ndarray:
-    inputs = (TensorSpec("x", "FP32", (-1, rows.shape[1])),)
-    outputs = (TensorSpec("y", "FP32", (-1, 1)),)
+def write_and_run(module: nn.Module, rows: Tensor, folder: Path) -> np.ndarray:
     path = folder / "m.onnx"
-    write_onnx(Call(module, ["x"]).eval(), (rows[:2],), inputs, outputs, path, "m", {})
+    write_onnx(Call(module, ["x"]).eval(), (rows[:2],), ["x"], ["y"], path, "m", {})
     found: np.ndarray = load_onnx(path)([rows.numpy()])[0]
     return found

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from kan_model import KANLinear
+from kan_model.activations import activation_name
 from kan_model.adoption import adopt
 from tests import zoo
 
@@ -34,6 +35,16 @@ def test_a_base_activation_may_be_a_function() -> None:
     assert ours is not None
     x = torch.randn(5, 3)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "relu", "tanh"])
+def test_a_function_that_torch_has_a_module_for_is_that_module(name: str) -> None:
+    function = getattr(nn.functional, name)
+    ours = adopt(zoo.KANLinear(3, 2, base_activation=lambda: function))
+    assert ours is not None
+    assert activation_name(ours.base_activation) == name
+    x = torch.linspace(-4, 4, 50)
+    torch.testing.assert_close(ours.base_activation(x), function(x), rtol=0, atol=0)
 
 
 def test_a_grid_that_is_no_buffer_is_found() -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.engine import main
-from benchmarks.measuring import Entry, Timing
+from benchmarks.contenders import CONTENDERS, Model
+from benchmarks.drawing import STYLES, draw
+from benchmarks.engine import as_json, main
+from benchmarks.measuring import Entry, ModelResult, Results, Timing
 from tests.conftest import ROOT
 
 ASKED = [c.name for c in CONTENDERS.values() if not c.compiles and "openvino" not in c.modules]
@@ -85,6 +86,36 @@ def test_what_is_not_there_is_left_out_with_a_line(
     assert json.loads((tmp_path / "engine.json").read_text())["skipped"] == [line]
 
 
+def test_every_contender_has_a_line_of_its_own_in_the_plot() -> None:
+    assert set(STYLES) == set(CONTENDERS)
+    assert len({str(style) for style in STYLES.values()}) == len(STYLES)
+
+
+def test_the_plot_has_a_panel_for_each_model(tmp_path: Path) -> None:
+    timing = Timing(median_ms=1.0, p99_ms=1.0, samples=1)
+    models = tuple(
+        ModelResult(
+            Model((4, 3), grid, "uniform"),
+            tuple(Entry(name, batch, timing, None) for name in CONTENDERS for batch in (1, 8)),
+            {},
+            None,
+            1,
+        )
+        for grid in (5, 20)
+    )
+    svg, png = draw(Results({}, {}, models, ()), tmp_path)
+    assert "grid 20, uniform knots" in svg.read_text()
+    assert png.stat().st_size > 10_000
+
+
+def test_results_without_a_number_are_still_json() -> None:
+    entry = Entry("kanserve", 1, Timing(1.0, 1.0, 1), float("nan"))
+    model = ModelResult(Model((4, 3), 5, "uniform"), (entry,), {}, None, 1)
+    (found,) = json.loads(as_json(Results({}, {}, (model,), ())))["models"]
+    assert found["entries"][0]["error"] is None
+    assert found["entries"][0]["wrong"] is True
+
+
 def test_an_answer_far_from_the_model_or_not_a_number_is_wrong() -> None:
     timing = Timing(median_ms=1.0, p99_ms=1.0, samples=1)
     found = [Entry("any", 1, timing, error).wrong for error in (None, 1e-6, 0.1, float("nan"))]
@@ -114,6 +145,8 @@ def test_an_interrupt_ends_it_without_a_traceback(tmp_path: Path) -> None:
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "runpy.run_module('benchmarks.engine', run_name='__main__')"
     )
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "engine.svg").touch()
     words = "--models 4x3 --grids 5 --batches 1 --rounds 100000 --contenders torch.compile product"
     with subprocess.Popen(
         [sys.executable, "-c", script, *words.split(), "--output", str(tmp_path / "output")],
@@ -131,5 +164,6 @@ def test_an_interrupt_ends_it_without_a_traceback(tmp_path: Path) -> None:
             process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "interrupted" in errors
+    assert "interrupted before the first model was measured" in errors
+    assert list((tmp_path / "output").iterdir()) == []  # nor is there anything of an earlier run
     assert not list(tmp_path.glob("kanserve-benchmark-*"))

@@ -8,20 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import basis, export_module
+from export import NetworkError, basis, export_module
 from export.lowering import (
     CARDINAL_FACTOR,
     ExpSiLU,
     LoweredKANLinear,
     choose_form,
+    choose_forms,
     lowered,
     probes_within,
 )
 from export.network import Call, describe_network
 from export.onnx_graph import load_onnx, write_onnx
-from kan_bundle.manifest import Form, TensorSpec
+from kan_bundle.manifest import Form
 from kan_model import KAN, KANLinear
-from tests.layers import answers_of_the_oracle, make_layer, run_onnx
+from tests.layers import answers_of_the_oracle, make_layer, write_and_run
 
 # A staircase, order 0, has no closed form.
 FORMS: list[tuple[Form, int]] = [
@@ -76,7 +77,7 @@ def test_what_is_no_number_makes_the_row_nan(
     assert expected.any(dim=1).tolist() == [True, True, True, False]
     module = LoweredKANLinear(layer, form)
     assert torch.equal(module(rows).isnan(), expected)
-    found = run_onnx(module, rows, tmp_path)
+    found = write_and_run(module, rows, tmp_path)
     np.testing.assert_array_equal(np.isnan(found), expected.numpy())
 
 
@@ -100,7 +101,6 @@ def test_the_closed_form_is_refused_where_the_rounding_of_knots_shows() -> None:
     choice = choose_form(layer)
     assert choice.form == "recursion"
     rows = probes_within(layer)
-    layer.base_activation = nn.Identity()
     exact = copy.deepcopy(layer).double()(rows.double())
     off = float((LoweredKANLinear(layer, "cardinal")(rows) - exact).abs().max())
     assert off > CARDINAL_FACTOR * choice.eager_error
@@ -110,7 +110,6 @@ def test_the_closed_form_is_refused_where_the_rounding_of_knots_shows() -> None:
 def test_the_measured_errors_are_those_of_the_layers() -> None:
     layer = make_layer()
     choice, rows = choose_form(layer), probes_within(layer)
-    layer.base_activation = nn.Identity()
     exact = copy.deepcopy(layer).double()(rows.double())
     off = (LoweredKANLinear(layer, choice.form)(rows) - exact).abs().max()
     assert choice.error == float(off)
@@ -118,20 +117,55 @@ def test_the_measured_errors_are_those_of_the_layers() -> None:
 
 
 def test_a_few_outputs_of_a_wide_layer_are_measured() -> None:
+    """From the first to the last, 64 in all; one beside them, as large as it may be, is not."""
     layer = KANLinear(3, 1000)
+    with torch.no_grad():
+        layer.base_weight[1] = 1e6
     before = layer.base_weight.clone()
-    choice = choose_form(layer)
-    assert 0 < choice.error < 1e-6
+    assert 0 < choose_form(layer).error < 1e-6
     assert torch.equal(layer.base_weight, before)
     assert layer.out_features == 1000
+    with torch.no_grad():
+        layer.base_weight[-1] = 1e6
+    assert choose_form(layer).error > 1e-3
+
+
+def test_inputs_far_from_zero_do_not_hide_the_error_of_the_spline() -> None:
+    """Knots near 1000 are rounded to 3e-5, a ten-thousandth of a step."""
+    torch.manual_seed(0)
+    layer = KANLinear(4, 3, grid_range=(1000.0, 1001.0), base_activation=nn.Tanh)
+    nn.init.normal_(layer.spline_weight)
+    choice = choose_form(layer)
+    assert choice.form == "recursion"
+    assert choice.error < 1e-5
+
+
+@pytest.mark.parametrize("size", [1e30, 1e38])
+def test_weights_that_overflow_are_refused_with_the_layer(tmp_path: Path, size: float) -> None:
+    kan = KAN([3, 2])
+    with torch.no_grad():
+        kan.layers[0].spline_weight.fill_(size)
+        kan.layers[0].spline_scaler.fill_(size)
+    with pytest.raises(NetworkError, match=r"layers\.0: expected numbers, found NaN or infinity"):
+        export_module(kan, name="m", output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_is_too_large_everywhere_is_refused(tmp_path: Path) -> None:
+    """Every answer is finite in float32, but so large that terms before it may not be."""
+    kan = KAN([3, 2], grid_range=(1.0, 2.0))
+    with torch.no_grad():
+        kan.layers[0].base_weight.fill_(3e37)
+    with pytest.raises(NetworkError, match="look at its weights"):
+        export_module(kan, name="m", output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_silu_keeps_its_relative_precision_in_onnxruntime(tmp_path: Path) -> None:
     """Where onnxruntime's own Sigmoid would lose it: far to the left."""
     path = tmp_path / "silu.onnx"
-    inputs, outputs = (TensorSpec("x", "FP32", (-1, 1)),), (TensorSpec("y", "FP32", (-1, 1)),)
     call = Call(ExpSiLU(), ["x"]).eval()
-    write_onnx(call, (torch.zeros(2, 1),), inputs, outputs, path, "silu", {})
+    write_onnx(call, (torch.zeros(2, 1),), ["x"], ["y"], path, "silu", {})
     run = load_onnx(path)
     x = np.linspace(-80, 30, 100_001, dtype=np.float32)[:, None]
     exact = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64)))
@@ -143,15 +177,18 @@ def test_silu_keeps_its_relative_precision_in_onnxruntime(tmp_path: Path) -> Non
 
 def test_lowering_leaves_the_network_as_it_was() -> None:
     kan = KAN([3, 4, 2])
-    network = describe_network(kan.double(), None)
-    x = torch.randn(50, 3).double() * 3
+    network = describe_network(kan, None)
+    x = torch.randn(50, 3) * 3
     before, layers = kan(x), list(kan.layers)
-    choices = {name: choose_form(layer) for name, layer in network.layers.items()}
+    choices = choose_forms(network)
     with lowered(network, choices) as call:
-        assert isinstance(call.module.layers[0], LoweredKANLinear)  # type: ignore[index]
-        torch.testing.assert_close(call(x.float())[0].double(), before, rtol=1e-5, atol=1e-6)
+        assert isinstance(kan.layers[0], LoweredKANLinear)
+        torch.testing.assert_close(call(x)[0], before, rtol=1e-5, atol=1e-6)
     assert list(kan.layers) == layers
     assert torch.equal(kan(x), before)
+    with pytest.raises(RuntimeError, match="must match"), lowered(network, choices) as call:
+        call(torch.zeros(2, 5))
+    assert list(kan.layers) == layers
 
 
 def test_only_silu_is_written_in_another_form() -> None:

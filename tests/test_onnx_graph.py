@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from export import ConversionError, InputError, export_module
 from export.inputs import read_inputs
-from export.lowering import choose_form, lowered
+from export.lowering import choose_forms, lowered
 from export.network import describe_network
 from export.onnx_graph import DEFAULT_OPSET, load_onnx, write_onnx
-from export.precision import TOLERANCE
+from export.precision import PRECISIONS, TOLERANCE
 from kan_bundle.manifest import Precision
 from kan_model import KAN
 from tests.conftest import GOLDENS, run_module
@@ -38,10 +38,10 @@ def write(
     opset: int = DEFAULT_OPSET,
 ) -> onnx.ModelProto:
     network = describe_network(module.eval(), read_inputs(shape, None))
-    choices = {name: choose_form(layer) for name, layer in network.layers.items()}
+    choices = choose_forms(network)
     example = (torch.zeros(2, *network.inputs.specs[0].shape[1:]),)
     with lowered(network, choices, precision) as call:
-        write_onnx(call, example, network.inputs.specs, network.outputs, path, "m", {}, opset)
+        write_onnx(call, example, ["x"], ["y"], path, "m", {}, opset)
     return onnx.load(path)
 
 
@@ -78,9 +78,10 @@ def test_a_layer_is_one_product_with_the_names_of_the_network(tmp_path: Path, ma
     assert all(parts.fullmatch(t.name) for t in model.graph.initializer)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("make", [lambda kan: kan, adapted], ids=["uniform", "adapted"])
-def test_nothing_is_left_over_or_double(tmp_path: Path, make: Make) -> None:
-    graph = write(make(KAN([4, 5, 3])), tmp_path / "m.onnx").graph
+def test_nothing_is_left_over_or_double(tmp_path: Path, make: Make, precision: Precision) -> None:
+    graph = write(make(KAN([4, 5, 3])), tmp_path / "m.onnx", precision=precision).graph
     used = {name for node in graph.node for name in node.input}
     used |= {output.name for output in graph.output}
     assert {t.name for t in graph.initializer} <= used
@@ -91,12 +92,19 @@ def test_nothing_is_left_over_or_double(tmp_path: Path, make: Make) -> None:
         for t in graph.initializer
     )
     assert set(values.values()) == {1}
-    weights = [t for t in graph.initializer if t.name.endswith("weight")]
-    assert [list(t.dims) for t in weights] == [[4 * 9, 5], [5 * 9, 3]]
+    rows = {"weight": 9} if precision == "fp32" else {"spline": 8, "base": 1}
+    weights = {t.name: list(t.dims) for t in graph.initializer if "product" in t.name}
+    for part, count in rows.items():
+        assert weights[f"layers.0.product.{part}"] == [4 * count, 5]
+        assert weights[f"layers.1.product.{part}"] == [5 * count, 3]
 
 
-def test_the_batch_is_the_only_size_without_a_number(tmp_path: Path) -> None:
-    graph = write(KAN([4, 5, 3]), tmp_path / "m.onnx").graph
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("make", [lambda kan: kan, adapted], ids=["uniform", "adapted"])
+def test_the_batch_is_the_only_size_without_a_number(
+    tmp_path: Path, make: Make, precision: Precision
+) -> None:
+    graph = write(make(KAN([4, 5, 3])), tmp_path / "m.onnx", precision=precision).graph
     values = [*graph.input, *graph.output, *graph.value_info]
     names = {v.name for v in values}
     assert {output for node in graph.node for output in node.output} <= names

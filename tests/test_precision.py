@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,14 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import InputError, export_checkpoint, export_module
+from export import (
+    InputError,
+    NetworkError,
+    ParityError,
+    export_checkpoint,
+    export_module,
+    lowering,
+)
+from export.inputs import read_inputs
 from export.lowering import LoweredKANLinear, probes_within
+from export.network import describe_network
 from export.onnx_graph import load_onnx
 from export.precision import PRECISIONS, TOLERANCE, Int8Product
-from kan_bundle.manifest import Manifest, Precision
+from kan_bundle.manifest import Form, Manifest, Precision
 from kan_model import KAN, KANLinear
 from tests.conftest import GOLDENS, run_module
-from tests.layers import answers_of_the_oracle, make_layer, run_onnx
+from tests.layers import answers_of_the_oracle, make_layer, write_and_run
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
 REDUCED = [precision for precision in PRECISIONS if precision != "fp32"]
@@ -30,7 +40,7 @@ def test_it_is_as_close_as_it_says(tmp_path: Path, precision: Precision, knots: 
     module = LoweredKANLinear(layer, "recursion" if knots == "adapted" else "cardinal", precision)
     expected = answers_of_the_oracle(layer, rows[::9])
     allowed = TOLERANCE[precision] * np.abs(expected).max(axis=0)
-    for found in (module(rows[::9]).detach().numpy(), run_onnx(module, rows[::9], tmp_path)):
+    for found in (module(rows[::9]).detach().numpy(), write_and_run(module, rows[::9], tmp_path)):
         assert (np.abs(found - expected) <= allowed).all()
 
 
@@ -40,21 +50,27 @@ def test_rows_do_not_influence_each_other(tmp_path: Path, precision: Precision) 
     layer = make_layer()
     rows = torch.cat([probes_within(layer)[:20], torch.full((1, 4), 1e6)])
     module = LoweredKANLinear(layer, "cardinal", precision)
-    together = run_onnx(module, rows, tmp_path)
-    alone = np.concatenate([run_onnx(module, row[None], tmp_path) for row in rows[:3]])
+    together = write_and_run(module, rows, tmp_path)
+    alone = np.concatenate([write_and_run(module, row[None], tmp_path) for row in rows[:3]])
     np.testing.assert_allclose(together[:3], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU, nn.Identity])
+@pytest.mark.parametrize("form", ["cardinal", "recursion"])
 @pytest.mark.parametrize("precision", REDUCED)
 def test_what_is_no_number_or_far_outside_is_answered_as_in_float32(
-    tmp_path: Path, precision: Precision
+    tmp_path: Path, precision: Precision, form: Form, activation: type[nn.Module]
 ) -> None:
     layer = make_layer()
+    layer.base_activation = activation()
     rows = torch.zeros(5, 4)
     rows[:, 1] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e7, -1e7])
-    found = run_onnx(LoweredKANLinear(layer, "cardinal", precision), rows, tmp_path)
+    found = write_and_run(LoweredKANLinear(layer, form, precision), rows, tmp_path)
     expected = layer(rows).detach().numpy()
-    np.testing.assert_allclose(found, expected, rtol=0.05)  # 1e7 is beyond float16
+    assert np.isnan(expected[:3]).all()
+    size = np.abs(expected[3:]).max(axis=0)  # 1e7 is beyond float16
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    assert (np.abs(found - expected)[3:] <= TOLERANCE[precision] * size).all()
 
 
 @pytest.mark.parametrize("precision", REDUCED)
@@ -90,6 +106,38 @@ def test_weights_of_very_different_sizes_are_exported(
     export_module(kan, name="m", output=tmp_path, precision=precision)
 
 
+@pytest.mark.parametrize("precision", REDUCED)
+def test_a_wide_layer_without_its_spline_is_refused(
+    tmp_path: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its terms add up to much more than its outputs, which is no excuse."""
+    torch.manual_seed(0)
+    kan = KAN([784, 3], scale_noise=5.0)
+    name = "Int8Product" if precision == "int8" else "HalfProduct"
+    product = getattr(lowering, name)
+
+    def without(spline: Tensor, *others: Any) -> nn.Module:
+        made: nn.Module = product(torch.zeros_like(spline), *others)
+        return made
+
+    monkeypatch.setattr(lowering, name, without)
+    with pytest.raises(ParityError, match=f"{precision} is too coarse for this model"):
+        export_module(kan, name="m", output=tmp_path, precision=precision)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_small_spline_beside_a_large_base_path_keeps_its_digits(precision: Precision) -> None:
+    layer = make_layer()
+    with torch.no_grad():
+        layer.base_weight.mul_(1e9)
+    layer.base_activation = nn.ReLU()
+    rows = -torch.rand(100, 4)  # where nothing of the base path is left
+    expected = layer(rows)
+    found = LoweredKANLinear(layer, "cardinal", precision)(rows)
+    assert (found - expected).abs().max() <= TOLERANCE[precision] * expected.abs().max()
+
+
 def test_int8_sums_fit_where_pairs_are_added_in_16_bits() -> None:
     """Processors without VNNI do that, and cut off what is larger."""
     layer = make_layer(features=8)
@@ -97,7 +145,7 @@ def test_int8_sums_fit_where_pairs_are_added_in_16_bits() -> None:
     product = module.product
     assert isinstance(product, Int8Product)
     rows = torch.cat([probes_within(layer), 1e6 * torch.randn(50, 8)])
-    levels = (module.basis(rows, rows)[:, :-8] / product.step).round()
+    levels = (module.basis(rows) / product.step).round()
     assert (float(levels.min()), float(levels.max())) == (0, 127)
     assert 2 * 127 * int(product.spline.abs().max()) < 2**15
 
@@ -159,6 +207,35 @@ def test_the_samples_reach_every_layer(tmp_path: Path) -> None:
         found = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         weights.append(found["layers.1.product.spline_scale"])
     assert not np.array_equal(weights[0], weights[1])
+
+
+def test_samples_from_the_whole_file_choose_the_scales() -> None:
+    """Rows sorted by class must not leave all but the first class out."""
+    kan = KAN([2, 1])
+    samples = np.linspace(-1, 1, 4000, dtype=np.float32).reshape(2000, 2)
+    network = describe_network(kan, read_inputs(None, samples))
+    reached = lowering._inputs_of_layers(network)["layers.0"]
+    assert float(reached.min()) == -1
+    assert float(reached.max()) == 1
+    assert len(reached) <= 512
+
+
+def test_samples_that_the_network_cannot_take_are_refused(tmp_path: Path) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+            self.head = KANLinear(4, 2)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            y: Tensor = self.head(self.embedding(tokens))
+            return y
+
+    samples = np.zeros((300, 1), np.int64)
+    samples[200:] = 99
+    with pytest.raises(NetworkError, match="fails on the samples: IndexError"):
+        export_module(Tokens(), name="m", output=tmp_path, precision="int8", samples=samples)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -49,7 +49,7 @@ def test_one_wrong_weight_publishes_nothing(
         tensor = dict((*call.named_parameters(), *call.named_buffers()))[f"module.{weight}"]
         with torch.no_grad():
             kept = tensor.clone()
-            tensor.view(-1)[int(share * tensor.numel())] += 1e-2
+            tensor[np.unravel_index(int(share * tensor.numel()), tensor.shape)] += 1e-2
             write(call, *arguments)
             tensor.copy_(kept)
 
