@@ -34,6 +34,9 @@ QUICK = Settings(
 """A run of a minute or two, to see that it runs."""
 
 
+_FILES = ("engine.json", "engine.md", "engine.svg", "engine.png")
+
+
 def describe_machine(threads: int) -> dict[str, str | int]:
     """Tell what figures depend on."""
     facts: dict[str, str | int] = {
@@ -89,8 +92,8 @@ def run(settings: Settings, output: Path, console: Console) -> Results:
     story = Story(console, count_steps(settings))
     machine = describe_machine(settings.threads)
     models: list[ModelResult] = []
-    for old in output.glob("engine.*"):
-        old.unlink()
+    for name in _FILES:  # of an earlier run
+        (output / name).unlink(missing_ok=True)
     with story.progress, workspace() as folder:
         for result in measure(settings, story, folder):
             models.append(result)
@@ -136,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             markup=False,
         )
         return 128 + signal.SIGINT
-    console.print(f"also in {output}: {', '.join(sorted(p.name for p in output.glob('engine.*')))}")
+    written = [name for name in _FILES if (output / name).exists()]
+    console.print(f"also in {output}: {', '.join(written)}", markup=False)
     return 0
 
 

@@ -161,6 +161,19 @@ def test_a_network_that_is_too_large_everywhere_is_refused(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@torch.no_grad()
+def test_a_single_row_is_added_up_as_exactly_as_by_eager() -> None:
+    """One input far outside the grid: its term is huge, and later sums are rounded to its size."""
+    torch.manual_seed(0)
+    layer = KANLinear(1000, 64, grid_size=20, scale_noise=20.0)
+    row = 0.5 * torch.randn(1, 1000)
+    row[0, 0] = 1e6
+    exact = copy.deepcopy(layer).double()(row.double())
+    eager = (layer(row) - exact).square().mean()
+    for form in ("cardinal", "recursion"):
+        assert (LoweredKANLinear(layer, form)(row) - exact).square().mean() <= 4 * eager
+
+
 def test_silu_keeps_its_relative_precision_in_onnxruntime(tmp_path: Path) -> None:
     """Where onnxruntime's own Sigmoid would lose it: far to the left."""
     path = tmp_path / "silu.onnx"
