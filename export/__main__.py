@@ -28,7 +28,7 @@ from kan_model.activations import NAMED
 
 _EXPORT_ONLY = (
     *("--model", "--input-shape", "--samples"),
-    *("--name", "--version", "--opset", "--precision", "--force"),
+    *("--name", "--version", "--opset", "--precision", "--inline", "--force"),
 )
 _EXAMPLES = """\
 examples:
@@ -118,6 +118,7 @@ def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
         trust_pickle=arguments.trust_pickle,
         opset=arguments.opset or DEFAULT_OPSET,
         precision=arguments.precision or "fp32",
+        inline=arguments.inline,
         force=arguments.force,
         report=report,
     )
@@ -202,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         help="of the KAN layers' weights and products; below fp32 the model is smaller and only "
         "approximately what was trained (default: fp32)",
+    )
+    bundle.add_argument(
+        "--inline",
+        action="store_true",
+        help="write KAN layers as standard operators alone, for runtimes that do not know "
+        "model-local functions; such a file cannot run fused",
     )
     bundle.add_argument("--force", action="store_true", help="replace an existing version")
 

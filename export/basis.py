@@ -5,6 +5,13 @@ operation runs over long contiguous rows. There are two ways to compute them:
 
     cardinal    equally spaced knots: each function is the same bump, written in closed form
     recursion   any rising knots: Cox-de Boor, from the hats of order 1 upwards
+
+The knots are the only tensor of either, because the fused operator (operators.py) wants them as
+they are. What follows from them alone, onnxruntime computes when it loads the model, TorchScript
+when it is frozen.
+
+Functions are parted into interleaved groups: of `groups` groups, group j holds the functions
+j, j + groups, and so on.
 """
 
 import math
@@ -48,20 +55,15 @@ class CardinalBasis(nn.Module):
         features, count = knots[:, order + 1 :].shape
         exact = knots.double()
         steps = (exact[:, -1] - exact[:, 0]) / (knots.shape[1] - 1)  # (in,)
-        first, second = (order + 1) // 2, order // 2 + 1  # around the centre; the same if k is odd
-        centres = (exact[:, first : first + count] + exact[:, second : second + count]) / 2
-        groups = _groups(count, features, "cardinal")
-        self.functions = [list(range(start, count, groups)) for start in range(groups)]
-        self.centres = nn.ParameterList(
-            _constant(centres[:, group].T.float()) for group in self.functions
-        )
-        common = bool(((steps - steps[0]).abs() <= 2.0**-23 * steps[0]).all())
-        self.steps = None if common else nn.Parameter(steps.float(), requires_grad=False)
+        self.groups = _groups(count, features, "cardinal")
+        self.functions = _interleaved(count, self.groups)
+        self.knots = _constant(knots.T.float())  # (G + 2k + 1, in)
+        self.has_common_step = bool(((steps - steps[0]).abs() <= 2.0**-23 * steps[0]).all())
         self.order = order
         half = (order + 1) / 2
         self.scale = half**order / math.factorial(order)
         # Each term with its binomial inside the power, in units in which the first is 1 at c.
-        step = float(steps[0]) if common else 1.0
+        step = float(steps[0]) if self.has_common_step else 1.0
         inner = [math.comb(order + 1, i) ** (1 / order) / half for i in range(math.ceil(half))]
         self.ramps = [(root * (half - i), root / step) for i, root in enumerate(inner)]
         self.peak = sum((-1) ** i * top**order for i, (top, _) in enumerate(self.ramps))
@@ -78,11 +80,17 @@ class CardinalBasis(nn.Module):
             behind them in * (G + k + 1).
         """
         x = x.unsqueeze(1)
+        knots, k = self.knots, self.order
         basis = []
-        for centres in self.centres:
+        for functions in self.functions:
+            # The centre of function i lies in the middle of knots i to i + k + 1.
+            first, end = functions[0], functions[-1] + 1
+            centres = knots[first + (k + 1) // 2 : end + (k + 1) // 2 : self.groups]
+            if k % 2 == 0:
+                centres = (centres + knots[first + k // 2 + 1 : end + k // 2 + 1 : self.groups]) / 2
             distance = (x - centres).abs()
-            if self.steps is not None:
-                distance = distance / self.steps
+            if not self.has_common_step:
+                distance = distance / ((knots[-1] - knots[0]) / (len(knots) - 1))
             terms = [_power(ramp(distance, *line), self.order) for line in self.ramps]
             value = terms[0]
             for i, term in enumerate(terms[1:]):
@@ -99,12 +107,11 @@ class RecursiveBasis(nn.Module):
         B[i, p] = w[i, p] * B[i, p-1] - w[i+1, p] * B[i+1, p-1] + B[i+1, p-1]
 
     which is the formula of `kan_model.splines.b_spline_basis`, each weight used for both functions
-    it belongs to. Functions are grouped so that a neighbour is always in the next group at the same
-    place, and nothing has to be moved: group j holds the functions j, j + groups, and so on.
+    it belongs to. In interleaved groups a neighbour is always in the next group at the same place,
+    and nothing has to be moved.
 
-    The knots are the only constants. Their differences are exact enough in float32 (each is
-    rounded once, as it would be from float64), and onnxruntime computes them when it loads the
-    model, TorchScript when it is frozen.
+    Differences of knots are exact enough in float32: each is rounded once, as it would be from
+    float64.
 
     Args:
         knots: Shape (in, G + 2k + 1).
@@ -117,21 +124,21 @@ class RecursiveBasis(nn.Module):
     def __init__(self, knots: Tensor, order: int) -> None:
         super().__init__()
         features, count = knots[:, order + 1 :].shape
-        groups = _groups(count, features, "recursion")
-        length = math.ceil(count / groups)
-        beyond = groups * length + order + 1 - knots.shape[1]  # knots that complete the last group
-        last_step = (knots[:, -1:] - knots[:, -2:-1]) * torch.arange(1, beyond + 1)
-        rows = torch.cat([knots, knots[:, -1:] + last_step], dim=1).T
-        self.functions = [list(range(start, count, groups)) for start in range(groups)]
-        self.knots = nn.ParameterList(
-            _constant(rows[start::groups][:length].float()) for start in range(groups + order + 1)
-        )
+        self.groups = _groups(count, features, "recursion")
+        self.length = math.ceil(count / self.groups)
+        missing = self.groups * self.length + order + 1 - knots.shape[1]  # to complete a group
+        beyond = (knots[:, -1:] - knots[:, -2:-1]) * torch.arange(1, missing + 1)
+        self.functions = _interleaved(count, self.groups)
+        self.knots = _constant(torch.cat([knots, knots[:, -1:] + beyond], dim=1).T.float())
         self.order = order
 
     def forward(self, x: Tensor, base: Tensor | None = None) -> Tensor:
         """Evaluate the basis; arguments and result are those of `CardinalBasis`."""
         x = x.unsqueeze(1)
-        knots: list[Tensor] = list(self.knots)
+        knots = [
+            self.knots[start : start + self.groups * self.length : self.groups]
+            for start in range(self.groups + self.order + 1)
+        ]
         if self.order == 0:
             steps = [(x >= t).to(x.dtype) for t in knots]
             basis = [left - right for left, right in pairwise(steps)]
@@ -157,6 +164,11 @@ def _groups(functions: int, features: int, form: Form) -> int:
     """Count the groups that hold at most so many numbers a row, or one function."""
     length = min(functions, max(1, _NUMBERS_A_ROW[form] // features))
     return math.ceil(functions / length)
+
+
+def _interleaved(functions: int, groups: int) -> list[list[int]]:
+    """Part functions into groups, each with every so-manieth of them."""
+    return [list(range(start, functions, groups)) for start in range(groups)]
 
 
 def _side_by_side(basis: Sequence[Tensor], base: Tensor | None) -> Tensor:

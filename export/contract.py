@@ -8,7 +8,8 @@ from importlib import metadata
 
 import torch
 
-from export.lowering import Choice
+import kan_ops
+from export.lowering import Choice, can_be_operator
 from export.network import Network
 from export.parity import Measurement
 from export.precision import TOLERANCE
@@ -58,8 +59,10 @@ def make_manifest(
     )
 
 
-def describe_layers(network: Network, choices: Mapping[str, Choice]) -> tuple[LayerRecord, ...]:
-    """Describe every KANLinear, in the network's order, with the form chosen for it."""
+def describe_layers(
+    network: Network, choices: Mapping[str, Choice], precision: Precision, *, inline: bool
+) -> tuple[LayerRecord, ...]:
+    """Describe every KANLinear, in the network's order, and how the file computes it."""
     return tuple(
         LayerRecord(
             name=name,
@@ -73,6 +76,9 @@ def describe_layers(network: Network, choices: Mapping[str, Choice]) -> tuple[La
             lowering=choices[name].form,
             lowering_error=choices[name].error,
             eager_error=choices[name].eager_error,
+            operator=(
+                kan_ops.OPERATOR if not inline and can_be_operator(layer, precision) else None
+            ),
         )
         for name, layer in network.layers.items()
     )

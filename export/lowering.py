@@ -8,6 +8,9 @@ with the scaler and the constant factors of the basis folded into the weight in 
 path comes last, because its few terms tend to be the largest: in front of the others every later
 addition is rounded to their size, and [16, 32, 8] is three times as far from float64 as it need be.
 
+In an ONNX file such a layer can be one node, the fused operator of kan_ops, with what is written
+here as its body (functions.py).
+
 Which of the two forms of the basis (basis.py) a layer gets is measured. The untouched network stays
 the reference; nothing here is trusted without the comparison in parity.py.
 """
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import kan_ops
 from export.basis import CardinalBasis, RecursiveBasis
 from export.eager import LARGEST_BATCH, evaluate
 from export.errors import NetworkError, refused_samples
@@ -29,8 +33,10 @@ from export.network import Call, Network
 from export.parts import swapped, watched
 from export.precision import Float32Product, HalfProduct, Int8Product
 from export.probes import make_kan_probes
+from export.symbolic import kan_linear
 from kan_bundle.manifest import Form, Precision
 from kan_model import KANLinear
+from kan_model.activations import NAMED, activation_name
 from kan_model.splines import is_uniform
 
 CARDINAL_FACTOR = 1.5
@@ -103,6 +109,10 @@ class LoweredKANLinear(nn.Module):
         self.basis = CardinalBasis(knots, k) if form == "cardinal" else RecursiveBasis(knots, k)
         # NaN and infinities must show in the answer; clamping and whole numbers lose them.
         self.loses_nan = k == 1 or (k > 1 and (form == "cardinal" or precision == "int8"))
+        self.operator = (
+            _attributes(layer, self.basis) if can_be_operator(layer, precision) else None
+        )
+        self.as_operator = False
         weight = _fold(layer, self.basis)
         spline, base = weight[: -layer.in_features], weight[-layer.in_features :]
         self.product: nn.Module
@@ -117,13 +127,18 @@ class LoweredKANLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; shape (..., in) to (..., out)."""
+        if self.as_operator:
+            assert self.operator is not None
+            assert isinstance(self.product, Float32Product)
+            rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+            y: Tensor = kan_linear(rows, self.basis.knots, self.product.weight, self.operator)
+            return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
         base = self.activation(x)  # which may know its channels by their dimension
         if self.loses_nan:
             base = base + 0 * x
         leading = x.shape[:-1]
         if x.dim() != 2:
             x, base = (value.reshape(-1, self.in_features) for value in (x, base))
-        y: Tensor
         if isinstance(self.product, Float32Product):
             y = self.product(self.basis(x, base))
         else:
@@ -238,6 +253,52 @@ def probes_within(layer: KANLinear) -> Tensor:
     probes = make_kan_probes(layer.grid.numpy(), layer.spline_order, _ROWS_PER_GROUP)
     within = [group in _WITHIN_KNOTS for group in probes.groups]
     return torch.from_numpy(probes.inputs[0][within])
+
+
+def fusible(network: nn.Module) -> dict[str, LoweredKANLinear]:
+    """Find the layers that the fused operator can compute, by path."""
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if isinstance(module, LoweredKANLinear) and module.operator is not None
+    }
+
+
+@contextmanager
+def as_operators(network: nn.Module) -> Iterator[None]:
+    """Let an export to ONNX write the layers that can be as the fused operator."""
+    layers = fusible(network).values()
+    for layer in layers:
+        layer.as_operator = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.as_operator = False
+
+
+def can_be_operator(layer: KANLinear, precision: Precision) -> bool:
+    """Tell whether the fused operator computes such a layer."""
+    activation = activation_name(layer.base_activation)
+    return (
+        precision == "fp32"
+        and activation in kan_ops.ACTIVATIONS
+        and type(layer.base_activation) is type(NAMED[activation]())
+        and layer.spline_order in kan_ops.ORDERS
+        and layer.grid_size <= kan_ops.MAX_GRID_SIZE
+    )
+
+
+def _attributes(
+    layer: KANLinear, basis: CardinalBasis | RecursiveBasis
+) -> Mapping[str, int | float | str]:
+    return {
+        "order": layer.spline_order,
+        "grid_size": layer.grid_size,
+        "groups": basis.groups,
+        "scale": basis.scale,
+        "activation": activation_name(layer.base_activation),
+    }
 
 
 def own_tensors(network: nn.Module) -> set[str]:

@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from onnxscript import optimizer, version_converter
 from torch import Tensor, nn
 
+import kan_ops
 from export.errors import ConversionError, InputError, cause, conversion
+from export.functions import INPUTS, OUTPUTS, add_bodies, name_overloads
 from export.graph_names import name_after_modules
-from export.lowering import own_tensors
+from export.lowering import as_operators, own_tensors
 from export.parity import Runner
 from kan_bundle.layout import WEIGHTS_FILE
 
@@ -64,6 +66,8 @@ def write_onnx(
     graph_name: str,
     metadata: Mapping[str, str],
     opset: int = DEFAULT_OPSET,
+    *,
+    inline: bool = False,
 ) -> None:
     """Write a network as ONNX.
 
@@ -76,42 +80,30 @@ def write_onnx(
         graph_name: Name of the graph.
         metadata: Written to the model's `metadata_props`.
         opset: Version of the standard operators, as `check_opset` takes it.
+        inline: Write all layers as standard operators, instead of one node with a body of those.
 
     Raises:
         ConversionError: The network cannot be converted, or the graph is not what was asked for.
     """
     batch = {0: torch.export.Dim("batch")}
     with _quiet_exporter(), conversion("ONNX"):
-        program = torch.onnx.export(
-            network,
-            example,
-            dynamo=True,
-            opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
-            input_names=input_names,
-            output_names=output_names,
-            dynamic_shapes=(tuple(batch for _ in input_names),),
-            optimize=False,
-            verbose=False,
-        )
-        if program is None:  # the signature allows it for files written directly
-            raise ConversionError("torch.onnx.export returned no program")
-        model = program.model
-        kept = own_tensors(network)
-
-        def should_fold(node: onnx_ir.Node) -> bool | None:  # None leaves it to the optimizer
-            return False if any(v is not None and v.name in kept for v in node.inputs) else None
-
-        optimizer.optimize_ir(model, should_fold=should_fold)
-        name_after_modules(model)
-        if model.opset_imports.get("") != opset:
-            version_converter.convert_version(model, opset, fallback=True)
-    _forget_the_exporting_machine(model)
+        with nullcontext() if inline else as_operators(network):
+            shapes = (tuple(batch for _ in input_names),)
+            model = _convert(network, example, input_names, output_names, shapes, opset)
+        if not inline:
+            add_bodies(
+                model,
+                network,
+                lambda body: _convert(
+                    body, body.example(), INPUTS, OUTPUTS, (batch, None, None), opset
+                ),
+            )
     model.producer_name = "kanserve"
     model.producer_version = metadata.get("kanserve.version", "")
     model.graph.name = graph_name
     model.metadata_props.update(metadata)
     found = dict(model.opset_imports)
-    if set(found) != {""}:
+    if not set(found) <= {"", kan_ops.DOMAIN}:
         raise ConversionError(
             f"{path.name}: expected ONNX's own operators alone, found some of "
             f"{', '.join(sorted(filter(None, found)))}; write that part of the network another way"
@@ -129,8 +121,50 @@ def write_onnx(
         value.const_value = None  # onnxscript's rewriter holds on to the graph it saw last
 
 
-def load_onnx(path: Path) -> Runner:
+def _convert(
+    network: nn.Module,
+    example: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_shapes: tuple[Any, ...],
+    opset: int,
+) -> onnx_ir.Model:
+    """Trace a network, clean the graph, and bring it to an opset, or as near as can be."""
+    program = torch.onnx.export(
+        network,
+        example,
+        dynamo=True,
+        opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
+        input_names=input_names,
+        output_names=output_names,
+        dynamic_shapes=dynamic_shapes,
+        optimize=False,
+        verbose=False,
+    )
+    if program is None:  # the signature allows it for files written directly
+        raise ConversionError("torch.onnx.export returned no program")
+    model = program.model
+    name_overloads(model, network)
+    kept = own_tensors(network)
+
+    def should_fold(node: onnx_ir.Node) -> bool | None:  # None leaves it to the optimizer
+        return False if any(v is not None and v.name in kept for v in node.inputs) else None
+
+    optimizer.optimize_ir(model, should_fold=should_fold)
+    name_after_modules(model)
+    if model.opset_imports.get("") != opset:
+        version_converter.convert_version(model, opset, fallback=True)
+    _forget_the_exporting_machine(model)
+    return model
+
+
+def load_onnx(path: Path, *, fused: bool = False) -> Runner:
     """Load a file as it will be served: onnxruntime, CPU, all graph optimisations.
+
+    Args:
+        path: The file.
+        fused: Whether to run KANLinear nodes by the library of kan_ops, which must be there,
+            instead of their bodies.
 
     Raises:
         ConversionError: onnxruntime is not installed, or cannot load the file.
@@ -143,8 +177,11 @@ def load_onnx(path: Path) -> Runner:
         raise ConversionError(
             "onnxruntime is needed to verify the export; install kanserve[cpu] or kanserve[gpu]"
         ) from error
+    options = onnxruntime.SessionOptions()
     try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        if fused:
+            kan_ops.register(options)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of onnxruntime, which has a class for each kind
         raise ConversionError(
             f"onnxruntime {onnxruntime.__version__} cannot run the file: {cause(error)}; it may "

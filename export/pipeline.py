@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+import kan_ops
 from export.contract import describe_layers, make_manifest, metadata_props
 from export.errors import InputError
 from export.factory import build_module, load_weights
@@ -21,7 +22,7 @@ from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
 from export.lowering import choose_forms, lowered
 from export.network import Network, copy_module, describe_network, example
 from export.onnx_graph import DEFAULT_OPSET, check_opset, load_onnx, write_onnx
-from export.parity import choose_golden, measure, run_probes, swallow_nan
+from export.parity import Runner, choose_golden, measure, run_probes, swallow_nan
 from export.precision import TOLERANCE, check_precision
 from export.reference import make_reference
 from export.report import Report
@@ -70,6 +71,7 @@ class _Options:
 
     opset: int
     precision: Precision
+    inline: bool
 
 
 def export_checkpoint(
@@ -86,6 +88,7 @@ def export_checkpoint(
     trust_pickle: bool = False,
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
+    inline: bool = False,
     force: bool = False,
     report: Report | None = None,
 ) -> Manifest:
@@ -107,6 +110,8 @@ def export_checkpoint(
         opset: Version of ONNX's standard operators to write.
         precision: Of the KAN layers' weights and products; below float32 an approximation, which
             has its own tolerance (`export.precision`).
+        inline: Write KANLinear layers as standard operators alone, for runtimes that do not know
+            model-local functions.
         force: Whether an existing version may be replaced.
         report: Is told each stage, the measurements and the warnings; None only warns.
 
@@ -126,7 +131,7 @@ def export_checkpoint(
     path = Path(checkpoint)
     report = report or Report.silent()
     target = _choose_target(Path(output), path.stem if name is None else name, version, force)
-    options = _Options(check_opset(opset), check_precision(precision))
+    options = _Options(check_opset(opset), check_precision(precision), inline)
     inputs = read_inputs(input_shape, samples)
     with report.stage("read the checkpoint"):
         # Not kept: a large file is mapped, and its pages count until the last tensor lets go.
@@ -150,6 +155,7 @@ def export_module(
     samples: Samples | None = None,
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
+    inline: bool = False,
     force: bool = False,
     report: Report | None = None,
 ) -> Manifest:
@@ -165,6 +171,7 @@ def export_module(
         samples: As above.
         opset: As above.
         precision: As above.
+        inline: As above.
         force: As above.
         report: As above.
 
@@ -180,7 +187,7 @@ def export_module(
         OSError: Something could not be written.
     """
     target = _choose_target(Path(output), name, version, force)
-    options = _Options(check_opset(opset), check_precision(precision))
+    options = _Options(check_opset(opset), check_precision(precision), inline)
     inputs = read_inputs(input_shape, samples)
     own = copy_module(module).cpu().eval()
     return _export(own, inputs, target, options, None, report or Report.silent())
@@ -256,7 +263,7 @@ def _export(
         )
     with report.stage("choose the form of each layer"):
         choices = choose_forms(network)
-    layers = describe_layers(network, choices)
+    layers = describe_layers(network, choices, options.precision, inline=options.inline)
     _say_what_was_found(report, network, layers)
     folder = target.folder
     notes = metadata_props(folder.name, source, layers)
@@ -267,7 +274,17 @@ def _export(
             with report.stage(f"write {MODEL_FILE}"):
                 given = [spec.name for spec in network.inputs.specs]
                 gives = [spec.name for spec in network.outputs]
-                write_onnx(call, rows, given, gives, model_path, folder.name, notes, options.opset)
+                write_onnx(
+                    call,
+                    rows,
+                    given,
+                    gives,
+                    model_path,
+                    folder.name,
+                    notes,
+                    options.opset,
+                    inline=options.inline,
+                )
             with report.stage(f"write {TORCHSCRIPT_FILE}"):
                 write_torchscript(call, rows, script_path, notes)
         gc.collect()  # the converters leave cycles that hold every weight
@@ -285,12 +302,21 @@ def _export(
                 "in float32"
             )
         found: Mapping[str, NDArray[np.float64]] = {"eager": reference.eager}
+        runtimes: dict[str, Callable[[], Runner]] = {
+            "onnxruntime cpu": lambda: load_onnx(model_path)
+        }
+        if any(layer.operator for layer in layers):
+            if kan_ops.library_path() is None:
+                report.warn(
+                    "what kan_ops computes is not compared, only what its nodes hold in standard "
+                    f"operators. {kan_ops.NOT_BUILT}"
+                )
+            else:
+                runtimes["onnxruntime cpu, fused"] = lambda: load_onnx(model_path, fused=True)
+        runtimes["torchscript"] = lambda: load_torchscript(script_path)
         with report.stage("compare the files as written"):
-            for runtime, load, path in (
-                ("onnxruntime cpu", load_onnx, model_path),
-                ("torchscript", load_torchscript, script_path),
-            ):
-                found = {**found, runtime: run_probes(load(path), reference)}
+            for runtime, load in runtimes.items():
+                found = {**found, runtime: run_probes(load(), reference)}
                 gc.collect()  # one runtime at a time, where memory is short
         if network.kan is None and (swallowed := swallow_nan(found, reference)).any():
             report.warn(
@@ -311,8 +337,9 @@ def _export(
 
         golden = choose_golden(reference)
         with report.stage("replay what the server will replay"):
-            answers = side_by_side(load_onnx(model_path)(golden.inputs))
-            require_golden(golden, answers)
+            for runtime, load in runtimes.items():
+                if runtime.startswith("onnxruntime"):
+                    require_golden(golden, side_by_side(load()(golden.inputs)))
         with report.stage("publish"):
             write_golden(golden, place.path / GOLDEN_FILE)
             files = {file.name: record_file(file) for file in sorted(place.path.iterdir())}
@@ -342,8 +369,9 @@ def _say_what_was_found(
             f"{layer.grid_size}, order {layer.spline_order}, {scaler} standalone scaler, "
             f"{layer.base_activation}"
         )
+        node = "" if layer.operator is None else f", the body of one {layer.operator}"
         report.say(
-            f"    written as {layer.lowering}, in float32 off by {layer.lowering_error:.1e} "
+            f"    written as {layer.lowering}{node}; in float32 off by {layer.lowering_error:.1e} "
             f"(eager by {layer.eager_error:.1e})"
         )
     for kind, specs in (("input", network.inputs.specs), ("output", network.outputs)):

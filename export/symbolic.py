@@ -1,7 +1,11 @@
 """Operators of ONNX that torch has no name for: one node in a graph, a formula in TorchScript."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+import kan_ops
 
 
 def ramp(distance: Tensor, top: float, slope: float) -> Tensor:
@@ -42,3 +46,20 @@ def matmul_integer(left: Tensor, right: Tensor) -> Tensor:
             shape=(left.shape[0], right.shape[1]),
         ).float()
     return left @ right.float()
+
+
+def kan_linear(
+    x: Tensor, knots: Tensor, weight: Tensor, attributes: Mapping[str, int | float | str]
+) -> Tensor:
+    """Write the fused operator, whose inputs and attributes kan_ops/src/operator.cpp describes.
+
+    Only for export to ONNX, which must give it a body (functions.py).
+    """
+    return torch.onnx.ops.symbolic(
+        f"{kan_ops.DOMAIN}::{kan_ops.OPERATOR}",
+        [x, knots, weight],
+        dict(attributes),
+        dtype=x.dtype,
+        shape=(x.shape[0], weight.shape[1]),
+        version=1,
+    )

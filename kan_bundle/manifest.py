@@ -82,6 +82,8 @@ class LayerRecord:
         lowering_error: Largest |y - y64| of the layer in that form, in float32, within its knots,
             at up to 64 of its outputs.
         eager_error: The same of the layer as it was trained.
+        operator: The operator of kan_ops that the layer is one node of, with a body of standard
+            operators; None if it is written as those alone.
     """
 
     name: str
@@ -95,6 +97,7 @@ class LayerRecord:
     lowering: Form
     lowering_error: Annotated[float, Field(ge=0)]
     eager_error: Annotated[float, Field(ge=0)]
+    operator: str | None
 
 
 @_STRICT

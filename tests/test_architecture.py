@@ -14,16 +14,18 @@ from tests.conftest import ROOT
 MAY_IMPORT = {
     "kan_model": set[str](),
     "kan_bundle": set[str](),
+    "kan_ops": set[str](),
     "protos": set[str](),
-    "export": {"kan_model", "kan_bundle"},
-    "serving": {"protos", "kan_bundle"},
-    "benchmarks": {"kan_model", "kan_bundle", "export"},
+    "export": {"kan_model", "kan_bundle", "kan_ops"},
+    "serving": {"protos", "kan_bundle", "kan_ops"},
+    "benchmarks": {"kan_model", "kan_bundle", "kan_ops", "export"},
 }
 NOT_DISTRIBUTED = {"benchmarks"}
 NEVER = {
     "kan_bundle": {"torch", "onnxruntime", "onnx", "grpc"},
     "serving": {"torch", "onnx"},
     "kan_model": {"onnx", "onnxruntime", "grpc"},
+    "kan_ops": {"torch", "onnx", "grpc", "numpy"},
     "export": {"grpc"},
     "protos": {"torch", "onnxruntime"},
     "benchmarks": {"grpc"},
@@ -56,9 +58,9 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
 
 def test_every_package_is_in_the_table_and_in_the_distribution() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"examples", "tests"}
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]
     assert packages == set(MAY_IMPORT)
-    assert packages - NOT_DISTRIBUTED == set(declared["packages"])
+    assert packages - NOT_DISTRIBUTED == set(declared["wheel"]["packages"])
 
 
 def test_the_server_process_never_imports_torch() -> None:
