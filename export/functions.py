@@ -4,103 +4,139 @@ A model-local function is what a runtime computes for a node that it has no kern
 runs the body, unless it is given the library of kan_ops, whose operator then takes over.
 
 Each layer has a body of its own, an overload of the operator named for the layer, because the form
-that suits it depends on its knots and its width. This module knows no files.
+that suits it depends on its knots and its width. The bodies are traced and converted together with
+the network, as further outputs of further inputs, and parted from it at the end. This module knows
+no files.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx_ir
 import torch
+from onnx_ir.passes import common
 from torch import Tensor, nn
 
 import kan_ops
-from export.lowering import LoweredKANLinear, fusible
+from export.lowering import LoweredKANLinear, as_operators
+from export.network import Call
 from export.precision import Float32Product
 
 IR_VERSION = 10
 """The oldest version of ONNX's format that knows overloads."""
 
-INPUTS = ("x", "knots", "weight")
-OUTPUTS = ("y",)
+_INPUTS = ("x", "knots", "weight")
+_OUTPUT = "y"
 
 
-class Body(nn.Module):
-    """A layer as a function of all its tensors.
+class WithBodies(nn.Module):
+    """A network that calls layers as operators, and beside it what each of them computes.
 
     Args:
-        layer: Not as an operator.
+        network: Its layers are in the form that is exported.
+        layers: Those to call as operators, by their path in `network`.
     """
 
-    def __init__(self, layer: LoweredKANLinear) -> None:
+    def __init__(self, network: Call, layers: Mapping[str, LoweredKANLinear]) -> None:
         super().__init__()
-        self.module = layer
+        self.module = network.module  # at the path where `network` has it
+        self._network = network.forward
+        self._layers = {path.partition(".")[2]: layer for path, layer in layers.items()}
 
-    def forward(self, x: Tensor, knots: Tensor, weight: Tensor) -> Tensor:
-        """Apply the layer; shape (rows, in) to (rows, out)."""
-        tensors = {"basis.knots": knots, "product.weight": weight}
-        y: Tensor = torch.func.functional_call(self.module, tensors, (x,))
-        return y
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the network on the first inputs, and the layers on `_INPUTS` of each of them."""
+        count = len(inputs) - len(_INPUTS) * len(self._layers)
+        with as_operators(self._layers.values()):
+            outputs = self._network(*inputs[:count])
+        bodies = []
+        for i, layer in enumerate(self._layers.values()):
+            x, knots, weight = inputs[count + len(_INPUTS) * i :][: len(_INPUTS)]
+            tensors = {"basis.knots": knots, "product.weight": weight}
+            bodies.append(torch.func.functional_call(layer, tensors, (x,)))
+        return (*outputs, *bodies)
 
-    def example(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Make inputs to trace it with."""
-        layer = self.module
-        assert isinstance(layer.product, Float32Product)
-        return torch.zeros(2, layer.in_features), layer.basis.knots, layer.product.weight
+    def examples(self) -> tuple[Tensor, ...]:
+        """Make further inputs to trace it with; of each three the first has rows."""
+        found = []
+        for layer in self._layers.values():
+            assert isinstance(layer.product, Float32Product)
+            x = torch.zeros(2, layer.in_features)
+            found += [x, layer.basis.knots, layer.product.weight]
+        return tuple(tensor.detach() for tensor in found)  # the exporter knows its own by identity
+
+    def dynamic_shapes(self, rows: Mapping[int, Any]) -> list[Mapping[int, Any] | None]:
+        """Say which sizes of the further inputs vary."""
+        return [rows if tensor == "x" else None for _ in self._layers for tensor in _INPUTS]
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """Name the further inputs and outputs."""
+        inputs = [f"{name}/{tensor}" for name in self._layers for tensor in _INPUTS]
+        return inputs, [f"{name}/{_OUTPUT}" for name in self._layers]
+
+    def name_overloads(self, model: onnx_ir.Model) -> None:
+        """Tell the nodes of the operator apart, in a graph as the exporter made it of this."""
+        for node in _operators(model):
+            knots = node.inputs[1]
+            assert knots is not None
+            assert knots.name is not None
+            node.overload = knots.name.removesuffix("basis.knots").strip(".").partition(".")[2]
+
+    def part(self, model: onnx_ir.Model) -> None:
+        """Make functions of the bodies, and leave the network alone in the graph."""
+        nodes = {node.overload: node for node in _operators(model)}
+        count = len(model.graph.inputs) - len(_INPUTS) * len(self._layers)
+        results = len(model.graph.outputs) - len(self._layers)
+        for i, name in enumerate(self._layers):
+            if name not in nodes:
+                continue  # the network has the layer, and does not call it
+            graph = model.graph.clone()
+            inputs = graph.inputs[count + len(_INPUTS) * i :][: len(_INPUTS)]
+            output = graph.outputs[results + i]
+            _reduce(graph, inputs, [output])
+            for value, own_name in zip((*inputs, output), (*_INPUTS, _OUTPUT), strict=True):
+                value.name = own_name
+            _inline_initializers(graph)
+            attributes = nodes[name].attributes.values()
+            function = onnx_ir.Function(
+                kan_ops.DOMAIN,
+                kan_ops.OPERATOR,
+                name,
+                graph=graph,
+                attributes=[onnx_ir.Attr(a.name, a.type, None) for a in attributes],
+            )
+            model.functions[function.identifier()] = function
+        _reduce(model.graph, model.graph.inputs[:count], model.graph.outputs[:results])
+        if nodes:
+            model.opset_imports[kan_ops.DOMAIN] = 1
+            model.ir_version = max(model.ir_version, IR_VERSION)
 
 
-def name_overloads(model: onnx_ir.Model, network: nn.Module) -> None:
-    """Tell the nodes of the operator apart, in a graph as the exporter made it.
+def _reduce(
+    graph: onnx_ir.Graph, inputs: Sequence[onnx_ir.Value], outputs: Sequence[onnx_ir.Value]
+) -> None:
+    """Leave only what leads to some outputs, which is to need no other inputs than these."""
+    graph.outputs[:] = outputs
+    common.RemoveUnusedNodesPass()(onnx_ir.Model(graph, ir_version=IR_VERSION))
+    graph.inputs[:] = inputs
 
-    Args:
-        model: Its initializers still have the names of the network's tensors.
-        network: What it was made of.
+
+def _inline_initializers(graph: onnx_ir.Graph) -> None:
+    """Turn initializers, which a function has none of, into nodes.
+
+    Sizes are forgotten too: what is `batch` here is another number where the function is called.
     """
-    by_knots = {f"{path}.basis.knots": name_of(path) for path in fusible(network)}
-    for node in operators(model):
-        knots = node.inputs[1]
-        assert knots is not None
-        assert knots.name is not None
-        node.overload = by_knots[knots.name]
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
+    beginning = graph[0]
+    for name, value in list(graph.initializers.items()):
+        constant = onnx_ir.node("Constant", [], {"value": value.const_value}, name=name)
+        value.replace_all_uses_with(constant.outputs[0])
+        del graph.initializers[name]
+        constant.outputs[0].name = name
+        graph.insert_before(beginning, constant)
 
 
-def name_of(path: str) -> str:
-    """Name a layer as the network does, without the wrapper that holds the network."""
-    return path.partition(".")[2]
-
-
-def operators(model: onnx_ir.Model) -> list[onnx_ir.Node]:
-    """List the nodes that are the fused operator."""
+def _operators(model: onnx_ir.Model) -> list[onnx_ir.Node]:
     kind = (kan_ops.DOMAIN, kan_ops.OPERATOR)
     return [node for node in model.graph.all_nodes() if (node.domain, node.op_type) == kind]
-
-
-def add_bodies(
-    model: onnx_ir.Model, network: nn.Module, convert: Callable[[Body], onnx_ir.Model]
-) -> None:
-    """Give each overload of the operator its body.
-
-    Args:
-        model: From `network`.
-        network: None of its layers is written as the operator any more.
-        convert: Writes a body as a graph of its own, with the same opset.
-    """
-    layers = {name_of(path): layer for path, layer in fusible(network).items()}
-    for node in operators(model):
-        model.opset_imports[kan_ops.DOMAIN] = 1
-        model.ir_version = max(model.ir_version, IR_VERSION)
-        graph = convert(Body(layers[node.overload]).eval()).graph
-        beginning = graph[0]
-        for name, value in list(graph.initializers.items()):  # a function has none
-            constant = onnx_ir.node("Constant", [], {"value": value.const_value}, name=name)
-            value.replace_all_uses_with(constant.outputs[0])
-            del graph.initializers[name]
-            constant.outputs[0].name = name
-            graph.insert_before(beginning, constant)
-        function = onnx_ir.Function(
-            kan_ops.DOMAIN,
-            kan_ops.OPERATOR,
-            node.overload,
-            graph=graph,
-            attributes=[onnx_ir.Attr(a.name, a.type, None) for a in node.attributes.values()],
-        )
-        model.functions[function.identifier()] = function

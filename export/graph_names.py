@@ -17,11 +17,16 @@ _UNNAMED = "lifted_tensor_"  # what torch.export calls a tensor that forward mak
 Scope = tuple[str, ...]
 
 
-def name_after_modules(model: onnx_ir.Model) -> None:
+def name_after_modules(model: onnx_ir.Model, outputs: int) -> None:
     """Rename the nodes, values and initializers of a graph that torch.onnx.export made.
 
     The names of inputs and outputs stay, and those inside branches and loops. The exporter's notes
     on the nodes are needed.
+
+    Args:
+        model: To be changed.
+        outputs: How many of its outputs, from the first on, are the network's. What leads to
+            others is no result of the modules that it lies in.
     """
     graph = model.graph
     taken = {value.name for value in (*graph.inputs, *graph.outputs)}
@@ -48,7 +53,7 @@ def name_after_modules(model: onnx_ir.Model) -> None:
         graph.initializers[meanwhile].name = name
 
     kept = {id(value) for value in graph.outputs}
-    exits = _exits(graph)
+    exits = _exits(graph, outputs)
     for node in graph:
         scope = _scope(node)
         name = unique("/".join((*scope, node.op_type.lower())))
@@ -63,8 +68,9 @@ def name_after_modules(model: onnx_ir.Model) -> None:
                 value.name = unique(f"{name}/{i}") if i else name
 
 
-def _exits(graph: onnx_ir.Graph) -> dict[Scope, list[onnx_ir.Value]]:
+def _exits(graph: onnx_ir.Graph, outputs: int) -> dict[Scope, list[onnx_ir.Value]]:
     """Find the values that each module gives to nodes outside it."""
+    results = {id(value) for value in graph.outputs[:outputs]}
     exits: dict[Scope, list[onnx_ir.Value]] = defaultdict(list)
     for node in graph:
         scope = _scope(node)
@@ -72,7 +78,7 @@ def _exits(graph: onnx_ir.Graph) -> dict[Scope, list[onnx_ir.Value]]:
             users = [_scope(user) for user, _ in value.uses()]
             for depth in range(1, len(scope) + 1):
                 inner = scope[:depth]
-                if value.is_graph_output() or any(user[:depth] != inner for user in users):
+                if id(value) in results or any(user[:depth] != inner for user in users):
                     exits[inner].append(value)
     return exits
 

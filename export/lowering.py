@@ -17,7 +17,7 @@ the reference; nothing here is trusted without the comparison in parity.py.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -265,9 +265,8 @@ def fusible(network: nn.Module) -> dict[str, LoweredKANLinear]:
 
 
 @contextmanager
-def as_operators(network: nn.Module) -> Iterator[None]:
-    """Let an export to ONNX write the layers that can be as the fused operator."""
-    layers = fusible(network).values()
+def as_operators(layers: Collection[LoweredKANLinear]) -> Iterator[None]:
+    """Let an export to ONNX write layers as the fused operator."""
     for layer in layers:
         layer.as_operator = True
     try:

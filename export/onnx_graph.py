@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import onnx_ir
 import torch
 from numpy.typing import NDArray
 from onnxscript import optimizer, version_converter
-from torch import Tensor, nn
+from torch import Tensor
 
 import kan_ops
 from export.errors import ConversionError, InputError, cause, conversion
-from export.functions import INPUTS, OUTPUTS, add_bodies, name_overloads
+from export.functions import WithBodies
 from export.graph_names import name_after_modules
-from export.lowering import as_operators, own_tensors
+from export.lowering import fusible, own_tensors
+from export.network import Call
 from export.parity import Runner
 from kan_bundle.layout import WEIGHTS_FILE
 
@@ -58,7 +59,7 @@ def check_opset(opset: int) -> int:
 
 
 def write_onnx(
-    network: nn.Module,
+    network: Call,
     example: tuple[Tensor, ...],
     input_names: Sequence[str],
     output_names: Sequence[str],
@@ -72,7 +73,7 @@ def write_onnx(
     """Write a network as ONNX.
 
     Args:
-        network: In evaluation mode, float32; takes one tensor for each input, gives a tuple.
+        network: In evaluation mode, float32.
         example: Inputs of at least two rows.
         input_names: Of the graph, in the order of `example`.
         output_names: Of the graph.
@@ -87,17 +88,34 @@ def write_onnx(
     """
     batch = {0: torch.export.Dim("batch")}
     with _quiet_exporter(), conversion("ONNX"):
-        with nullcontext() if inline else as_operators(network):
-            shapes = (tuple(batch for _ in input_names),)
-            model = _convert(network, example, input_names, output_names, shapes, opset)
-        if not inline:
-            add_bodies(
-                model,
-                network,
-                lambda body: _convert(
-                    body, body.example(), INPUTS, OUTPUTS, (batch, None, None), opset
-                ),
-            )
+        both = WithBodies(network, {} if inline else fusible(network))
+        further_inputs, further_outputs = both.names()
+        program = torch.onnx.export(
+            both.eval(),
+            (*example, *both.examples()),
+            dynamo=True,
+            opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
+            input_names=[*input_names, *further_inputs],
+            output_names=[*output_names, *further_outputs],
+            dynamic_shapes=((*(batch for _ in input_names), *both.dynamic_shapes(batch)),),
+            optimize=False,
+            verbose=False,
+        )
+        if program is None:  # the signature allows it for files written directly
+            raise ConversionError("torch.onnx.export returned no program")
+        model = program.model
+        both.name_overloads(model)
+        kept = own_tensors(network)
+
+        def should_fold(node: onnx_ir.Node) -> bool | None:  # None leaves it to the optimizer
+            return False if any(v is not None and v.name in kept for v in node.inputs) else None
+
+        optimizer.optimize_ir(model, should_fold=should_fold)
+        name_after_modules(model, len(output_names))
+        if model.opset_imports.get("") != opset:
+            version_converter.convert_version(model, opset, fallback=True)
+        both.part(model)
+    _forget_the_exporting_machine(model)
     model.producer_name = "kanserve"
     model.producer_version = metadata.get("kanserve.version", "")
     model.graph.name = graph_name
@@ -119,43 +137,6 @@ def write_onnx(
         onnx.checker.check_model(str(path), full_check=True)
     for value in model.graph.initializers.values():
         value.const_value = None  # onnxscript's rewriter holds on to the graph it saw last
-
-
-def _convert(
-    network: nn.Module,
-    example: tuple[Tensor, ...],
-    input_names: Sequence[str],
-    output_names: Sequence[str],
-    dynamic_shapes: tuple[Any, ...],
-    opset: int,
-) -> onnx_ir.Model:
-    """Trace a network, clean the graph, and bring it to an opset, or as near as can be."""
-    program = torch.onnx.export(
-        network,
-        example,
-        dynamo=True,
-        opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
-        input_names=input_names,
-        output_names=output_names,
-        dynamic_shapes=dynamic_shapes,
-        optimize=False,
-        verbose=False,
-    )
-    if program is None:  # the signature allows it for files written directly
-        raise ConversionError("torch.onnx.export returned no program")
-    model = program.model
-    name_overloads(model, network)
-    kept = own_tensors(network)
-
-    def should_fold(node: onnx_ir.Node) -> bool | None:  # None leaves it to the optimizer
-        return False if any(v is not None and v.name in kept for v in node.inputs) else None
-
-    optimizer.optimize_ir(model, should_fold=should_fold)
-    name_after_modules(model)
-    if model.opset_imports.get("") != opset:
-        version_converter.convert_version(model, opset, fallback=True)
-    _forget_the_exporting_machine(model)
-    return model
 
 
 def load_onnx(path: Path, *, fused: bool = False) -> Runner:

@@ -15,6 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
+import kan_ops
 from kan_bundle.errors import IntegrityError
 from kan_bundle.manifest import Datatype, Manifest, TensorSpec
 from serving.errors import EngineError, InvalidRequest, StartupError
@@ -38,6 +39,10 @@ class Engine:
         folder: Where the file of its weights lies, verified, if they are not in `model`.
         provider: Where to run.
         threads: Threads one run may use.
+        fused: Whether to run KANLinear layers by the operator of kan_ops.
+
+    Attributes:
+        fused_layers: How many of the model's KANLinear layers run so.
 
     Raises:
         IntegrityError: The file is no usable model, or its tensors are not the manifest's.
@@ -45,7 +50,14 @@ class Engine:
     """
 
     def __init__(
-        self, model: bytes, manifest: Manifest, folder: Path, provider: Provider, threads: int
+        self,
+        model: bytes,
+        manifest: Manifest,
+        folder: Path,
+        provider: Provider,
+        threads: int,
+        *,
+        fused: bool = False,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -57,6 +69,11 @@ class Engine:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
         )
+        # Other versions of the operator have other names; onnxruntime runs the bodies of those.
+        own = sum(layer.operator == kan_ops.OPERATOR for layer in manifest.layers)
+        self.fused_layers = own if fused else 0
+        if self.fused_layers:
+            kan_ops.register(options)
         wanted = EXECUTION_PROVIDERS[provider]
         try:
             with redirect_stdout(io.StringIO()):  # it prints when it falls back

@@ -49,10 +49,10 @@ class Repository:
         self._models = models
 
     @property
-    def ready_models(self) -> list[Manifest]:
-        """List what every version that can be served was exported as."""
+    def loaded(self) -> list[LoadedModel]:
+        """List every version that can be served."""
         return [
-            found.manifest
+            found
             for versions in self._models.values()
             for found in versions.values()
             if isinstance(found, LoadedModel)
@@ -189,8 +189,9 @@ def load_bundle(folder: BundleFolder, make_engine: EngineMaker) -> LoadedModel:
         )
     worst = float(excess(found, golden.outputs, golden.tolerance).max())
     if worst > 1.0:
+        fused = ", with --fused" if engine.fused_layers else ""
         raise IntegrityError(
             f"{folder.path}: golden replay is off by {worst:.3g} times what is allowed on this "
-            "machine and provider; do not serve it: export again here and compare"
+            f"machine and provider{fused}; do not serve it: export again here and compare"
         )
     return LoadedModel(manifest, engine)

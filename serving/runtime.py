@@ -11,10 +11,14 @@ from typing import Literal
 
 import structlog
 
+import kan_ops
 from serving.errors import StartupError
 
 Provider = Literal["cpu", "cuda"]
 """Where models run."""
+
+Fused = Literal["auto", "on", "off"]
+"""Whether KANLinear layers run by the operator of kan_ops."""
 
 EXECUTION_PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
@@ -68,6 +72,30 @@ def prepare(provider: Provider) -> None:
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their wheels, where installed
         if printed.getvalue():
             _log.warning("cuda_libraries", found=printed.getvalue())
+
+
+def choose_fused(wanted: Fused, provider: Provider) -> bool:
+    """Find out whether the library of kan_ops, of the installed package, is to be used.
+
+    Raises:
+        StartupError: It is wanted and cannot be had.
+    """
+    import onnxruntime
+
+    if wanted == "off" or (wanted == "auto" and provider != "cpu"):
+        return False
+    if provider != "cpu":
+        raise StartupError(
+            f"--fused on: the operator is for CPU, and --provider is {provider}; leave one out"
+        )
+    try:
+        kan_ops.register(onnxruntime.SessionOptions())
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        if wanted == "on":
+            raise StartupError(f"--fused on: {error}") from error
+        _log.warning("not_fused", reason=str(error))
+        return False
+    return True
 
 
 def _is_installed(distribution: str) -> bool:

@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from kan_bundle.layout import BundleFolder
 from kan_bundle.manifest import Manifest
-from serving import health, runtime
+from serving import health, metrics, runtime
 from serving.engine import Engine
 from serving.errors import StartupError
 from serving.repository import LoadedModel, ModelVersion, Repository, load_repository
@@ -44,6 +44,7 @@ class Server:
 
     Attributes:
         address: Host and port taken.
+        metrics_address: The same, for Prometheus.
         repository: What is served.
     """
 
@@ -51,6 +52,7 @@ class Server:
         self,
         settings: Settings,
         address: str,
+        metrics_address: str,
         repository: Repository,
         grpc_server: grpc.Server,
         health_service: health.HealthService,
@@ -58,6 +60,7 @@ class Server:
         draining: threading.Event,
     ) -> None:
         self.address = address
+        self.metrics_address = metrics_address
         self.repository = repository
         self._settings = settings
         self._grpc_server = grpc_server
@@ -74,7 +77,8 @@ class Server:
         file = self._settings.address_file
         if file is not None:
             try:
-                _write_whole(file, json.dumps({"grpc": self.address}) + "\n")
+                addresses = {"grpc": self.address, "metrics": self.metrics_address}
+                _write_whole(file, json.dumps(addresses) + "\n")
             except OSError as error:
                 raise StartupError(
                     f"--address-file {file}: cannot be written: {error.strerror}"
@@ -82,6 +86,7 @@ class Server:
         _log.info(
             "listening",
             grpc=self.address,
+            metrics=self.metrics_address,
             provider=self._settings.provider,
             ready=self.repository.ready,
         )
@@ -122,12 +127,17 @@ def running(settings: Settings) -> Iterator[Server]:
         LayoutError: The model repository cannot be read.
     """
     runtime.prepare(settings.provider)
+    fused = runtime.choose_fused(settings.fused, settings.provider)
 
     def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
-        return Engine(model, manifest, folder, settings.provider, settings.engine_threads)
+        return Engine(
+            model, manifest, folder, settings.provider, settings.engine_threads, fused=fused
+        )
 
     repository = load_repository(settings.model_repository, make_engine, _log_version, _log_skipped)
-    max_message_bytes = settings.max_message_bytes or fitting_message_bytes(repository.ready_models)
+    max_message_bytes = settings.max_message_bytes or fitting_message_bytes(
+        [model.manifest for model in repository.loaded]
+    )
     draining = threading.Event()
     service = InferenceService(
         repository,
@@ -158,6 +168,11 @@ def running(settings: Settings) -> Iterator[Server]:
         server = Server(
             settings,
             _bind(grpc_server, settings),
+            cleanup.enter_context(
+                metrics.served(
+                    metrics.model_metrics(repository), settings.host, settings.metrics_port
+                )
+            ),
             repository,
             grpc_server,
             health_service,
@@ -229,7 +244,10 @@ def _log_version(folder: BundleFolder, outcome: ModelVersion) -> None:
     log = _log.bind(model=folder.name, version=folder.version)
     if isinstance(outcome, LoadedModel):
         log.info(
-            "model_ready", source_sha256=outcome.manifest.source and outcome.manifest.source.sha256
+            "model_ready",
+            source_sha256=outcome.manifest.source and outcome.manifest.source.sha256,
+            kan_layers=len(outcome.manifest.layers),
+            fused_layers=outcome.engine.fused_layers,
         )
     else:
         log.error("model_refused", reason=outcome.reason)

@@ -19,7 +19,7 @@ from kan_bundle.manifest import Datatype, Manifest, TensorSpec
 from protos import inference_pb2 as pb
 from protos import model_config_pb2 as config_pb
 from serving.errors import InvalidRequest, ModelNotFound, ModelNotReady, VisibleError
-from serving.repository import Repository
+from serving.repository import LoadedModel, Repository
 from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -108,7 +108,8 @@ class InferenceService:
 
     def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """Tell a model's versions and tensors."""
-        manifest = self._repository.find(request.name, request.version).manifest
+        model = self._repository.find(request.name, request.version)
+        manifest = model.manifest
         ready = self._repository.ready_versions(request.name)
         return pb.ModelMetadataResponse(
             name=manifest.name,
@@ -116,7 +117,7 @@ class InferenceService:
             platform=PLATFORM,
             inputs=[_tensor_metadata(spec) for spec in manifest.inputs],
             outputs=[_tensor_metadata(spec) for spec in manifest.outputs],
-            properties=_properties(manifest),
+            properties=_properties(model),
         )
 
     def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
@@ -205,14 +206,17 @@ def _identity(request: Any) -> dict[str, str]:
     return {"model": request.model_name, "version": request.model_version, "id": request.id[:128]}
 
 
-def _properties(manifest: Manifest) -> dict[str, str]:
-    """Tell where a model comes from."""
+def _properties(model: LoadedModel) -> dict[str, str]:
+    """Tell where a model comes from, and how it runs."""
+    manifest = model.manifest
     activations = sorted({layer.base_activation for layer in manifest.layers})
     return {
         "version": str(manifest.version),
         "model_sha256": manifest.files[MODEL_FILE].sha256,
         "source_sha256": manifest.source.sha256 if manifest.source else "",
         "base_activation": ", ".join(activations),
+        "kan_layers": str(len(manifest.layers)),
+        "fused_layers": str(model.engine.fused_layers),
     }
 
 

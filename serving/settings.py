@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from serving.errors import WrongSetting
-from serving.runtime import Provider
+from serving.runtime import Fused, Provider
 
 _DAY_S = 86_400
 
@@ -43,7 +43,15 @@ class Settings(BaseSettings):
     grpc_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         8001, description="port for gRPC; 0 takes a free one"
     )
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        8002, description="port for Prometheus, at /metrics; 0 takes a free one"
+    )
     provider: Provider = Field("cpu", description="where models run")
+    fused: Fused = Field(
+        "auto",
+        description="run KANLinear layers by the fused operator of kan_ops: auto where its library "
+        "is installed, on refuses to start without, off never",
+    )
     address_file: Annotated[Path, AfterValidator(_named)] | None = Field(
         None, description="write the addresses taken to this file, as JSON"
     )

@@ -91,7 +91,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(repository: Path) -> Iterator[Server]:
     """A server over `repository` on a free port, in this process."""
-    settings = Settings(model_repository=repository, grpc_port=0, max_message_bytes=2**20)
+    settings = Settings(
+        model_repository=repository, grpc_port=0, metrics_port=0, max_message_bytes=2**20
+    )
     with running(settings) as server:
         yield server
 

@@ -38,7 +38,8 @@ class Process:
 def serving(
     *arguments: str | Path, python: str = sys.executable, environment: dict[str, str] | None = None
 ) -> Iterator[Process]:
-    command = [python, "-m", "serving", *map(str, arguments), "--grpc-port", "0"]
+    ports = ("--grpc-port", "0", "--metrics-port", "0")
+    command = [python, "-m", "serving", *map(str, arguments), *ports]
     with subprocess.Popen(
         command,
         cwd=ROOT,

@@ -32,7 +32,7 @@ def test_digits_are_classified_alike_by_eager_onnx_torchscript_and_grpc(
     with torch.no_grad():
         eager = load_checkpoint(tmp_path / "digits.pt")(torch.from_numpy(images)).argmax(1).numpy()
     session = onnxruntime.InferenceSession(folder / "model.onnx")
-    settings = Settings(model_repository=tmp_path / "models", grpc_port=0)
+    settings = Settings(model_repository=tmp_path / "models", grpc_port=0, metrics_port=0)
     with running(settings) as server, grpc.insecure_channel(server.address) as channel:
         response = GRPCInferenceServiceStub(channel).ModelInfer(raw_request(images, "digits"))
     classes = {
@@ -62,7 +62,7 @@ def test_convolutions_with_a_kan_head_are_exported_and_served(tmp_path: Path) ->
     images = test_x.reshape(-1, 1, 8, 8)
     with torch.no_grad():
         eager = network(torch.from_numpy(images)).numpy()
-    settings = Settings(model_repository=tmp_path / "models", grpc_port=0)
+    settings = Settings(model_repository=tmp_path / "models", grpc_port=0, metrics_port=0)
     with running(settings) as server, grpc.insecure_channel(server.address) as channel:
         response = GRPCInferenceServiceStub(channel).ModelInfer(raw_request(images, "conv"))
     served = raw_output(response)

@@ -60,7 +60,7 @@ def test_the_graph_is_what_the_design_asks_for(repository: Path, golden: Golden)
     folder = bundle(repository, golden)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
-    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20), ("kanserve", 1)]
     shapes = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (*model.graph.input, *model.graph.output)
@@ -124,6 +124,7 @@ def test_the_command_prints_the_path_and_tells_the_story(tmp_path: Path) -> None
         "write model.onnx",
         "write model.ts",
         "onnxruntime cpu",
+        "onnxruntime cpu, fused",
         "torchscript",
         "equal",
         " s\n",
@@ -211,11 +212,11 @@ def test_failed_parity_publishes_nothing(
     """A converter that is a little wrong, in one layer, is caught from the file it wrote."""
     write = onnx_graph.write_onnx
 
-    def write_wrong(call: Call, *arguments: object) -> None:
+    def write_wrong(call: Call, *arguments: object, **options: object) -> None:
         weight = call.get_buffer("module.layers.1.product.weight")
         kept = weight.clone()
         weight[4 * 8, 0] += 1e-2  # the fourth function of the first of eight features
-        write(call, *arguments)  # type: ignore[arg-type]
+        write(call, *arguments, **options)  # type: ignore[arg-type]
         weight.copy_(kept)  # the other converter is right
 
     monkeypatch.setattr("export.pipeline.write_onnx", write_wrong)
@@ -252,7 +253,7 @@ def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_an_end_that_a_library_swallows_comes_before_the_next_stage(
     tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def swallow(*_: object) -> None:
+    def swallow(*_: object, **__: object) -> None:
         with pytest.raises(SystemExit):
             quiet.end(143)
 
@@ -285,11 +286,10 @@ def test_every_order_and_activation_exports_with_parity(
     network = KAN([2, 3, 2], spline_order=order, enable_standalone_scale_spline=order % 2 == 0)
     torch.save(network.state_dict(), tmp_path / "m.pt")
     manifest = export_checkpoint(tmp_path / "m.pt", output=tmp_path, activation=activation)
-    assert {record.runtime for record in manifest.parity} == {
-        "eager",
-        "onnxruntime cpu",
-        "torchscript",
-    }
+    runtimes = {"eager", "onnxruntime cpu", "torchscript"}
+    fused = {"onnxruntime cpu, fused"} if order else set()
+    assert {record.runtime for record in manifest.parity} == runtimes | fused
+    assert {layer.operator for layer in manifest.layers} == {"KANLinear1" if order else None}
 
 
 def test_an_activation_with_weights_exports(tmp_path: Path, quiet: Report) -> None:

@@ -52,6 +52,7 @@ def test_it_says_what_was_exported(manifest: Manifest) -> None:
     assert {record.runtime for record in manifest.parity} == {
         "eager",
         "onnxruntime cpu",
+        "onnxruntime cpu, fused",
         "torchscript",
     }
     assert {"torch", "onnx", "kanserve"} <= set(manifest.versions)

@@ -94,7 +94,7 @@ def test_several_inputs_and_outputs_are_named_exported_and_served(tmp_path: Path
     with torch.no_grad():
         expected = network(torch.from_numpy(tokens), torch.from_numpy(age))
 
-    settings = Settings(model_repository=tmp_path, grpc_port=0)
+    settings = Settings(model_repository=tmp_path, grpc_port=0, metrics_port=0)
     with running(settings) as server, grpc.insecure_channel(server.address) as channel:
         stub = GRPCInferenceServiceStub(channel)
         for typed in (False, True):
@@ -254,7 +254,7 @@ def test_weights_that_do_not_fit_into_the_file_lie_beside_it(
     x = np.random.default_rng(0).standard_normal((4, 3, 4)).astype(np.float32)
     with torch.no_grad():
         expected = network(torch.from_numpy(x)).numpy()
-    settings = Settings(model_repository=tmp_path, grpc_port=0)
+    settings = Settings(model_repository=tmp_path, grpc_port=0, metrics_port=0)
     with running(settings) as server, grpc.insecure_channel(server.address) as channel:
         response = GRPCInferenceServiceStub(channel).ModelInfer(infer_request("m", {"input": x}))
         np.testing.assert_allclose(raw_output(response), expected, **CLOSE)
@@ -281,6 +281,7 @@ def test_a_kan_can_be_exported_from_python_and_says_so(tmp_path: Path) -> None:
     assert {record.runtime for record in manifest.parity} == {
         "eager",
         "onnxruntime cpu",
+        "onnxruntime cpu, fused",
         "torchscript",
     }
 
@@ -380,7 +381,7 @@ def test_a_token_beyond_the_vocabulary_is_the_clients_fault(tmp_path: Path) -> N
     samples = {"tokens": tokens, "age": np.zeros((9, 1))}
     export_module(zoo.attention_net(), name="m", output=tmp_path, samples=samples)
     request = infer_request("m", {"tokens": tokens + 20, "age": samples["age"].astype("f4")})
-    settings = Settings(model_repository=tmp_path, grpc_port=0)
+    settings = Settings(model_repository=tmp_path, grpc_port=0, metrics_port=0)
     with running(settings) as server, grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as error:
             GRPCInferenceServiceStub(channel).ModelInfer(request)

@@ -36,12 +36,14 @@ def write(
     shape: str | None = None,
     precision: Precision = "fp32",
     opset: int = DEFAULT_OPSET,
+    *,
+    inline: bool = True,
 ) -> onnx.ModelProto:
     network = describe_network(module.eval(), read_inputs(shape, None))
     choices = choose_forms(network)
     example = (torch.zeros(2, *network.inputs.specs[0].shape[1:]),)
     with lowered(network, choices, precision) as call:
-        write_onnx(call, example, ["x"], ["y"], path, "m", {}, opset)
+        write_onnx(call, example, ["x"], ["y"], path, "m", {}, opset, inline=inline)
     return onnx.load(path)
 
 
@@ -53,11 +55,12 @@ def folded_weights(kan: KAN) -> int:
     )
 
 
+@pytest.mark.parametrize("inline", [True, False])
 @pytest.mark.parametrize("make", [lambda kan: kan, adapted], ids=["uniform", "adapted"])
-def test_the_file_is_little_more_than_the_weights(tmp_path: Path, make: Make) -> None:
+def test_the_file_is_little_more_than_the_weights(tmp_path: Path, make: Make, inline: bool) -> None:
     kan = make(KAN([784, 64, 10]))
     path = tmp_path / "m.onnx"
-    model = write(kan, path)
+    model = write(kan, path, inline=inline)
     assert path.stat().st_size <= 1.05 * folded_weights(kan)
     sizes = [t.dims for t in model.graph.initializer if np.prod(t.dims) > 784 * 12]
     assert list(map(list, sizes)) == [[784 * 9, 64]], "the weights of the large layer, once"
@@ -128,7 +131,7 @@ def test_modules_that_are_used_twice_or_nested_have_names_too(tmp_path: Path) ->
             y: Tensor = self.act(self.kan(self.act(x)))
             return y
 
-    export_module(Twice(), name="m", output=tmp_path, input_shape="3")
+    export_module(Twice(), name="m", output=tmp_path, input_shape="3", inline=True)
     graph = onnx.load(tmp_path / "m" / "1" / "model.onnx").graph
     names = [node.name for node in graph.node]
     assert len(set(names)) == len(names)
@@ -165,7 +168,7 @@ def test_the_command_takes_an_opset(tmp_path: Path) -> None:
     run = run_module("export", GOLDENS / "uniform_4x8x3.pt", "--opset", "17", "--output", tmp_path)
     assert run.returncode == 0, run.stderr
     model = onnx.load(tmp_path / "uniform_4x8x3" / "1" / "model.onnx")
-    assert [(i.domain, i.version) for i in model.opset_import] == [("", 17)]
+    assert [(i.domain, i.version) for i in model.opset_import] == [("", 17), ("kanserve", 1)]
 
 
 @pytest.mark.parametrize("opset", [-1, 16, NEWEST + 1])
@@ -203,7 +206,7 @@ class Branches(nn.Module):
 
 def test_names_that_mean_something_here_are_free(tmp_path: Path) -> None:
     network = Branches().eval()
-    export_module(network, name="m", output=tmp_path, input_shape="3")
+    export_module(network, name="m", output=tmp_path, input_shape="3", inline=True)
     path = tmp_path / "m" / "1" / "model.onnx"
     graph = onnx.load(path).graph
     names = [node.name for node in graph.node]

@@ -18,7 +18,7 @@ from export import (
 )
 from export.inputs import read_inputs
 from export.lowering import LoweredKANLinear
-from export.network import describe_network
+from export.network import Call, describe_network
 from export.reference import make_reference
 from tests import zoo
 
@@ -45,12 +45,12 @@ def test_one_wrong_weight_publishes_nothing(
 ) -> None:
     write = onnx_graph.write_onnx
 
-    def write_wrong(call: nn.Module, *arguments: Any) -> None:
+    def write_wrong(call: Call, *arguments: Any, **options: Any) -> None:
         tensor = dict((*call.named_parameters(), *call.named_buffers()))[f"module.{weight}"]
         with torch.no_grad():
             kept = tensor.clone()
             tensor[np.unravel_index(int(share * tensor.numel()), tensor.shape)] += 1e-2
-            write(call, *arguments)
+            write(call, *arguments, **options)
             tensor.copy_(kept)
 
     monkeypatch.setattr("export.pipeline.write_onnx", write_wrong)

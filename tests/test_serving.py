@@ -33,7 +33,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 @contextmanager
 def served(repository: Path) -> Iterator[tuple[Server, GRPCInferenceServiceStub]]:
     """A server in this process, for what must be seen from inside, and a client of it."""
-    settings = Settings(model_repository=repository, grpc_port=0)
+    settings = Settings(model_repository=repository, grpc_port=0, metrics_port=0)
     with running(settings) as server, grpc.insecure_channel(server.address) as channel:
         yield server, GRPCInferenceServiceStub(channel)
 
@@ -43,7 +43,7 @@ def test_it_starts_serves_drains_and_stops(repository: Path, tmp_path: Path) -> 
     with serving(
         "--model-repository", repository, "--address-file", address_file, "--drain-s", "0"
     ) as process:
-        assert json.loads(address_file.read_text()) == {"grpc": process.address}
+        assert json.loads(address_file.read_text())["grpc"] == process.address
         assert process.names() == ["model_ready"] * len(STATE_DICTS) + ["listening"]
         assert all({"level", "time"} <= set(event) for event in process.events)
         with grpc.insecure_channel(process.address) as channel:
@@ -194,7 +194,10 @@ def test_a_signal_at_any_moment_of_the_start_ends_it_cleanly(
     codes = []
     for hundredths in range(5, 80, 5):
         with subprocess.Popen(
-            [*command, "--grpc-port", "0"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+            [*command, "--grpc-port", "0", "--metrics-port", "0"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as popen:
             with pytest.raises(subprocess.TimeoutExpired):
                 popen.wait(hundredths / 100)

@@ -35,7 +35,7 @@ def server(repository: Path) -> Iterator[str]:
     """Run `python -m serving` on a free port and yield its address."""
     command = [sys.executable, "-m", "serving", "--model-repository", str(repository)]
     with subprocess.Popen(
-        [*command, "--grpc-port", "0"], stderr=subprocess.PIPE, text=True
+        [*command, "--grpc-port", "0", "--metrics-port", "0"], stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
         try:
