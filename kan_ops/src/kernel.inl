@@ -38,10 +38,10 @@ constexpr int kUnits = 4;       // vectors of outputs at a time, at most
 struct Exponential {
   F scale, e;
 
-  explicit Exponential(F a) {
+  explicit Exponential(F a, F low = set(0.0f)) {  // low: what a lacks
     const F n = round(a * set(1.44269504f));
     F r = fma(n, set(-0.693145752f), a);
-    r = fma(n, set(-1.42860677e-6f), r);
+    r = fma(n, set(-1.42860677e-6f), r) + low;
     F p = set(1.9875691500e-4f);
     p = fma(p, r, set(1.3981999507e-3f));
     p = fma(p, r, set(8.3334519073e-3f));
@@ -53,8 +53,8 @@ struct Exponential {
   }
 };
 
-inline F exp(F a) {
-  const Exponential x(min(max(a, set(-87.0f)), set(87.0f)));
+inline F exp(F a, F low = set(0.0f)) {
+  const Exponential x(min(max(a, set(-87.0f)), set(87.0f)), low);
   return fma(x.e, x.scale, x.scale);
 }
 
@@ -64,11 +64,12 @@ inline F expm1(F a) {
   return fma(x.e, x.scale, x.scale - set(1.0f));
 }
 
-// The distribution function of the normal distribution, times 2, for z = -x / sqrt(2) at least 0:
-// erfc(z) = t exp(P(t) - z^2) with t = 2 / (2 + z), a form of W. Press and others, Numerical
-// Recipes; P was fitted to erfcx by Chebyshev polynomials, to 7e-8.
-inline F erfc(F z) {
-  const F t = divide(set(2.0f), set(2.0f) + z);
+// The normal distribution's tail beyond x, for x at least 0: erfc(z) / 2 with z = x / sqrt(2),
+// where erfc(z) = t exp(P(t) - z^2) and t = 2 / (2 + z), a form of W. Press and others, Numerical
+// Recipes; P was fitted to erfcx by Chebyshev polynomials, to 7e-8. Roundings of x^2 / 2 are kept,
+// because exp multiplies them by their size.
+inline F normal_tail(F x) {
+  const F t = divide(set(2.0f), fma(x, set(0.70710678f), set(2.0f)));
   F p = set(0.15145203471183777f);
   p = fma(p, t, set(-0.7157616019248962f));
   p = fma(p, t, set(1.236920952796936f));
@@ -79,17 +80,19 @@ inline F erfc(F z) {
   p = fma(p, t, set(0.38415607810020447f));
   p = fma(p, t, set(0.9988940358161926f));
   p = fma(p, t, set(-1.265459418296814f));
-  return t * exp(p - z * z);
+  const F square = x * x, half = set(0.5f) * square, a = p - half;
+  const F low = (p - (a + half)) - set(0.5f) * lost_by_product(x, x, square);
+  return set(0.5f) * t * exp(a, low);
 }
 
 inline F activate(Activation activation, F x) {
   const F zero = set(0.0f), one = set(1.0f);
   switch (activation) {
     case Activation::silu:
-      return divide(x, one + exp(zero - x));
-    case Activation::gelu: {
-      const F tail = set(0.5f) * erfc(abs(x) * set(0.70710678f));
-      return x * where(less_equal(zero, x), one - tail, tail);
+      return divide(max(x, set(-87.0f)), one + exp(zero - x));  // exp goes no further
+    case Activation::gelu: {  // beyond 14 there is nothing left of the tail
+      const F tail = normal_tail(min(abs(x), set(14.0f)));
+      return max(x, set(-14.0f)) * where(less_equal(zero, x), one - tail, tail);
     }
     case Activation::relu:
       return max(x, zero);
@@ -108,21 +111,25 @@ inline F base(Activation activation, F x) { return fma(set(0.0f), x, activate(ac
 
 // --- The functions that do not vanish. -----------------------------------------------------------
 
-// de Boor's triangle. left[m] = x - t[c - m], right[m] = t[c + 1 + m] - x for the cell c of x, and
+// de Boor's triangle. With c the cell of x, left[m] = x - t[c - m] and
 // reciprocal(p, j) = 1 / (t[c + 1 + j] - t[c + 1 + j - p]). Takes n[0], the function of order 0,
 // and leaves B_{c-k} to B_c in n, times that.
+//
+// What rises in one function falls in its neighbour: the weights of the two add up to 1, so only
+// one is computed. That halves the error of the reciprocals, and needs no distances to the right.
 template <int K, typename Reciprocal>
-inline void triangle(const F* left, const F* right, Reciprocal reciprocal, F* n) {
+inline void triangle(const F* left, Reciprocal reciprocal, F* n) {
 #pragma GCC unroll 5
   for (int p = 1; p <= K; ++p) {
-    F saved = set(0.0f);
+    F risen = set(0.0f);
 #pragma GCC unroll 5
     for (int j = 0; j < p; ++j) {
-      const F part = n[j] * reciprocal(p, j);
-      n[j] = fma(right[j], part, saved);
-      saved = left[p - 1 - j] * part;
+      const F weight = left[p - 1 - j] * reciprocal(p, j);
+      const F rises = weight * n[j];
+      n[j] = (n[j] - rises) + risen;
+      risen = rises;
     }
-    n[p] = saved;
+    n[p] = risen;
   }
 }
 
@@ -173,10 +180,10 @@ struct Knots {
   void divide_differences(int count) {
     for (int p = 1; p <= K; ++p)
       for (int j = 0; j < K + count; j += W)
-        store(reciprocal[p - 1] + j, divide(set(1.0f), load(knots + j + p) - load(knots + j)));
+        store(reciprocal[p - 1] + j, one_over_difference(load(knots + j + p), load(knots + j)));
   }
 
-  // t[cell + offset], for offsets from 1 - K to K.
+  // t[cell + offset], for offsets from 1 - K to 0.
   F knot(I cell, int offset) const { return lookup<kVectors>(knots + K + offset, cell); }
   F one_over(int p, I cell, int offset) const {
     return lookup<kVectors>(reciprocal[p - 1] + K + offset, cell);
@@ -278,13 +285,10 @@ void evaluate_feature(const Task& task, const Knots<K, Steps>& knots, const floa
     const I cell = add(knots_below, set_int(-1));
     const M inside = below(cell, set_int(cell_count));  // not before the first knot, nor behind
     const I c = where(inside, cell, set_int(0));
-    F left[K], right[K], n[K + 1];
-    for (int m = 0; m < K; ++m) {
-      left[m] = x - knots.knot(c, -m);
-      right[m] = knots.knot(c, 1 + m) - x;
-    }
+    F left[K], n[K + 1];
+    for (int m = 0; m < K; ++m) left[m] = x - knots.knot(c, -m);
     n[0] = zero_unless(inside, set(layer.unit));
-    triangle<K>(left, right, [&](int p, int j) { return knots.one_over(p, c, 1 + j - p); }, n);
+    triangle<K>(left, [&](int p, int j) { return knots.one_over(p, c, 1 + j - p); }, n);
     for (int m = 0; m <= K; ++m) store(&block.values[slot][m][r], n[m]);
     store(&block.values[slot][K + 1][r], base(layer.activation, x));
     store_int(&cells[r], where(first(task.rows - r), c, set_int(-1)));
@@ -494,13 +498,10 @@ inline void evaluate_row(const Layer& layer, const float* x_row, int feature, St
   const I cell = add(knots_below, set_int(-1));
   const M inside = below(cell, set_int(knots - 1));
   const I c = where(inside, cell, set_int(0));
-  F left[K], right[K], n[K + 1];
-  for (int m = 0; m < K; ++m) {
-    left[m] = x - before[-m];
-    right[m] = behind[m] - x;
-  }
+  F left[K], n[K + 1];
+  for (int m = 0; m < K; ++m) left[m] = x - before[-m];
   n[0] = zero_unless(inside, set(layer.unit));
-  triangle<K>(left, right, [&](int p, int j) { return set(1.0f) / (t[K + j] - t[K + j - p]); }, n);
+  triangle<K>(left, [&](int p, int j) { return one_over_difference(t[K + j], t[K + j - p]); }, n);
   for (int m = 0; m <= K; ++m) {
     const I function = add(c, set_int(m - K));
     const M exists = below(function, set_int(layer.functions));

@@ -157,7 +157,11 @@ class KANLinear {
     KAN_RETURN_IF_ERROR(api_.KernelInfoGetAttribute_int64(info, "grid_size", &grid_size));
     KAN_RETURN_IF_ERROR(api_.KernelInfoGetAttribute_int64(info, "groups", &groups));
     KAN_RETURN_IF_ERROR(api_.KernelInfoGetAttribute_float(info, "scale", &scale_));
-    KAN_RETURN_IF_ERROR(api_.KernelInfoGetAttribute_string(info, "activation", activation, &size));
+    if (ort::Status* status =
+            api_.KernelInfoGetAttribute_string(info, "activation", activation, &size)) {
+      api_.ReleaseStatus(status);  // it is longer than any that is known
+      activation[0] = 0;
+    }
     const auto found =
         std::find_if(std::begin(kActivations), std::end(kActivations),
                      [&](const char* name) { return !std::strcmp(name, activation); });

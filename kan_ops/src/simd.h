@@ -50,6 +50,16 @@ inline F divide(F a, F b) {
   const F quotient = a * reciprocal;
   return fma(_mm512_fnmadd_ps(quotient, b, a), reciprocal, quotient);
 }
+inline F lost_by_product(F a, F b, F product) { return _mm512_fmsub_ps(a, b, product); }
+// 1 / (a - b), rounded nearly once: by Newton's step with what a - b itself loses (D. Knuth).
+inline F one_over_difference(F a, F b) {
+  const F d = a - b;
+  const F subtracted = a - d;
+  const F lost = (a - (d + subtracted)) + (subtracted - b);
+  const F rough = _mm512_rcp14_ps(d);
+  const F finer = fma(_mm512_fnmadd_ps(d, rough, set(1.0f)), rough, rough);
+  return fma(_mm512_fnmadd_ps(lost, finer, _mm512_fnmadd_ps(d, finer, set(1.0f))), finer, finer);
+}
 inline M less_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 inline M below(I a, I b) { return _mm512_cmplt_epu32_mask(a, b); }  // unsigned
 inline M both(M a, M b) { return a & b; }
@@ -109,6 +119,14 @@ inline F power_of_two(F n) {  // n from -126 to 127
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), set_int(127)), 23));
 }
 inline F divide(F a, F b) { return a / b; }
+inline F lost_by_product(F a, F b, F product) { return _mm256_fmsub_ps(a, b, product); }
+inline F one_over_difference(F a, F b) {  // as above
+  const F d = a - b;
+  const F subtracted = a - d;
+  const F lost = (a - (d + subtracted)) + (subtracted - b);
+  const F near = set(1.0f) / d;
+  return fma(_mm256_fnmadd_ps(lost, near, _mm256_fnmadd_ps(d, near, set(1.0f))), near, near);
+}
 inline M less_equal(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
 inline M below(I a, I b) {
   return _mm256_andnot_si256(_mm256_cmpeq_epi32(a, b),
@@ -182,6 +200,17 @@ inline F power_of_two(F n) {
   return v;
 }
 inline F divide(F a, F b) { return a / b; }
+inline F lost_by_product(F a, F b, F product) {
+  typedef double D __attribute__((vector_size(32)));
+  return __builtin_convertvector(__builtin_convertvector(a, D) * __builtin_convertvector(b, D) -
+                                     __builtin_convertvector(product, D),
+                                 F);
+}
+inline F one_over_difference(F a, F b) {
+  typedef double D __attribute__((vector_size(32)));
+  return __builtin_convertvector(
+      1.0 / (__builtin_convertvector(a, D) - __builtin_convertvector(b, D)), F);
+}
 inline M less_equal(F a, F b) { return a <= b; }
 inline M below(I a, I b) { return (M)((U)a < (U)b); }
 inline M both(M a, M b) { return a & b; }
