@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+CPP := $(wildcard kan_ops/*/*.cpp kan_ops/*/*.h kan_ops/*/*.inl)
 
 # Environments of their own, because their versions clash with ours: the reference client, and the
 # newest protobuf and gRPC.
 OTHER_VENVS := .venv-tritonclient .venv-protobuf7
 
-.PHONY: demo benchmark test test-full-size lint format protos clean
+.PHONY: demo benchmark test test-full-size fuzz lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -29,12 +30,22 @@ test: lint $(OTHER_VENVS:%=%/installed)
 test-full-size: $(VENV)/installed
 	$(BIN)/pytest -m full_size -s tests/full_size
 
+# Random layers on every kernel of the fused operator, with address and undefined-behaviour
+# sanitizers; needs a C++ compiler.
+FUZZ_S ?= 30
+fuzz: $(VENV)/installed
+	$(BIN)/cmake -S kan_ops -B build/fuzz -DKAN_OPS_FUZZ=ON --log-level=WARNING
+	$(BIN)/cmake --build build/fuzz --target kan_ops_fuzz
+	build/fuzz/kan_ops_fuzz $(FUZZ_S)
+
 lint: $(VENV)/installed
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 format: $(VENV)/installed
+	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -42,9 +53,10 @@ protos: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. protos/*.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --grpc_python_out=. protos/inference.proto
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt kan_ops/CMakeLists.txt $(CPP)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,examples,dev]'
+	@$(BIN)/python -m kan_ops || true
 	touch $@
 
 $(VENV)/benchmarks: $(VENV)/installed

@@ -125,9 +125,8 @@ def _inline_initializers(graph: onnx_ir.Graph) -> None:
 
     Sizes are forgotten too: what is `batch` here is another number where the function is called.
     """
-    for node in graph:
-        for value in node.outputs:
-            value.shape = None
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        value.shape = None
     beginning = graph[0]
     for name, value in list(graph.initializers.items()):
         constant = onnx_ir.node("Constant", [], {"value": value.const_value}, name=name)

@@ -50,4 +50,11 @@ struct Kernel {
 
 extern const Kernel kAvx512Vbmi2, kAvx512, kAvx2, kPortable;
 
+// Those for this architecture, the best first.
+constexpr const Kernel* kKernels[] = {
+#if defined(__x86_64__)
+    &kAvx512Vbmi2, &kAvx512, &kAvx2,
+#endif
+    &kPortable};
+
 }  // namespace kan

@@ -51,13 +51,6 @@ constexpr int kRowsATask = 32;       // of wide layers
 constexpr int kColumns = 64;         // of which tasks take whole multiples
 constexpr int kRowMultiple = 16;     // likewise of rows
 
-// The best first.
-constexpr const kan::Kernel* kKernels[] = {
-#if defined(__x86_64__)
-    &kan::kAvx512Vbmi2, &kan::kAvx512, &kan::kAvx2,
-#endif
-    &kan::kPortable};
-
 #define KAN_RETURN_IF_ERROR(expression) \
   if (ort::Status* status = (expression)) return status
 
