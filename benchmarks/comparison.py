@@ -33,6 +33,7 @@ from benchmarks.contenders import (
     cycled,
 )
 from benchmarks.measuring import Entry, ModelResult, measure_memory, time_in_rounds
+from benchmarks.roofline import limit_ms, measure_speed
 from kan_model import KAN
 
 ERROR_ROWS = 256
@@ -46,6 +47,7 @@ class Settings:
     widths: tuple[tuple[int, ...], ...] = (
         (16, 32, 8),
         (64, 64, 64, 10),
+        (64, 256, 256, 10),
         (784, 64, 10),
         (1000, 1000, 1),
     )
@@ -154,6 +156,7 @@ def measure(settings: Settings, story: Story, folder: Path) -> Iterator[ModelRes
         kan, x = build(model), rows(model)
         with torch.no_grad():
             y64 = copy.deepcopy(kan).double()(torch.from_numpy(x).double()).numpy()
+        speed = measure_speed(model, settings.threads)
         ready = _write_files(kan, model, able, place, story)
         entries: list[Entry] = []
         for batch in settings.batches:
@@ -168,6 +171,7 @@ def measure(settings: Settings, story: Story, folder: Path) -> Iterator[ModelRes
             memory_bytes=memory,
             onnx_bytes=ours.stat().st_size if ours.exists() else None,
             weight_bytes=model.weight_bytes,
+            limits_ms={batch: limit_ms(model, batch, speed) for batch in settings.batches},
         )
         story.say(f"measured: {model}")
 

@@ -9,12 +9,15 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+import kan_ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +67,7 @@ class Contender:
         file: Which of `WRITERS` makes what `load` reads.
         load: From that file and a number of threads to something that takes inputs.
         compiles: Whether it needs a C++ compiler.
+        library: Whether it needs the library of kan_ops.
         answers: Whether it computes the model's outputs.
     """
 
@@ -73,6 +77,7 @@ class Contender:
     file: str
     load: Callable[[Path, int], Bind]
     compiles: bool = False
+    library: bool = False
     answers: bool = True
 
     def missing(self) -> str | None:
@@ -80,6 +85,8 @@ class Contender:
         package = self.modules[0].partition(".")[0]
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
+        if self.library and kan_ops.library_path() is None:
+            return "the library of kan_ops was not built"
         compiler = os.environ.get("CXX", "g++")
         if self.compiles and shutil.which(compiler) is None:
             return f"there is no C++ compiler ({compiler})"
@@ -130,12 +137,12 @@ def _write_package(kan: "KAN", path: Path) -> None:
         )
 
 
-def _write_bundle(kan: "KAN", path: Path) -> None:
+def _write_bundle(kan: "KAN", path: Path, *, inline: bool = False) -> None:
     """Let the project's own export write all that it writes; `path` is below OUTPUT/NAME/1."""
     from export import export_module
 
     name = path.parent.parent
-    export_module(kan, name=name.name, output=name.parent, version=1)
+    export_module(kan, name=name.name, output=name.parent, version=1, inline=inline)
 
 
 def _write_products(kan: "KAN", path: Path) -> None:
@@ -161,7 +168,21 @@ def _write_products(kan: "KAN", path: Path) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
 
 
+def _write_identity(kan: "KAN", path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", kan.layers[0].in_features])
+        for name in ("x", "y")
+    )
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", [x], [y])
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+
+
 OUR_ONNX = "ours/1/model.onnx"
+_OUR_INLINE = "inline/1/model.onnx"
 _OUR_SCRIPT = "ours/1/model.ts"
 
 WRITERS: dict[str, Callable[["KAN", Path], None]] = {
@@ -170,8 +191,10 @@ WRITERS: dict[str, Callable[["KAN", Path], None]] = {
     "naive.onnx": _write_naive_onnx,
     "package.pt2": _write_package,
     OUR_ONNX: _write_bundle,
+    _OUR_INLINE: partial(_write_bundle, inline=True),
     _OUR_SCRIPT: _write_bundle,
     "products.onnx": _write_products,
+    "identity.onnx": _write_identity,
 }
 """By path below the model's folder: what writes the file."""
 
@@ -235,17 +258,19 @@ def _load_package(path: Path, threads: int) -> Bind:
     return _torch_calls(torch._inductor.aoti_load_package(str(path)))
 
 
-def _session(path: Path, threads: int) -> Any:
+def _session(path: Path, threads: int, *, fused: bool = False) -> Any:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if fused:
+        kan_ops.register(options)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _load_onnxruntime(path: Path, threads: int) -> Bind:
-    session = _session(path, threads)
+def _load_onnxruntime(path: Path, threads: int, *, fused: bool = False) -> Bind:
+    session = _session(path, threads, fused=fused)
     name = session.get_inputs()[0].name
 
     def bind(x: NDArray[np.float32]) -> Call:
@@ -263,6 +288,37 @@ def _load_products(path: Path, threads: int) -> Bind:
         random = np.random.default_rng(0)
         shapes = {name: (len(x), width) for name, width in widths.items()}
         feed = {name: random.random(shape, np.float32) for name, shape in shapes.items()}
+        return lambda: session.run(None, feed)
+
+    return bind
+
+
+def _load_torch_products(path: Path, threads: int) -> Bind:
+    import torch
+
+    torch.set_num_threads(threads)
+    weights = [layer.scaled_spline_weight for layer in torch.load(path, weights_only=False).layers]
+    shapes = [(weight.shape[1] * (weight.shape[2] + 1), weight.shape[0]) for weight in weights]
+    products = [torch.rand(shape) for shape in shapes]
+
+    def bind(x: NDArray[np.float32]) -> Call:
+        columns = [torch.rand(len(x), rows) for rows, _ in shapes]
+
+        def call() -> None:
+            for left, right in zip(columns, products, strict=True):
+                torch.mm(left, right)
+
+        return call
+
+    return bind
+
+
+def _load_identity(path: Path, threads: int) -> Bind:
+    """Make a session that gives back one of its inputs: what calling onnxruntime costs."""
+    session = _session(path, threads)
+
+    def bind(x: NDArray[np.float32]) -> Call:
+        feed = {"x": x}
         return lambda: session.run(None, feed)
 
     return bind
@@ -332,9 +388,9 @@ CONTENDERS = {
         ),
         Contender(
             "openvino on ours",
-            "kanserve's model.onnx in OpenVINO, in float32",
+            "kanserve's model.onnx, exported with --inline, in OpenVINO, in float32",
             ("openvino",),
-            OUR_ONNX,
+            _OUR_INLINE,
             _load_openvino,
         ),
         Contender(
@@ -346,18 +402,42 @@ CONTENDERS = {
         ),
         Contender(
             "kanserve",
-            "kanserve's model.onnx in onnxruntime",
+            "kanserve's model.onnx in onnxruntime, on standard operators",
             ("onnxruntime",),
             OUR_ONNX,
             _load_onnxruntime,
         ),
         Contender(
+            "kanserve fused",
+            "the same file in onnxruntime, on the operator of kan_ops",
+            ("onnxruntime",),
+            OUR_ONNX,
+            partial(_load_onnxruntime, fused=True),
+            library=True,
+        ),
+        Contender(
             "product",
-            "the layers' matrix products alone, in onnxruntime: the floor "
+            "the layers' matrix products alone, in onnxruntime "
             "(what they are fed counts as its memory)",
             ("onnxruntime",),
             "products.onnx",
             _load_products,
+            answers=False,
+        ),
+        Contender(
+            "torch product",
+            "the same in PyTorch",
+            ("torch", "kan_model"),
+            "kan.pt",
+            _load_torch_products,
+            answers=False,
+        ),
+        Contender(
+            "identity",
+            "an onnxruntime session that gives back its input: what a call costs",
+            ("onnxruntime",),
+            "identity.onnx",
+            _load_identity,
             answers=False,
         ),
     )

@@ -20,9 +20,20 @@ STYLES: dict[str, dict[str, object]] = {
     "openvino on ours": {"color": "#E69F00", "marker": "P", "linestyle": ":"},
     "kanserve torchscript": {"color": "#D55E00", "marker": "s", "linestyle": ":"},
     "kanserve": {"color": "#D55E00", "marker": "o", "linewidth": 4.0, "markersize": 7, "zorder": 2},
+    "kanserve fused": {
+        "color": "#D55E00",
+        "marker": "*",
+        "linewidth": 4.0,
+        "markersize": 11,
+        "zorder": 2,
+    },
     "product": {"color": "#888888", "linestyle": "--", "linewidth": 1.5, "zorder": 1},
+    "torch product": {"color": "#888888", "linestyle": "-", "linewidth": 1.5, "zorder": 1},
+    "identity": {"color": "#BBBBBB", "linestyle": ":", "linewidth": 1.5, "zorder": 1},
 }
-_RIVALS = ("eager", "traced", "torch.compile", "AOTInductor", "openvino")
+_OURS = ("kanserve", "kanserve fused")
+_RIVALS = ("eager", "traced", "torch.compile", "AOTInductor", "openvino", "openvino on ours")
+_FLOORS = ("product", "torch product", "identity")
 
 
 def render(results: Results) -> str:
@@ -33,7 +44,9 @@ def render(results: Results) -> str:
         "Times are milliseconds for one call on a whole batch: median (99th percentile) of single "
         "calls, all contenders in alternating rounds. Error is the largest |y - y64| at any of the "
         "batch sizes. Memory is the peak above what the process held before the model was loaded, "
-        f"at the largest batch.{_sample_counts(results)}",
+        f"at the largest batch.{_sample_counts(results)} The limit, here at the largest batch too, "
+        "is the time that the multiplications of what does not vanish would take at the speed of "
+        "this machine's fastest large matrix product, or the reading of their weights.",
         "",
     ]
     ran = {name for result in results.models for name in result.contenders}
@@ -51,7 +64,8 @@ def _sample_counts(results: Results) -> str:
 
 
 def _table(result: ModelResult) -> Iterator[str]:
-    headers = ["contender", *(f"batch {batch}" for batch in result.batches), "error", "memory MB"]
+    times_of = [f"batch {batch}" for batch in result.batches]
+    headers = ["contender", *times_of, "of limit", "error", "memory MB"]
     rows = []
     for name in result.contenders:
         entries = [result.entry(name, batch) for batch in result.batches]
@@ -61,7 +75,10 @@ def _table(result: ModelResult) -> Iterator[str]:
             for e in entries
         ]
         found = [e for e in entries if e]
-        rows.append([name, *times, _error(found), "-" if memory is None else f"{memory / 1e6:.1f}"])
+        last = entries[-1]
+        share = f"{_share(result, last):.0%}" if last and name not in _FLOORS else "-"
+        size = "-" if memory is None else f"{memory / 1e6:.1f}"
+        rows.append([name, *times, share, _error(found), size])
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     for first, *others in [headers, rule, *rows]:
@@ -86,16 +103,22 @@ def _facts(result: ModelResult) -> Iterator[str]:
             f"- model.onnx: {result.onnx_bytes:,} bytes, {share:.3f} times its folded weights "
             f"({result.weight_bytes:,} bytes)"
         )
-    for rival in _RIVALS:
-        ratios = list(_ratios(result, rival, "kanserve"))
+    pairs = [(rival, ours) for ours in _OURS for rival in _RIVALS]
+    pairs += [(ours, floor) for ours in _OURS for floor in _FLOORS]
+    for over, under in pairs:
+        ratios = list(_ratios(result, over, under))
         if ratios:
-            yield f"- time of {rival} / kanserve: {', '.join(ratios)}"
-    over = list(_ratios(result, "kanserve", "product"))
-    if over:
-        yield f"- time of kanserve / product: {', '.join(over)}"
-    ours, naive = (result.memory_bytes.get(name) for name in ("kanserve", "traced"))
-    if ours and naive:
-        yield f"- memory of traced / kanserve: {naive / ours:.2f}"
+            yield f"- time of {over} / {under}: {', '.join(ratios)}"
+    for ours in _OURS:
+        found = [e for batch in result.batches if (e := result.entry(ours, batch))]
+        if found:
+            shares = (f"{_share(result, e):.0%} at batch {e.batch}" for e in found)
+            yield f"- {ours}, share of the limit: {', '.join(shares)}"
+    naive = result.memory_bytes.get("traced")
+    for ours in _OURS:
+        memory = result.memory_bytes.get(ours)
+        if memory and naive:
+            yield f"- memory of traced / {ours}: {naive / memory:.2f}"
 
 
 def _ratios(result: ModelResult, over: str, under: str) -> Iterator[str]:
@@ -103,6 +126,11 @@ def _ratios(result: ModelResult, over: str, under: str) -> Iterator[str]:
         a, b = result.entry(over, batch), result.entry(under, batch)
         if a and b:
             yield f"{a.timing.median_ms / b.timing.median_ms:.2f} at batch {batch}"
+
+
+def _share(result: ModelResult, entry: Entry) -> float:
+    """Say which part of a call's time cannot be saved."""
+    return result.limits_ms[entry.batch] / entry.timing.median_ms
 
 
 def _digits(value: float) -> str:

@@ -85,6 +85,7 @@ class ModelResult:
         memory_bytes: By contender, what loading it and running its largest batch adds at the peak.
         onnx_bytes: Size of kanserve's model.onnx; None if it was not asked for.
         weight_bytes: Size of the folded weights in float32.
+        limits_ms: By batch, the least time that a call can take (roofline.py).
     """
 
     model: Model
@@ -92,6 +93,7 @@ class ModelResult:
     memory_bytes: Mapping[str, int]
     onnx_bytes: int | None
     weight_bytes: int
+    limits_ms: Mapping[int, float]
 
     def entry(self, contender: str, batch: int) -> Entry | None:
         """Find a contender's entry; None if it did not run."""
