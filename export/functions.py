@@ -21,6 +21,7 @@ import kan_ops
 from export.lowering import LoweredKANLinear, as_operators
 from export.network import Call
 from export.precision import Float32Product
+from export.symbolic import LAYER
 
 IR_VERSION = 10
 """The oldest version of ONNX's format that knows overloads."""
@@ -39,6 +40,7 @@ class WithBodies(nn.Module):
 
     def __init__(self, network: Call, layers: Mapping[str, LoweredKANLinear]) -> None:
         super().__init__()
+        self.training = False  # of this alone: a network's own `train` may do anything
         self.module = network.module  # at the path where `network` has it
         self._network = network.forward
         self._layers = {path.partition(".")[2]: layer for path, layer in layers.items()}
@@ -46,7 +48,7 @@ class WithBodies(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the network on the first inputs, and the layers on `_INPUTS` of each of them."""
         count = len(inputs) - len(_INPUTS) * len(self._layers)
-        with as_operators(self._layers.values()):
+        with as_operators(self._layers):
             outputs = self._network(*inputs[:count])
         bodies = []
         for i, layer in enumerate(self._layers.values()):
@@ -76,10 +78,7 @@ class WithBodies(nn.Module):
     def name_overloads(self, model: onnx_ir.Model) -> None:
         """Tell the nodes of the operator apart, in a graph as the exporter made it of this."""
         for node in _operators(model):
-            knots = node.inputs[1]
-            assert knots is not None
-            assert knots.name is not None
-            node.overload = knots.name.removesuffix("basis.knots").strip(".").partition(".")[2]
+            node.overload = node.metadata_props[LAYER]
 
     def part(self, model: onnx_ir.Model) -> None:
         """Make functions of the bodies, and leave the network alone in the graph."""

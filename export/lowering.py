@@ -17,7 +17,7 @@ the reference; nothing here is trusted without the comparison in parity.py.
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -112,7 +112,7 @@ class LoweredKANLinear(nn.Module):
         self.operator = (
             _attributes(layer, self.basis) if can_be_operator(layer, precision) else None
         )
-        self.as_operator = False
+        self.as_operator: str | None = None  # its name, while it is written as the operator
         weight = _fold(layer, self.basis)
         spline, base = weight[: -layer.in_features], weight[-layer.in_features :]
         self.product: nn.Module
@@ -127,11 +127,13 @@ class LoweredKANLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; shape (..., in) to (..., out)."""
-        if self.as_operator:
+        if self.as_operator is not None:
             assert self.operator is not None
             assert isinstance(self.product, Float32Product)
             rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-            y: Tensor = kan_linear(rows, self.basis.knots, self.product.weight, self.operator)
+            y: Tensor = kan_linear(
+                rows, self.basis.knots, self.product.weight, self.operator, self.as_operator
+            )
             return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
         base = self.activation(x)  # which may know its channels by their dimension
         if self.loses_nan:
@@ -265,15 +267,15 @@ def fusible(network: nn.Module) -> dict[str, LoweredKANLinear]:
 
 
 @contextmanager
-def as_operators(layers: Collection[LoweredKANLinear]) -> Iterator[None]:
-    """Let an export to ONNX write layers as the fused operator."""
-    for layer in layers:
-        layer.as_operator = True
+def as_operators(layers: Mapping[str, LoweredKANLinear]) -> Iterator[None]:
+    """Let an export to ONNX write layers as the fused operator, under these names."""
+    for name, layer in layers.items():
+        layer.as_operator = name
     try:
         yield
     finally:
-        for layer in layers:
-            layer.as_operator = False
+        for layer in layers.values():
+            layer.as_operator = None
 
 
 def can_be_operator(layer: KANLinear, precision: Precision) -> bool:

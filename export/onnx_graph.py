@@ -91,7 +91,7 @@ def write_onnx(
         both = WithBodies(network, {} if inline else fusible(network))
         further_inputs, further_outputs = both.names()
         program = torch.onnx.export(
-            both.eval(),
+            both,
             (*example, *both.examples()),
             dynamo=True,
             opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
@@ -181,12 +181,13 @@ def load_onnx(path: Path, *, fused: bool = False) -> Runner:
 
 def _forget_the_exporting_machine(model: onnx_ir.Model) -> None:
     """Drop the exporter's notes, which hold stack traces with the paths of this machine."""
-    graph = model.graph
-    nodes = list(graph.all_nodes())
+    functions = model.functions.values()
+    nodes = [*model.graph.all_nodes(), *(node for f in functions for node in f.all_nodes())]
     values = [value for node in nodes for value in node.outputs]
-    values += [*graph.inputs, *graph.outputs, *graph.initializers.values()]
-    parts: list[onnx_ir.Model | onnx_ir.Graph | onnx_ir.Node | onnx_ir.Value] = [model, graph]
-    for part in (*parts, *nodes, *values):
+    values += [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    values += [value for function in functions for value in function.inputs]
+    parts: list[Any] = [model, model.graph, *functions, *nodes, *values]
+    for part in parts:
         part.metadata_props.clear()
         part.doc_string = None
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 import kan_ops
 
+LAYER = "kanserve.layer"
+"""Under which a node that `kan_linear` has written notes its layer."""
+
 
 def ramp(distance: Tensor, top: float, slope: float) -> Tensor:
     """Compute max(0, top - slope * distance) for top at most 1 and a distance of at least 0."""
@@ -49,11 +52,16 @@ def matmul_integer(left: Tensor, right: Tensor) -> Tensor:
 
 
 def kan_linear(
-    x: Tensor, knots: Tensor, weight: Tensor, attributes: Mapping[str, int | float | str]
+    x: Tensor,
+    knots: Tensor,
+    weight: Tensor,
+    attributes: Mapping[str, int | float | str],
+    layer: str,
 ) -> Tensor:
     """Write the fused operator, whose inputs and attributes kan_ops/src/operator.cpp describes.
 
-    Only for export to ONNX, which must give it a body (functions.py).
+    Only for export to ONNX, which must give it the body of the layer (functions.py), whose name is
+    noted on the node.
     """
     return torch.onnx.ops.symbolic(
         f"{kan_ops.DOMAIN}::{kan_ops.OPERATOR}",
@@ -62,4 +70,5 @@ def kan_linear(
         dtype=x.dtype,
         shape=(x.shape[0], weight.shape[1]),
         version=1,
+        metadata_props={LAYER: layer},
     )
