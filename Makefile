@@ -24,7 +24,7 @@ benchmark: $(VENV)/benchmarks
 	$(BIN)/python -m benchmarks.engine --output build/benchmark $(BENCHMARK)
 
 test: lint $(OTHER_VENVS:%=%/installed)
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 # VGG16-KAN: 10 GB of memory, 9 GB of disk below $TMPDIR, some minutes.
 test-full-size: $(VENV)/installed

@@ -190,55 +190,50 @@ struct Knots {
   }
 };
 
+// Sorts rows by their cells: their numbers into `sorted`, which has room for 128 more than there
+// are, and into `groups` the cells that have any, with how many; returns how many cells those are.
 #if defined(__AVX512VBMI2__)
-inline void sort_by_cell(const int* cells, int rows, int cell_count, uint8_t* sorted, Group* groups,
-                         int* count) {
+
+constexpr struct RowNumbers {
+  alignas(64) uint8_t values[kRows] = {};
+  constexpr RowNumbers() {
+    for (int r = 0; r < kRows; ++r) values[r] = static_cast<uint8_t>(r);
+  }
+} kRowNumbers;
+
+// A byte for each row, all rows in two vectors: a seventh less time for a layer of 64 outputs than
+// counting takes.
+inline int sort_by_cell(const int* cells, int rows, int cell_count, uint8_t* sorted,
+                        Group* groups) {
   static_assert(kRows == 128, "two vectors of bytes");
-  alignas(64) static constexpr struct Numbers {
-    uint8_t v[kRows];
-    constexpr Numbers() : v() {
-      for (int i = 0; i < kRows; ++i) v[i] = uint8_t(i);
-    }
-  } numbers{};
   alignas(64) uint8_t bytes[kRows];
   for (int r = 0; r < kRows; r += W)
     _mm_store_si128(reinterpret_cast<__m128i*>(bytes + r),
                     r < rows ? _mm512_cvtepi32_epi8(load_int(cells + r)) : _mm_set1_epi8(-1));
   const I low = _mm512_load_si512(bytes), high = _mm512_load_si512(bytes + 64);
-  const I low_numbers = _mm512_load_si512(numbers.v),
-          high_numbers = _mm512_load_si512(numbers.v + 64);
+  const I low_rows = _mm512_load_si512(kRowNumbers.values);
+  const I high_rows = _mm512_load_si512(kRowNumbers.values + 64);
   int n = 0;
   for (int c = 0; c < cell_count; ++c) {
     const I cell = _mm512_set1_epi8(static_cast<char>(c));
-    const __mmask64 a = _mm512_cmpeq_epi8_mask(low, cell), b = _mm512_cmpeq_epi8_mask(high, cell);
-    const int first_count = __builtin_popcountll(a), here = first_count + __builtin_popcountll(b);
-    _mm512_storeu_si512(sorted, _mm512_maskz_compress_epi8(a, low_numbers));
-    _mm512_storeu_si512(sorted + first_count, _mm512_maskz_compress_epi8(b, high_numbers));
+    const __mmask64 in_low = _mm512_cmpeq_epi8_mask(low, cell);
+    const __mmask64 in_high = _mm512_cmpeq_epi8_mask(high, cell);
+    const int below_64 = __builtin_popcountll(in_low);
+    const int here = below_64 + __builtin_popcountll(in_high);
+    _mm512_storeu_si512(sorted, _mm512_maskz_compress_epi8(in_low, low_rows));
+    _mm512_storeu_si512(sorted + below_64, _mm512_maskz_compress_epi8(in_high, high_rows));
     sorted += here;
     groups[n] = {static_cast<uint8_t>(c), static_cast<uint8_t>(here)};
     n += here > 0;
   }
-  *count = n;
+  return n;
 }
-#elif defined(KAN_SIMD_AVX512)
-inline void sort_by_cell(const int* cells, int rows, int cell_count, uint8_t* sorted, Group* groups,
-                         int* count) {
-  int n = 0;
-  I cell[kRows / W];
-  const int vectors = (rows + W - 1) / W;
-  for (int v = 0; v < vectors; ++v) cell[v] = load_int(cells + v * W);
-  for (int c = 0; c < cell_count; ++c) {
-    uint8_t* from = sorted;
-    for (int v = 0; v < vectors; ++v) sorted += pack_equal(cell[v], c, v * W, sorted);
-    groups[n] = {static_cast<uint8_t>(c), static_cast<uint8_t>(sorted - from)};
-    n += sorted > from;
-  }
-  *count = n;
-}
+
 #else
-inline void sort_by_cell(const int* cells, int rows, int cell_count, uint8_t* sorted, Group* groups,
-                         int* count) {
-  int start[kMaxGroups + 1] = {};
+
+inline int sort_by_cell(const int* cells, int rows, int cell_count, uint8_t* sorted,
+                        Group* groups) {
+  int start[kMaxGroups] = {};
   for (int r = 0; r < rows; ++r) ++start[cells[r]];
   int n = 0, sum = 0;
   for (int c = 0; c < cell_count; ++c) {
@@ -249,7 +244,7 @@ inline void sort_by_cell(const int* cells, int rows, int cell_count, uint8_t* so
     n += here > 0;
   }
   for (int r = 0; r < rows; ++r) sorted[start[cells[r]]++] = static_cast<uint8_t>(r);
-  *count = n;
+  return n;
 }
 
 #endif
@@ -293,8 +288,8 @@ void evaluate_feature(const Task& task, const Knots<K, Steps>& knots, const floa
     store(&block.values[slot][K + 1][r], base(layer.activation, x));
     store_int(&cells[r], where(first(task.rows - r), c, set_int(-1)));
   }
-  sort_by_cell(cells, task.rows, cell_count, block.rows[slot], block.groups[slot],
-               &block.count[slot]);
+  block.count[slot] =
+      sort_by_cell(cells, task.rows, cell_count, block.rows[slot], block.groups[slot]);
 }
 
 alignas(64) constexpr float kNoWeights[kUnits * W] = {};

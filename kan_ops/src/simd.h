@@ -71,17 +71,6 @@ inline I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
 inline F gather(const float* p, I i) {  // GCC 12 warns of the one without a mask
   return _mm512_mask_i32gather_ps(set(0.0f), 0xffff, i, p, 4);
 }
-inline F gather(const float* p, I i, M m) {
-  return _mm512_mask_i32gather_ps(set(0.0f), m, i, p, 4);
-}
-
-// Writes the numbers, from `start` on, of the lanes where `a` is `value`; returns how many.
-inline int pack_equal(I a, int value, int start, uint8_t* out) {
-  const M m = _mm512_cmpeq_epi32_mask(a, set_int(value));
-  const I packed = _mm512_maskz_compress_epi32(m, add(iota(), set_int(start)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(packed));
-  return __builtin_popcount(m);
-}
 
 // Tables in registers: a permutation instead of a gather.
 template <int Vectors>
@@ -139,9 +128,6 @@ inline F zero_unless(M m, F a) { return _mm256_and_ps(_mm256_castsi256_ps(m), a)
 inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
 inline I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
 inline F gather(const float* p, I i) { return _mm256_i32gather_ps(p, i, 4); }
-inline F gather(const float* p, I i, M m) {
-  return _mm256_mask_i32gather_ps(set(0.0f), p, i, _mm256_castsi256_ps(m), 4);
-}
 template <int Vectors>
 inline F lookup(const float* table, I i) {
   if constexpr (Vectors != 2) return gather(table, i);
@@ -220,12 +206,6 @@ inline F zero_unless(M m, F a) { return m ? a : set(0.0f); }
 inline I add(I a, I b) { return a + b; }
 inline I multiply(I a, I b) { return a * b; }
 inline F gather(const float* p, I i) { return F{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}; }
-inline F gather(const float* p, I i, M m) {
-  F v = set(0.0f);
-  for (int l = 0; l < W; ++l)
-    if (m[l]) v[l] = p[i[l]];
-  return v;
-}
 template <int>
 inline F lookup(const float* table, I i) {
   return gather(table, i);
