@@ -6,7 +6,7 @@ operation runs over long contiguous rows. There are two ways to compute them:
     cardinal    equally spaced knots: each function is the same bump, written in closed form
     recursion   any rising knots: Cox-de Boor, from the hats of order 1 upwards
 
-The knots are the only tensor of either, because the fused operator (operators.py) wants them as
+The knots are the only tensor of either, because the fused operator (functions.py) wants them as
 they are. What follows from them alone, onnxruntime computes when it loads the model, TorchScript
 when it is frozen.
 

@@ -97,7 +97,7 @@ class LayerRecord:
     lowering: Form
     lowering_error: Annotated[float, Field(ge=0)]
     eager_error: Annotated[float, Field(ge=0)]
-    operator: str | None
+    operator: str | None = None
 
 
 @_STRICT

@@ -58,7 +58,7 @@ def register(options: "SessionOptions", instructions: str | None = None) -> None
 
 
 NOT_BUILT = (
-    "kan_ops: the operator library was not built when kanserve was installed, for want of a C++17 "
-    "compiler; models run on standard operators. Install one and reinstall kanserve; pip's "
-    "--verbose shows what the build says"
+    "kan_ops: the operator library was not built when kanserve was installed, most likely for want "
+    "of a C++17 compiler; models run on standard operators. Install one and reinstall kanserve; "
+    "pip's --verbose shows what the build says"
 )

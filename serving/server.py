@@ -138,6 +138,7 @@ def running(settings: Settings) -> Iterator[Server]:
     max_message_bytes = settings.max_message_bytes or fitting_message_bytes(
         [model.manifest for model in repository.loaded]
     )
+    host = _resolve(settings.host)
     draining = threading.Event()
     service = InferenceService(
         repository,
@@ -167,11 +168,9 @@ def running(settings: Settings) -> Iterator[Server]:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection_service, grpc_server)
         server = Server(
             settings,
-            _bind(grpc_server, settings),
+            _bind(grpc_server, host, settings),
             cleanup.enter_context(
-                metrics.served(
-                    metrics.model_metrics(repository), settings.host, settings.metrics_port
-                )
+                metrics.served(metrics.model_metrics(repository), host, settings.metrics_port)
             ),
             repository,
             grpc_server,
@@ -211,15 +210,22 @@ class _Reflection(reflection.ReflectionServicer):  # type: ignore[misc]
                 self._open.discard(context)
 
 
-def _bind(grpc_server: grpc.Server, settings: Settings) -> str:
-    """Take the port on the one address that the host stands for."""
+def _resolve(host: str) -> str:
+    """Find the one address that a host stands for: IPv4 if there are both, as for localhost."""
     try:
-        found = socket.getaddrinfo(settings.host, settings.grpc_port, type=socket.SOCK_STREAM)
-        addresses = sorted(info[4][0] for info in found if isinstance(info[4][0], str))
-        host = min(addresses, key=lambda address: ":" in address)  # IPv4 of both, as localhost
-        host = f"[{host}]" if ":" in host else host
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartupError(f"--host {host}: no address of that name: {error.strerror}") from error
+    addresses = sorted(info[4][0] for info in found if isinstance(info[4][0], str))
+    return min(addresses, key=lambda address: ":" in address)
+
+
+def _bind(grpc_server: grpc.Server, address: str, settings: Settings) -> str:
+    """Take the port for gRPC."""
+    host = f"[{address}]" if ":" in address else address
+    try:
         return f"{host}:{grpc_server.add_insecure_port(f'{host}:{settings.grpc_port}')}"
-    except (RuntimeError, OSError) as error:
+    except RuntimeError as error:
         raise StartupError(
             f"cannot listen on {settings.host}:{settings.grpc_port}: the port is taken or the "
             "address is not this machine's; choose another --grpc-port (0 takes a free one) or "

@@ -1,6 +1,8 @@
 """--fused: what the server says of how models run, and what it does without the library."""
 
 import json
+import socket
+import struct
 import urllib.request
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 
 import kan_ops
 from kan_bundle.manifest import read_manifest
@@ -61,7 +64,10 @@ def test_without_the_library_auto_runs_standard_operators_and_on_refuses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kan_ops, "_LIBRARY", "missing.so")
-    assert runtime.choose_fused("auto", "cpu") is False
+    with capture_logs() as log:
+        assert runtime.choose_fused("auto", "cpu") is False
+    assert [(event["event"], event["log_level"]) for event in log] == [("not_fused", "warning")]
+    assert "was not built" in log[0]["reason"]
     with pytest.raises(StartupError, match=r"--fused on: .* was not built"):
         runtime.choose_fused("on", "cpu")
 
@@ -98,6 +104,18 @@ def test_a_port_in_use_for_metrics_is_refused(server: Server, repository: Path) 
     assert done.returncode == 1
     reason = json.loads(done.stderr.splitlines()[-1])["reason"]
     assert f"cannot listen on 127.0.0.1:{port} for metrics" in reason
+
+
+def test_a_scraper_that_goes_away_leaves_nothing_in_the_log_but_json(repository: Path) -> None:
+    with serving("--model-repository", repository) as process:
+        host, _, port = process.events[-1]["metrics"].rpartition(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"GET /met")
+            # Closing now sends a reset, not an end.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert scraped(process.events[-1]["metrics"])[MODEL, "fused"] == 2
+        process.popen.terminate()
+        process.until("stopped")  # every line is parsed
 
 
 def test_both_ways_answer_alike_to_rounding(repository: Path) -> None:

@@ -281,7 +281,8 @@ void evaluate_feature(const Task& task, const Knots<K, Steps>& knots, const floa
     const M inside = below(cell, set_int(cell_count));  // not before the first knot, nor behind
     const I c = where(inside, cell, set_int(0));
     F left[K], n[K + 1];
-    for (int m = 0; m < K; ++m) left[m] = x - knots.knot(c, -m);
+    // Not of numbers that lie outside: huge ones would overflow, and infinity times 0 is no 0.
+    for (int m = 0; m < K; ++m) left[m] = zero_unless(inside, x - knots.knot(c, -m));
     n[0] = zero_unless(inside, set(layer.unit));
     triangle<K>(left, [&](int p, int j) { return knots.one_over(p, c, 1 + j - p); }, n);
     for (int m = 0; m <= K; ++m) store(&block.values[slot][m][r], n[m]);

@@ -28,6 +28,7 @@
 #include <new>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernel.h"
@@ -75,8 +76,7 @@ void* scratch(size_t bytes) {
 
 // The best kernel for this processor, or the one of that name, or none.
 const kan::Kernel* choose_kernel(const char* name) {
-  for (const kan::Kernel* kernel :
-       {&kan::kAvx512Vbmi2, &kan::kAvx512, &kan::kAvx2, &kan::kPortable})
+  for (const kan::Kernel* kernel : kan::kKernels)
     if (kernel->available() && (!name || !std::strcmp(name, kernel->name))) return kernel;
   return nullptr;
 }
@@ -284,24 +284,46 @@ std::unique_ptr<Operator> make_operator(const kan::Kernel* kernel, int threads) 
   return op;
 }
 
-// Operators live as long as the process, because sessions keep pointers to them.
-const Operator* find_operator(const kan::Kernel* kernel, int threads) {
+// An operator, and the domain that onnxruntime knows it by.
+struct Registered {
+  std::unique_ptr<Operator> op;
+  ort::Domain* domain;
+};
+
+// Finds the domain for an operator, made when it is first asked for. Both live as long as the
+// library, because sessions keep pointers to them.
+ort::Status* find_domain(const ort::Api& api, const kan::Kernel* kernel, int threads,
+                         ort::Domain** found) {
   static std::mutex mutex;
-  static std::vector<std::unique_ptr<Operator>> operators;
+  static std::vector<Registered> all;
   const std::lock_guard<std::mutex> lock(mutex);
-  for (const auto& op : operators)
-    if (op->kernel == kernel && op->threads == threads) return op.get();
-  operators.push_back(make_operator(kernel, threads));
-  return operators.back().get();
+  for (const Registered& one : all) {
+    if (one.op->kernel == kernel && one.op->threads == threads) {
+      *found = one.domain;
+      return nullptr;
+    }
+  }
+  Registered made{make_operator(kernel, threads), nullptr};
+  KAN_RETURN_IF_ERROR(api.CreateCustomOpDomain(kDomain, &made.domain));
+  KAN_RETURN_IF_ERROR(api.CustomOpDomain_Add(made.domain, made.op.get()));
+  *found = made.domain;
+  all.push_back(std::move(made));
+  return nullptr;
 }
 
-// A short entry of the configuration; false if there is none.
-bool entry(const ort::Api& api, const ort::SessionOptions* options, const char* key,
-           char (&value)[16]) {
-  size_t size = sizeof value;
-  ort::Status* status = api.GetSessionConfigEntry(options, key, value, &size);
+// A short entry of the configuration; empty if there is none, and cut off if it is long.
+template <size_t N>
+void read_entry(const ort::Api& api, const ort::SessionOptions* options, const char* key,
+                char (&value)[N]) {
+  size_t size = 0;
+  value[0] = 0;
+  ort::Status* status = api.GetSessionConfigEntry(options, key, nullptr, &size);
+  if (!status && size > 0) {
+    std::string whole(size, 0);
+    status = api.GetSessionConfigEntry(options, key, whole.data(), &size);
+    if (!status) std::snprintf(value, N, "%s", whole.c_str());
+  }
   if (status) api.ReleaseStatus(status);
-  return !status;
 }
 
 }  // namespace
@@ -312,19 +334,18 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
   if (!api)
     return base->GetApi(1)->CreateStatus(ort::kFail, "kan_ops needs onnxruntime 1.17 or newer");
   try {
-    char text[16] = {}, name[16] = {};
-    int threads = entry(*api, options, kThreadsKey, text) ? std::atoi(text) : 0;
+    char text[16], name[16];
+    read_entry(*api, options, kThreadsKey, text);
+    read_entry(*api, options, kInstructionsKey, name);
+    int threads = std::atoi(text);
     if (threads < 1) threads = static_cast<int>(std::thread::hardware_concurrency());
-    const bool named = entry(*api, options, kInstructionsKey, name);
-    const kan::Kernel* kernel = choose_kernel(named ? name : nullptr);
+    const kan::Kernel* kernel = choose_kernel(name[0] ? name : nullptr);
     if (!kernel)
       return api->CreateStatus(ort::kInvalidArgument,
                                "kan_ops.instructions: expected avx512vbmi2, avx512, avx2 or "
                                "portable, and what this processor has");
     ort::Domain* domain = nullptr;
-    KAN_RETURN_IF_ERROR(api->CreateCustomOpDomain(kDomain, &domain));
-    KAN_RETURN_IF_ERROR(
-        api->CustomOpDomain_Add(domain, find_operator(kernel, std::max(threads, 1))));
+    KAN_RETURN_IF_ERROR(find_domain(*api, kernel, std::max(threads, 1), &domain));
     return api->AddCustomOpDomain(options, domain);
   } catch (const std::exception&) {
     return api->CreateStatus(ort::kFail, "kan_ops: out of memory");

@@ -1,7 +1,7 @@
 // What the kernel asks of a processor, for the instructions that this file is compiled for.
 //
 // F is a vector of W floats, I of as many int32, M one bool for each. Everything is inline and has
-// internal linkage: the same source is compiled three times into one library, and the linker must
+// internal linkage: the same source is compiled four times into one library, and the linker must
 // not take a function of one for that of another.
 #pragma once
 
