@@ -35,15 +35,15 @@ class WithBodies(nn.Module):
 
     Args:
         network: Its layers are in the form that is exported.
-        layers: Those to call as operators, by their path in `network`.
+        layers: Those of them to call as operators.
     """
 
-    def __init__(self, network: Call, layers: Mapping[str, LoweredKANLinear]) -> None:
+    def __init__(self, network: Call, layers: Sequence[LoweredKANLinear]) -> None:
         super().__init__()
         self.training = False  # of this alone: a network's own `train` may do anything
         self.module = network.module  # at the path where `network` has it
         self._network = network.forward
-        self._layers = {path.partition(".")[2]: layer for path, layer in layers.items()}
+        self._layers = tuple(layers)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the network on the first inputs, and the layers on `_INPUTS` of each of them."""
@@ -51,7 +51,7 @@ class WithBodies(nn.Module):
         with as_operators(self._layers):
             outputs = self._network(*inputs[:count])
         bodies = []
-        for i, layer in enumerate(self._layers.values()):
+        for i, layer in enumerate(self._layers):
             x, knots, weight = inputs[count + len(_INPUTS) * i :][: len(_INPUTS)]
             tensors = {"basis.knots": knots, "product.weight": weight}
             bodies.append(torch.func.functional_call(layer, tensors, (x,)))
@@ -60,7 +60,7 @@ class WithBodies(nn.Module):
     def examples(self) -> tuple[Tensor, ...]:
         """Make further inputs to trace it with; of each three the first has rows."""
         found = []
-        for layer in self._layers.values():
+        for layer in self._layers:
             assert isinstance(layer.product, Float32Product)
             x = torch.zeros(2, layer.in_features)
             found += [x, layer.basis.knots, layer.product.weight]
@@ -72,20 +72,24 @@ class WithBodies(nn.Module):
 
     def names(self) -> tuple[list[str], list[str]]:
         """Name the further inputs and outputs."""
-        inputs = [f"{name}/{tensor}" for name in self._layers for tensor in _INPUTS]
-        return inputs, [f"{name}/{_OUTPUT}" for name in self._layers]
+        inputs = [f"{layer.name}/{tensor}" for layer in self._layers for tensor in _INPUTS]
+        return inputs, [f"{layer.name}/{_OUTPUT}" for layer in self._layers]
 
     def name_overloads(self, model: onnx_ir.Model) -> None:
         """Tell the nodes of the operator apart, in a graph as the exporter made it of this."""
         for node in _operators(model):
             node.overload = node.metadata_props[LAYER]
 
-    def part(self, model: onnx_ir.Model) -> None:
-        """Make functions of the bodies, and leave the network alone in the graph."""
+    def part(self, model: onnx_ir.Model) -> frozenset[str]:
+        """Make functions of the bodies, and leave the network alone in the graph.
+
+        Returns:
+            The names of the layers that the network calls, and so of the functions.
+        """
         nodes = {node.overload: node for node in _operators(model)}
         count = len(model.graph.inputs) - len(_INPUTS) * len(self._layers)
         results = len(model.graph.outputs) - len(self._layers)
-        for i, name in enumerate(self._layers):
+        for i, name in enumerate(layer.name for layer in self._layers):
             if name not in nodes:
                 continue  # the network has the layer, and does not call it
             graph = model.graph.clone()
@@ -108,6 +112,7 @@ class WithBodies(nn.Module):
         if nodes:
             model.opset_imports[kan_ops.DOMAIN] = 1
             model.ir_version = max(model.ir_version, IR_VERSION)
+        return frozenset(nodes)
 
 
 def _reduce(

@@ -17,7 +17,7 @@ the reference; nothing here is trusted without the comparison in parity.py.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -92,6 +92,7 @@ class LoweredKANLinear(nn.Module):
         precision: Of the product.
         samples: Inputs of the layer, shape (rows, in), to choose the scales of int8 on; None takes
             points within the knots.
+        name: What an ONNX file calls it, where it is the fused operator.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class LoweredKANLinear(nn.Module):
         form: Form,
         precision: Precision = "fp32",
         samples: Tensor | None = None,
+        name: str = "",
     ) -> None:
         super().__init__()
+        self.name = name
         self.in_features = layer.in_features
         silu = type(layer.base_activation) is nn.SiLU
         self.activation = ExpSiLU() if silu else layer.base_activation
@@ -112,7 +115,7 @@ class LoweredKANLinear(nn.Module):
         self.operator = (
             _attributes(layer, self.basis) if can_be_operator(layer, precision) else None
         )
-        self.as_operator: str | None = None  # its name, while it is written as the operator
+        self.as_operator = False
         weight = _fold(layer, self.basis)
         spline, base = weight[: -layer.in_features], weight[-layer.in_features :]
         self.product: nn.Module
@@ -127,12 +130,12 @@ class LoweredKANLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; shape (..., in) to (..., out)."""
-        if self.as_operator is not None:
+        if self.as_operator:
             assert self.operator is not None
             assert isinstance(self.product, Float32Product)
             rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
             y: Tensor = kan_linear(
-                rows, self.basis.knots, self.product.weight, self.operator, self.as_operator
+                rows, self.basis.knots, self.product.weight, self.operator, self.name
             )
             return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
         base = self.activation(x)  # which may know its channels by their dimension
@@ -213,7 +216,7 @@ def lowered(
     with torch.no_grad():
         forms = {
             module: LoweredKANLinear(
-                network.layers[name], choices[name].form, precision, samples.get(name)
+                network.layers[name], choices[name].form, precision, samples.get(name), name
             ).eval()
             for name, module in network.replaced.items()
         }
@@ -257,25 +260,25 @@ def probes_within(layer: KANLinear) -> Tensor:
     return torch.from_numpy(probes.inputs[0][within])
 
 
-def fusible(network: nn.Module) -> dict[str, LoweredKANLinear]:
-    """Find the layers that the fused operator can compute, by path."""
-    return {
-        path: module
-        for path, module in network.named_modules()
+def fusible(network: nn.Module) -> list[LoweredKANLinear]:
+    """Find the layers that the fused operator can compute."""
+    return [
+        module
+        for module in network.modules()
         if isinstance(module, LoweredKANLinear) and module.operator is not None
-    }
+    ]
 
 
 @contextmanager
-def as_operators(layers: Mapping[str, LoweredKANLinear]) -> Iterator[None]:
-    """Let an export to ONNX write layers as the fused operator, under these names."""
-    for name, layer in layers.items():
-        layer.as_operator = name
+def as_operators(layers: Sequence[LoweredKANLinear]) -> Iterator[None]:
+    """Let an export to ONNX write layers as the fused operator."""
+    for layer in layers:
+        layer.as_operator = True
     try:
         yield
     finally:
-        for layer in layers.values():
-            layer.as_operator = None
+        for layer in layers:
+            layer.as_operator = False
 
 
 def can_be_operator(layer: KANLinear, precision: Precision) -> bool:

@@ -69,7 +69,7 @@ def write_onnx(
     opset: int = DEFAULT_OPSET,
     *,
     inline: bool = False,
-) -> None:
+) -> frozenset[str]:
     """Write a network as ONNX.
 
     Args:
@@ -83,12 +83,15 @@ def write_onnx(
         opset: Version of the standard operators, as `check_opset` takes it.
         inline: Write all layers as standard operators, instead of one node with a body of those.
 
+    Returns:
+        The names of the layers that are nodes of the fused operator.
+
     Raises:
         ConversionError: The network cannot be converted, or the graph is not what was asked for.
     """
     batch = {0: torch.export.Dim("batch")}
     with _quiet_exporter(), conversion("ONNX"):
-        both = WithBodies(network, {} if inline else fusible(network))
+        both = WithBodies(network, [] if inline else fusible(network))
         further_inputs, further_outputs = both.names()
         program = torch.onnx.export(
             both,
@@ -114,7 +117,7 @@ def write_onnx(
         name_after_modules(model, len(output_names))
         if model.opset_imports.get("") != opset:
             version_converter.convert_version(model, opset, fallback=True)
-        both.part(model)
+        fused = both.part(model)
     _forget_the_exporting_machine(model)
     model.producer_name = "kanserve"
     model.producer_version = metadata.get("kanserve.version", "")
@@ -137,6 +140,7 @@ def write_onnx(
         onnx.checker.check_model(str(path), full_check=True)
     for value in model.graph.initializers.values():
         value.const_value = None  # onnxscript's rewriter holds on to the graph it saw last
+    return fused
 
 
 def load_onnx(path: Path, *, fused: bool = False) -> Runner:

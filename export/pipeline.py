@@ -7,7 +7,7 @@ bundle that passed becomes visible in the repository.
 import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -274,7 +274,7 @@ def _export(
             with report.stage(f"write {MODEL_FILE}"):
                 given = [spec.name for spec in network.inputs.specs]
                 gives = [spec.name for spec in network.outputs]
-                write_onnx(
+                fused = write_onnx(
                     call,
                     rows,
                     given,
@@ -285,6 +285,9 @@ def _export(
                     options.opset,
                     inline=options.inline,
                 )
+            layers = tuple(
+                layer if layer.name in fused else replace(layer, operator=None) for layer in layers
+            )
             with report.stage(f"write {TORCHSCRIPT_FILE}"):
                 write_torchscript(call, rows, script_path, notes)
         gc.collect()  # the converters leave cycles that hold every weight

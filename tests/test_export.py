@@ -212,12 +212,13 @@ def test_failed_parity_publishes_nothing(
     """A converter that is a little wrong, in one layer, is caught from the file it wrote."""
     write = onnx_graph.write_onnx
 
-    def write_wrong(call: Call, *arguments: object, **options: object) -> None:
+    def write_wrong(call: Call, *arguments: object, **options: object) -> frozenset[str]:
         weight = call.get_buffer("module.layers.1.product.weight")
         kept = weight.clone()
         weight[4 * 8, 0] += 1e-2  # the fourth function of the first of eight features
-        write(call, *arguments, **options)  # type: ignore[arg-type]
+        fused = write(call, *arguments, **options)  # type: ignore[arg-type]
         weight.copy_(kept)  # the other converter is right
+        return fused
 
     monkeypatch.setattr("export.pipeline.write_onnx", write_wrong)
     with pytest.raises(ParityError, match=r"onnxruntime cpu does not compute .* expected"):
@@ -253,9 +254,10 @@ def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_an_end_that_a_library_swallows_comes_before_the_next_stage(
     tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def swallow(*_: object, **__: object) -> None:
+    def swallow(*_: object, **__: object) -> frozenset[str]:
         with pytest.raises(SystemExit):
             quiet.end(143)
+        return frozenset()
 
     monkeypatch.setattr("export.pipeline.write_onnx", swallow)
     with pytest.raises(SystemExit, match="143"):

@@ -136,7 +136,12 @@ def test_layers_that_look_alike_keep_their_own_bodies(tmp_path: Path) -> None:
             return y
 
     network = Three()
-    export_module(network, name="m", output=tmp_path, input_shape=4)
+    manifest = export_module(network, name="m", output=tmp_path, input_shape=4)
+    assert {layer.name: layer.operator for layer in manifest.layers} == {
+        "first": kan_ops.OPERATOR,
+        "second": kan_ops.OPERATOR,
+        "unused": None,
+    }
     model = require_both_ways(network, tmp_path, torch.randn(9, 4))
     assert sorted(layer_names(model)) == ["first", "first", "second"]
     assert sorted(function.overload for function in model.functions) == ["first", "second"]
