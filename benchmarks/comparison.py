@@ -23,8 +23,6 @@ from rich.table import Column
 from benchmarks.contenders import (
     CONTENDERS,
     ORDER,
-    OUR_ONNX,
-    WRITERS,
     Call,
     Contender,
     Knots,
@@ -32,6 +30,7 @@ from benchmarks.contenders import (
     answers,
     cycled,
 )
+from benchmarks.files import OUR_ONNX, WRITERS
 from benchmarks.measuring import Entry, ModelResult, measure_memory, time_in_rounds
 from benchmarks.roofline import limit_ms, measure_speed
 from kan_model import KAN
