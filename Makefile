@@ -35,7 +35,7 @@ test-full-size: $(VENV)/installed
 FUZZ_S ?= 30
 fuzz: $(VENV)/installed
 	$(BIN)/cmake -S kan_ops -B build/fuzz -DKAN_OPS_FUZZ=ON --log-level=WARNING
-	$(BIN)/cmake --build build/fuzz --target kan_ops_fuzz
+	$(BIN)/cmake --build build/fuzz --target kan_ops_fuzz --parallel
 	build/fuzz/kan_ops_fuzz $(FUZZ_S)
 
 lint: $(VENV)/installed

@@ -31,7 +31,7 @@ from benchmarks.contenders import (
     cycled,
 )
 from benchmarks.files import OUR_ONNX, WRITERS
-from benchmarks.measuring import Entry, ModelResult, measure_memory, time_in_rounds
+from benchmarks.measuring import Entry, Memory, ModelResult, measure_memory, time_in_rounds
 from benchmarks.roofline import limit_ms, measure_speed
 from kan_model import KAN
 
@@ -167,7 +167,7 @@ def measure(settings: Settings, story: Story, folder: Path) -> Iterator[ModelRes
         yield ModelResult(
             model=model,
             entries=tuple(entries),
-            memory_bytes=memory,
+            memory=memory,
             onnx_bytes=ours.stat().st_size if ours.exists() else None,
             weight_bytes=model.weight_bytes,
             limits_ms={batch: limit_ms(model, batch, speed) for batch in settings.batches},
@@ -227,8 +227,8 @@ def _measure_memory(
     contenders: Sequence[Contender],
     folder: Path,
     story: Story,
-) -> dict[str, int]:
-    """Measure each contender's peak at the largest batch; bytes by name."""
+) -> dict[str, Memory]:
+    """Measure what each contender holds at the largest batch; by name."""
     inputs = folder / "inputs.npy"
     np.save(inputs, cycled(x, max(settings.batches)))
     memory = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.measuring import Entry, ModelResult, Results
+from benchmarks.measuring import Entry, Memory, ModelResult, Results
 
 # Okabe and Ito's colours, told apart by the colour-blind too. OpenVINO keeps its colour on the file
 # of kanserve, whose own colour is nobody else's. The line of kanserve is wide and lies below the
@@ -42,11 +42,13 @@ def render(results: Results) -> str:
     lines = ["# KAN inference on this machine", "", machine, ""]
     lines += [
         "Times are milliseconds for one call on a whole batch: median (99th percentile) of single "
-        "calls, all contenders in alternating rounds. Error is the largest |y - y64| at any of the "
-        "batch sizes. Memory is the peak above what the process held before the model was loaded, "
-        f"at the largest batch.{_sample_counts(results)} The limit, here at the largest batch too, "
-        "is the time that the multiplications of what does not vanish would take at the speed of "
-        "this machine's fastest large matrix product, or the reading of their weights.",
+        f"calls, all contenders in alternating rounds.{_sample_counts(results)} Error is the "
+        "largest |y - y64| at any of the batch sizes. Memory is what a process holds at most above "
+        "what it held before the model was loaded, at the largest batch: while it is called (until "
+        "then: runtimes hold a file twice for a moment when they load it). The limit, here at the "
+        "largest batch too, is the time that the multiplications of what does not vanish would "
+        "take at the speed of this machine's fastest large matrix product, or the reading of their "
+        "weights.",
         "",
     ]
     ran = {name for result in results.models for name in result.contenders}
@@ -69,7 +71,7 @@ def _table(result: ModelResult) -> Iterator[str]:
     rows = []
     for name in result.contenders:
         entries = [result.entry(name, batch) for batch in result.batches]
-        memory = result.memory_bytes.get(name)
+        memory = result.memory.get(name)
         times = [
             f"{_digits(e.timing.median_ms)} ({_digits(e.timing.p99_ms)})" if e else "-"
             for e in entries
@@ -77,13 +79,17 @@ def _table(result: ModelResult) -> Iterator[str]:
         found = [e for e in entries if e]
         last = entries[-1]
         share = f"{_share(result, last):.0%}" if last and name not in _FLOORS else "-"
-        size = "-" if memory is None else f"{memory / 1e6:.1f}"
+        size = _megabytes(memory) if memory else "-"
         rows.append([name, *times, share, _error(found), size])
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     for first, *others in [headers, rule, *rows]:
         cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
         yield f"| {' | '.join([first.ljust(widths[0]), *cells])} |"
+
+
+def _megabytes(memory: Memory) -> str:
+    return f"{memory.calls_bytes / 1e6:.1f} ({memory.start_bytes / 1e6:.1f})"
 
 
 def _error(entries: Sequence[Entry]) -> str:
@@ -114,11 +120,11 @@ def _facts(result: ModelResult) -> Iterator[str]:
         if found:
             shares = (f"{_share(result, e):.0%} at batch {e.batch}" for e in found)
             yield f"- {ours}, share of the limit: {', '.join(shares)}"
-    naive = result.memory_bytes.get("traced")
+    naive = result.memory.get("traced")
     for ours in _OURS:
-        memory = result.memory_bytes.get(ours)
+        memory = result.memory.get(ours)
         if memory and naive:
-            yield f"- memory of traced / {ours}: {naive / memory:.2f}"
+            yield f"- peak memory of traced / {ours}: {naive.peak_bytes / memory.peak_bytes:.2f}"
 
 
 def _ratios(result: ModelResult, over: str, under: str) -> Iterator[str]:
