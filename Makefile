@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m export $(DEMO)/digits.pt --output $(DEMO)/models --activation silu
 	$(BIN)/python -m examples.digits.classify --checkpoint $(DEMO)/digits.pt --model-repository $(DEMO)/models
 
-# Everything takes 40 minutes on two cores, `make benchmark BENCHMARK=--quick` a minute or two.
+# Everything takes 50 minutes on two cores, `make benchmark BENCHMARK=--quick` a minute or two.
 # Without a C++ compiler, what needs one is left out.
 benchmark: $(VENV)/benchmarks
 	$(BIN)/python -m benchmarks.engine --output build/benchmark $(BENCHMARK)

@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engine",
         description="Compare kanserve's files with other ways to run a KAN on this machine's CPU: "
-        "time, error, memory. Everything takes 40 minutes on two cores, --quick a minute or two.",
+        "time, error, memory. Everything takes 50 minutes on two cores, --quick a minute or two.",
         epilog=f"contenders: {', '.join(name.replace(' ', '-') for name in CONTENDERS)}",
     )
     parser.add_argument(
