@@ -5,8 +5,10 @@ provider asked for is an error.
 """
 
 import io
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ _ONNX_TYPES: dict[Datatype, str] = {
     "UINT8": "tensor(uint8)",
     "BOOL": "tensor(bool)",
 }
+
+
+_KEEP_S = 10.0  # how long memory for a large batch is kept for another
+_MUCH_LARGER = 4  # times the rows
 
 
 class Engine:
@@ -76,9 +82,12 @@ class Engine:
             kan_ops.register(options)
         wanted = EXECUTION_PROVIDERS[provider]
         try:
-            with redirect_stdout(io.StringIO()):  # it prints when it falls back
+            with (
+                redirect_stdout(io.StringIO()),
+                _as_file(model) as file,
+            ):  # it prints when it falls back
                 self._session = onnxruntime.InferenceSession(
-                    model, sess_options=options, providers=[wanted]
+                    file, sess_options=options, providers=[wanted]
                 )
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise IntegrityError(f"onnxruntime cannot load the model: {error}") from error
@@ -92,6 +101,10 @@ class Engine:
         _require_tensors(self._session.get_outputs(), manifest.outputs)
         self._inputs = [spec.name for spec in manifest.inputs]
         self._outputs = [spec.name for spec in manifest.outputs]
+        self._largest_rows = 0
+        self._largest_at = 0.0
+        self._shrink = onnxruntime.RunOptions()
+        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, inputs: Sequence[NDArray[np.generic]]) -> list[NDArray[np.float32]]:
         """Run one batch.
@@ -108,7 +121,9 @@ class Engine:
         """
         try:
             outputs: list[NDArray[np.float32]] = self._session.run(
-                self._outputs, dict(zip(self._inputs, inputs, strict=True))
+                self._outputs,
+                dict(zip(self._inputs, inputs, strict=True)),
+                self._options(len(inputs[0])),
             )
         except InvalidArgument as error:  # a token beyond the vocabulary, for one
             raise InvalidRequest("the model does not take these values") from error
@@ -119,6 +134,38 @@ class Engine:
             shapes = [output.shape for output in outputs]
             raise EngineError(f"{rows[0]} rows went in, but the outputs have shapes {shapes}")
         return outputs
+
+    def _options(self, rows: int) -> onnxruntime.RunOptions | None:
+        """Have the arena give back what a large batch needed if none has come for some time.
+
+        Without an arena at all, runs of a thousand rows on standard operators take 1.3 to 1.6 times
+        as long: benchmarks/results. Two threads that come here at once both do right.
+        """
+        now = time.monotonic()
+        if rows >= self._largest_rows:
+            self._largest_rows = rows
+        if rows * _MUCH_LARGER > self._largest_rows:
+            self._largest_at = now
+        elif now - self._largest_at > _KEEP_S:
+            self._largest_rows, self._largest_at = rows, now
+            return self._shrink
+        return None
+
+
+@contextmanager
+def _as_file(model: bytes) -> Iterator[str | bytes]:
+    """Give bytes the name of a file that nobody else can write, where the system has such files.
+
+    onnxruntime parses a file without holding the interpreter's lock, and bytes with it: for 36 MB
+    of weights, 20 ms in which no request moves.
+    """
+    if not hasattr(os, "memfd_create"):
+        yield model
+        return
+    with os.fdopen(os.memfd_create("model.onnx", os.MFD_CLOEXEC), "wb") as file:
+        file.write(model)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def _require_tensors(found: list[Any], expected: tuple[TensorSpec, ...]) -> None:

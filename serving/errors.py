@@ -5,7 +5,10 @@ ServingError
 │   │                     error's text, and never more than a line of what the client sent
 │   ├── InvalidRequest      the caller's: a tensor is not what the model takes
 │   ├── ModelNotFound       the caller's: no such model or version
-│   └── ModelNotReady       the operator's: the model is known and was refused at load
+│   ├── ModelNotReady       the operator's: the model is known and is not served
+│   ├── ControlRefused      the operator's: models are not loaded and unloaded so here
+│   ├── Overloaded          more is asked than can be done; says when to ask again
+│   └── Expired             the answer would come after the time the caller gave it
 ├── EngineError           ours, while running; for the log
 └── StartupError          the operator's: the server refuses to start; for the log
 └── WrongSetting        a flag or an environment variable has no usable value
@@ -29,7 +32,28 @@ class ModelNotFound(VisibleError):
 
 
 class ModelNotReady(VisibleError):
-    """The model is known, but was refused at load."""
+    """The model is known, but not served."""
+
+
+class ControlRefused(VisibleError):
+    """A model cannot be loaded or unloaded, or not in this way."""
+
+
+class Overloaded(VisibleError):
+    """There is no room for another request.
+
+    Args:
+        message: For the client.
+        retry_after_s: When there will be, in seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Expired(VisibleError):
+    """The answer would come after the time that the caller gave it, or nobody waits for it."""
 
 
 class EngineError(ServingError):

@@ -7,7 +7,7 @@ watches, so that one watcher makes every shutdown last the whole grace period.
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -17,23 +17,27 @@ from grpc_health.v1 import health_pb2_grpc as pb_grpc
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 
+_THREADS = 2
+
 Send = Callable[[pb.HealthCheckResponse | None], None]
 
 
 class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
     """The same status for every service it knows. Safe to call from several threads.
 
+    At first it is not ready.
+
     Args:
         services: Names that may be asked for; the empty one stands for the whole server.
-        ready: Whether requests can be sent.
-        pool: Runs the calls, so that they never wait behind requests, nor requests behind them.
     """
 
-    def __init__(self, services: Iterable[str], ready: bool, pool: Executor) -> None:
+    def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(services)
         self._lock = threading.Lock()
-        self._status = _status(ready)
+        self._status = _status(False)
         self._watchers: set[Send] = set()
+        # Calls never wait behind requests, nor requests behind them.
+        pool = self._pool = ThreadPoolExecutor(_THREADS, "health")
         # gRPC reads these attributes; they make it run a call in this pool, and let a stream
         # live on without a thread. On the instance, because another server has another pool.
         self.Check = partial(self._check)
@@ -45,9 +49,10 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
     def set(self, ready: bool) -> None:
         """Change the status and tell every watcher."""
         with self._lock:
-            self._status = _status(ready)
-            for send in self._watchers:
-                send(self._status)
+            if self._status != _status(ready):
+                self._status = _status(ready)
+                for send in self._watchers:
+                    send(self._status)
 
     def close(self) -> None:
         """End every watch."""
@@ -55,6 +60,10 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
             for send in self._watchers:
                 send(None)
             self._watchers.clear()
+
+    def shutdown(self) -> None:
+        """Start no more calls."""
+        self._pool.shutdown(wait=False)
 
     def _check(
         self, request: pb.HealthCheckRequest, context: grpc.ServicerContext

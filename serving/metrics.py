@@ -9,7 +9,10 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import structlog
-from prometheus_client import CollectorRegistry, Gauge, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, make_wsgi_app
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from serving.errors import StartupError
 from serving.repository import Repository
@@ -17,20 +20,73 @@ from serving.repository import Repository
 _log = structlog.get_logger()
 
 
-def model_metrics(repository: Repository) -> CollectorRegistry:
-    """Describe the models that can be served."""
-    registry = CollectorRegistry()
-    layers = Gauge(
-        "kanserve_model_kan_layers",
-        "KANLinear layers of a model version, by the way they run.",
-        ["model", "version", "execution"],
-        registry=registry,
-    )
-    for model in repository.loaded:
-        manifest, fused = model.manifest, model.engine.fused_layers
-        for execution, count in (("fused", fused), ("standard", len(manifest.layers) - fused)):
-            layers.labels(manifest.name, str(manifest.version), execution).set(count)
-    return registry
+class Counters:
+    """What is counted as it happens.
+
+    Args:
+        registry: Where Prometheus finds it.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._calls = Counter(
+            "kanserve_calls",
+            "Calls and messages of streams that have ended, by method and gRPC status code; "
+            "those refused before they were read have the method `refused`.",
+            ["method", "code"],
+            registry=registry,
+        )
+        self._rows = Counter(
+            "kanserve_rows", "Rows that were answered.", ["model"], registry=registry
+        )
+        self._outside = Counter(
+            "kanserve_out_of_grid_rows",
+            "Those among them with a feature outside of the grid that the model was trained on, "
+            "where its splines are zero.",
+            ["model"],
+            registry=registry,
+        )
+
+    def count_call(self, method: str, code: str) -> None:
+        """Count a call by how it ended."""
+        self._calls.labels(method, code).inc()
+
+    def count_rows(self, model: str, rows: int, outside: int) -> None:
+        """Count the rows of an answer, and those of them outside of the model's grid."""
+        self._rows.labels(model).inc(rows)
+        self._outside.labels(model).inc(outside)
+
+
+class ModelCollector(Collector):
+    """Describes the models as they are when it is asked.
+
+    Args:
+        repository: What is served.
+    """
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+
+    def collect(self) -> Iterator[Metric]:
+        """List what Prometheus reads."""
+        layers = GaugeMetricFamily(
+            "kanserve_model_kan_layers",
+            "KANLinear layers of a model version, by the way they run.",
+            labels=["model", "version", "execution"],
+        )
+        states = GaugeMetricFamily(
+            "kanserve_model_state",
+            "1 for the state that a model version is in: READY, LOADING or UNAVAILABLE.",
+            labels=["model", "version", "state", "reason"],
+        )
+        for name, versions in self._repository.models.items():
+            for number, version in versions.items():
+                states.add_metric([name, str(number), version.state, version.reason], 1)
+                if version.model is not None:
+                    fused = version.model.engine.fused_layers
+                    standard = len(version.model.manifest.layers) - fused
+                    layers.add_metric([name, str(number), "fused"], fused)
+                    layers.add_metric([name, str(number), "standard"], standard)
+        yield from (layers, states)
 
 
 @contextmanager

@@ -5,8 +5,10 @@ overwrote each other may not even import.
 """
 
 import io
-from contextlib import redirect_stdout
+import os
+from contextlib import redirect_stdout, suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 import structlog
@@ -96,6 +98,24 @@ def choose_fused(wanted: Fused, provider: Provider) -> bool:
         _log.warning("not_fused", reason=str(error))
         return False
     return True
+
+
+def available_cpus(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Count the CPUs that this process may use: by its affinity, and by the quota of its cgroup.
+
+    Args:
+        cgroups: Where the container's own cgroup is mounted; version 2, or 1.
+
+    Returns:
+        At least 1; a part of a CPU beyond a whole one does not count.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # not there, or `max`: no quota
+            quota, period = " ".join((cgroups / file).read_text() for file in files).split()
+            if int(quota) > 0:
+                cpus = min(cpus, int(quota) // int(period))
+    return max(1, cpus)
 
 
 def _is_installed(distribution: str) -> bool:

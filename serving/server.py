@@ -3,42 +3,73 @@
 Models are loaded before the port is taken, so whoever can connect gets answers. On the way out
 readiness goes off first, so that balancers look elsewhere while requests are still taken; only
 then are new ones refused and the running ones waited for.
-
-Requests run in one pool of threads; health, readiness and reflection in others, so that none of
-them waits for the rest.
 """
 
 import json
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2_grpc
+from prometheus_client import CollectorRegistry
 
-from kan_bundle.layout import BundleFolder
+from kan_bundle.errors import IntegrityError
+from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest
-from serving import health, metrics, runtime
+from serving import health, metrics, reflection, runtime
+from serving.control import Keeper, polling
+from serving.dispatch import Dispatcher
 from serving.engine import Engine
-from serving.errors import StartupError
-from serving.repository import LoadedModel, ModelVersion, Repository, load_repository
-from serving.service import SERVICE, InferenceService, fitting_message_bytes
+from serving.errors import ModelNotFound, StartupError
+from serving.loading import LoadedModel, load_bundle
+from serving.policy import parse_policy
+from serving.repository import Repository
+from serving.rpc import CountingPool, RpcHandlers
+from serving.service import SERVICE, InferenceService, fitting_message_bytes, fitting_rows
 from serving.settings import Settings
 
-_PROBE_THREADS = 2
-_REFLECTION_THREADS = 2
 _LOOK_S = 0.05
 
 _log = structlog.get_logger()
 
 
+class Readiness:
+    """Whether requests can be sent: some version is served, and the server is not on its way out.
+
+    Args:
+        repository: What is served.
+        service: Tells balancers.
+    """
+
+    def __init__(self, repository: Repository, service: health.HealthService) -> None:
+        self._repository = repository
+        self._service = service
+        self._draining = False
+        self._lock = threading.Lock()
+
+    @property
+    def ready(self) -> bool:
+        """Whether they can."""
+        return bool(self._repository.served) and not self._draining
+
+    def update(self) -> None:
+        """Look again, and tell."""
+        with self._lock:
+            self._service.set(self.ready)
+
+    def drain(self) -> None:
+        """Be ready no more."""
+        self._draining = True
+        self.update()
+
+
+@dataclass(frozen=True)
 class Server:
     """A server that answers.
 
@@ -48,25 +79,15 @@ class Server:
         repository: What is served.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        address: str,
-        metrics_address: str,
-        repository: Repository,
-        grpc_server: grpc.Server,
-        health_service: health.HealthService,
-        reflection_service: "_Reflection",
-        draining: threading.Event,
-    ) -> None:
-        self.address = address
-        self.metrics_address = metrics_address
-        self.repository = repository
-        self._settings = settings
-        self._grpc_server = grpc_server
-        self._health = health_service
-        self._reflection = reflection_service
-        self._draining = draining
+    address: str
+    metrics_address: str
+    repository: Repository
+    readiness: Readiness
+    _settings: Settings
+    _grpc_server: grpc.Server
+    _handlers: RpcHandlers
+    _health: health.HealthService
+    _reflection: reflection.Reflection
 
     def announce(self) -> None:
         """Log the address and write it to the address file.
@@ -88,13 +109,12 @@ class Server:
             grpc=self.address,
             metrics=self.metrics_address,
             provider=self._settings.provider,
-            ready=self.repository.ready,
+            ready=self.readiness.ready,
         )
 
     def drain(self) -> None:
         """Turn readiness and health off; requests are still taken."""
-        self._draining.set()
-        self._health.set(False)
+        self.readiness.drain()
 
     def stop(self, grace_s: float, now: threading.Event) -> None:
         """Take no more requests, give the running ones time to end, and return when they have.
@@ -103,8 +123,9 @@ class Server:
             grace_s: How long they have, in seconds.
             now: Once set, they are not waited for any longer.
         """
+        self._handlers.close()  # streams would last as long as their clients like
         stopped = self._grpc_server.stop(grace_s)
-        self._health.close()  # streams that would last as long as their clients like
+        self._health.close()
         self._reflection.close()
         while not stopped.wait(_LOOK_S) and not now.is_set():
             pass  # neither event can be waited for with the other
@@ -127,87 +148,129 @@ def running(settings: Settings) -> Iterator[Server]:
         LayoutError: The model repository cannot be read.
     """
     runtime.prepare(settings.provider)
-    fused = runtime.choose_fused(settings.fused, settings.provider)
-
-    def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
-        return Engine(
-            model, manifest, folder, settings.provider, settings.engine_threads, fused=fused
-        )
-
-    repository = load_repository(settings.model_repository, make_engine, _log_version, _log_skipped)
-    max_message_bytes = settings.max_message_bytes or fitting_message_bytes(
-        [model.manifest for model in repository.loaded]
-    )
     host = _resolve(settings.host)
-    draining = threading.Event()
-    service = InferenceService(
-        repository,
-        is_ready=lambda: repository.ready and not draining.is_set(),
-        max_message_bytes=max_message_bytes,
-    )
-    requests = ThreadPoolExecutor(settings.rpc_threads, thread_name_prefix="rpc")
-    probes = ThreadPoolExecutor(_PROBE_THREADS, thread_name_prefix="probe")
-    reflections = ThreadPoolExecutor(_REFLECTION_THREADS, thread_name_prefix="reflection")
     with ExitStack() as cleanup:
-        for pool in (requests, probes, reflections):
-            cleanup.callback(pool.shutdown, wait=False)
+        repository = Repository()
+        health_service = health.HealthService(("", SERVICE))
+        cleanup.callback(health_service.shutdown)
+        readiness = Readiness(repository, health_service)
+        loader = _Loader(settings, runtime.choose_fused(settings.fused, settings.provider))
+        policy = parse_policy(settings.version_policy)
+        keeper = Keeper(settings.model_repository, repository, policy, loader, readiness.update)
+        _load_at_start(settings, keeper)
+        if loader.max_message_bytes is None:
+            loader.max_message_bytes = fitting_message_bytes(
+                [model.manifest for model in repository.served]
+            )
+
+        registry = CollectorRegistry()
+        registry.register(metrics.ModelCollector(repository))
+        counters = metrics.Counters(registry)
+        dispatcher = Dispatcher(_slots(settings))
+        service = InferenceService(
+            repository,
+            keeper if settings.model_control == "explicit" else None,
+            dispatcher,
+            counters,
+            provider=settings.provider,
+            is_ready=lambda: readiness.ready,
+            max_message_bytes=loader.max_message_bytes,
+        )
+        requests = CountingPool(settings.max_requests, "request")
+        handlers = RpcHandlers(
+            service, counters, requests, settings.max_streams, dispatcher.seconds
+        )
+        cleanup.callback(handlers.shutdown)
+        reflection_service = reflection.Reflection((SERVICE, health.SERVICE, reflection.SERVICE))
+        cleanup.callback(reflection_service.shutdown)
         grpc_server = grpc.server(
             requests,
+            handlers=[handlers],
             options=[
-                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_receive_message_length", loader.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a port shared
             ],
         )
-        grpc_server.add_generic_rpc_handlers((service.handlers(probes),))
-        health_service = health.HealthService(("", SERVICE), repository.ready, probes)
         health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
-        reflection_service = _Reflection(
-            (SERVICE, health.SERVICE, reflection.SERVICE_NAME), reflections
-        )
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection_service, grpc_server)
         server = Server(
-            settings,
             _bind(grpc_server, host, settings),
-            cleanup.enter_context(
-                metrics.served(metrics.model_metrics(repository), host, settings.metrics_port)
-            ),
+            cleanup.enter_context(metrics.served(registry, host, settings.metrics_port)),
             repository,
+            readiness,
+            settings,
             grpc_server,
+            handlers,
             health_service,
             reflection_service,
-            draining,
         )
         cleanup.callback(server.close)
+        if settings.model_control == "poll":
+            cleanup.enter_context(polling(keeper, settings.poll_s))
         grpc_server.start()
         yield server
 
 
-class _Reflection(reflection.ReflectionServicer):  # type: ignore[misc]
-    """Reflection in a pool of its own, whose streams can be ended."""
+class _Loader:
+    """Loads a bundle as the settings say.
 
-    def __init__(self, services: tuple[str, ...], pool: Executor) -> None:
-        super().__init__(services)
-        self._open: set[grpc.ServicerContext] = set()
-        self._lock = threading.Lock()
-        # gRPC reads the attribute from the handler; see HealthService.
-        answer = super().ServerReflectionInfo
-        self.ServerReflectionInfo = partial(self._tracked, answer)
-        self.ServerReflectionInfo.experimental_thread_pool = pool  # type: ignore[attr-defined]
+    Attributes:
+        max_message_bytes: Largest request accepted; None as long as it is not known.
+    """
 
-    def close(self) -> None:
-        with self._lock:
-            for context in self._open:
-                context.cancel()
+    def __init__(self, settings: Settings, fused: bool) -> None:
+        self._settings = settings
+        self._fused = fused
+        self.max_message_bytes = settings.max_message_bytes
 
-    def _tracked(self, answer: Any, requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        with self._lock:
-            self._open.add(context)
+    def __call__(self, folder: BundleFolder) -> LoadedModel:
+        limits = self._settings.limits_of(folder.name)
+        model = load_bundle(folder, self._make_engine, limits)
+        limit = self.max_message_bytes
+        if limit is not None and not fitting_rows(model.manifest, limit):
+            raise IntegrityError(
+                f"{folder.path}: no row fits into a request of {limit} bytes; start again with "
+                "another --max-message-bytes"
+            )
+        return model
+
+    def _make_engine(self, model: bytes, manifest: Manifest, folder: Path) -> Engine:
+        settings = self._settings
+        return Engine(
+            model, manifest, folder, settings.provider, settings.engine_threads, fused=self._fused
+        )
+
+
+def _slots(settings: Settings) -> int:
+    """Choose how many runs there may be at a time."""
+    if settings.engine_slots is not None:
+        return settings.engine_slots
+    if settings.provider == "cuda":
+        return 1  # runs of one session share a stream and gain nothing from each other
+    return max(1, runtime.available_cpus() // settings.engine_threads)
+
+
+def _load_at_start(settings: Settings, keeper: Keeper) -> None:
+    """Serve what is there, before the port is taken.
+
+    Raises:
+        StartupError: There is nothing, and nobody will look again.
+        LayoutError: The model repository cannot be read.
+    """
+    if settings.model_control == "explicit":
         try:
-            yield from answer(requests, context)
-        finally:
-            with self._lock:
-                self._open.discard(context)
+            keeper.refresh(settings.load_models)
+        except ModelNotFound as error:
+            raise StartupError(f"--load-models: {error}") from error
+        return
+    if settings.model_control == "none" and not find_bundles(settings.model_repository):
+        root = settings.model_repository
+        raise StartupError(
+            f"{root}: no bundle found; expected MODEL/VERSION/ folders, as "
+            f"`python -m export model.pt --output {root}` writes them"
+        )
+    keeper.refresh()
 
 
 def _resolve(host: str) -> str:
@@ -244,20 +307,3 @@ def _write_whole(file: Path, text: str) -> None:
         partial_file.replace(file)
     finally:
         partial_file.unlink(missing_ok=True)
-
-
-def _log_version(folder: BundleFolder, outcome: ModelVersion) -> None:
-    log = _log.bind(model=folder.name, version=folder.version)
-    if isinstance(outcome, LoadedModel):
-        log.info(
-            "model_ready",
-            source_sha256=outcome.manifest.source and outcome.manifest.source.sha256,
-            kan_layers=len(outcome.manifest.layers),
-            fused_layers=outcome.engine.fused_layers,
-        )
-    else:
-        log.error("model_refused", reason=outcome.reason)
-
-
-def _log_skipped(path: Path, reason: str) -> None:
-    _log.warning("folder_skipped", path=str(path), reason=reason)

@@ -1,37 +1,42 @@
-"""The Open Inference Protocol: wire to domain and back, one method per call.
+"""The Open Inference Protocol: messages to the domain and back, one method per call.
 
-This is where errors become gRPC status codes, in one table and one place. What a client is told is
-the message of a `VisibleError`; of anything else it learns only that it was not its fault.
+This module knows no transport. A call may come with a `Call`, which tells how long its answer is
+wanted; what goes wrong is raised as an error of serving/errors.py.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from typing import Any
+from typing import Any, Protocol
 
-import grpc
-import structlog
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.message_factory import GetMessageClass
+from numpy.typing import NDArray
 
 from kan_bundle import __version__
+from kan_bundle.errors import LayoutError
 from kan_bundle.layout import MODEL_FILE
 from kan_bundle.manifest import Datatype, Manifest, TensorSpec
 from protos import inference_pb2 as pb
 from protos import model_config_pb2 as config_pb
-from serving.errors import InvalidRequest, ModelNotFound, ModelNotReady, VisibleError
-from serving.repository import LoadedModel, Repository
+from serving.batching import QueueFull, TooLate
+from serving.control import Keeper
+from serving.dispatch import Abandoned, Dispatcher, Outcome
+from serving.errors import (
+    ControlRefused,
+    Expired,
+    InvalidRequest,
+    ModelNotReady,
+    Overloaded,
+)
+from serving.loading import LoadedModel
+from serving.metrics import Counters
+from serving.repository import Repository
 from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 SERVER_NAME = "kanserve"
 PLATFORM = "onnxruntime_onnx"
-EXTENSIONS = ("model_configuration",)
+EXTENSIONS = ("model_configuration", "model_repository", "parameters")
+DETAILS = "kanserve_details"
+"""The request parameter that asks how an answer came about."""
 
-_STATUS: dict[type[VisibleError], grpc.StatusCode] = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    ModelNotFound: grpc.StatusCode.NOT_FOUND,
-    ModelNotReady: grpc.StatusCode.UNAVAILABLE,
-}
 _DATA_TYPES: dict[Datatype, config_pb.DataType] = {
     "FP32": config_pb.TYPE_FP32,
     "INT64": config_pb.TYPE_INT64,
@@ -43,9 +48,16 @@ _ENVELOPE_BYTES = 1024  # of a request beside its tensors: names, shape, id
 _LEAST_MESSAGE_BYTES = 64 * 2**20
 _LARGEST_MESSAGE_BYTES = 2**31 - 1  # protobuf's
 _ROWS_THAT_FIT = 64
-_PROBES = ("ServerLive", "ServerReady")  # must be answered however busy the server is
 
-_log = structlog.get_logger()
+
+class Call(Protocol):
+    """The caller's side of a call, as `grpc.ServicerContext` has it."""
+
+    def time_remaining(self) -> float | None:
+        """Tell for how many seconds the answer is wanted; None or infinite for ever."""
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        """Have something called when the call has ended; tell whether it has not yet."""
 
 
 class InferenceService:
@@ -53,36 +65,32 @@ class InferenceService:
 
     Args:
         repository: The models.
+        keeper: Loads and unloads models for clients; None if they may not ask for it.
+        dispatcher: Runs them.
+        counters: Told of every row.
+        provider: Where models run, for clients to see.
         is_ready: Whether the server as a whole takes requests; it does not while it drains.
         max_message_bytes: Largest request accepted, from which ModelConfig's batch limit follows.
     """
 
     def __init__(
-        self, repository: Repository, is_ready: Callable[[], bool], max_message_bytes: int
+        self,
+        repository: Repository,
+        keeper: Keeper | None,
+        dispatcher: Dispatcher,
+        counters: Counters,
+        *,
+        provider: str,
+        is_ready: Callable[[], bool],
+        max_message_bytes: int,
     ) -> None:
         self._repository = repository
+        self._keeper = keeper
+        self._dispatcher = dispatcher
+        self._counters = counters
+        self._provider = provider
         self._is_ready = is_ready
         self._max_message_bytes = max_message_bytes
-
-    def handlers(self, probe_pool: Executor) -> grpc.GenericRpcHandler:
-        """Make the handlers of every method of the service, for `add_generic_rpc_handlers`.
-
-        Requests are parsed in the handler, because bytes that are no message are the client's
-        fault and gRPC's own parsing would call them ours.
-
-        Args:
-            probe_pool: Runs what must be answered however busy the server is.
-        """
-        methods = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods
-        handlers: dict[str, Any] = {}
-        for method in methods:
-            behavior = _answering(getattr(self, method.name), GetMessageClass(method.input_type))
-            if method.name in _PROBES:
-                behavior.experimental_thread_pool = probe_pool  # type: ignore[attr-defined]
-            handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-                behavior, response_serializer=GetMessageClass(method.output_type).SerializeToString
-            )
-        return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     def ServerLive(self, request: pb.ServerLiveRequest) -> pb.ServerLiveResponse:
         """Tell that the process is up."""
@@ -110,10 +118,10 @@ class InferenceService:
         """Tell a model's versions and tensors."""
         model = self._repository.find(request.name, request.version)
         manifest = model.manifest
-        ready = self._repository.ready_versions(request.name)
+        served = self._repository.served_versions(request.name)
         return pb.ModelMetadataResponse(
             name=manifest.name,
-            versions=[str(version) for version in ready],
+            versions=[str(version) for version in served],
             platform=PLATFORM,
             inputs=[_tensor_metadata(spec) for spec in manifest.inputs],
             outputs=[_tensor_metadata(spec) for spec in manifest.outputs],
@@ -122,15 +130,17 @@ class InferenceService:
 
     def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """Tell a model's configuration in Triton's terms."""
-        manifest = self._repository.find(request.name, request.version).manifest
-        one_row = _row_bytes(manifest)
+        model = self._repository.find(request.name, request.version)
+        manifest, limits = model.manifest, model.lane.limits
         config = config_pb.ModelConfig(
             name=manifest.name,
             platform=PLATFORM,
             backend="onnxruntime",
-            max_batch_size=max(1, (self._max_message_bytes - _ENVELOPE_BYTES) // one_row),
+            max_batch_size=max(1, fitting_rows(manifest, self._max_message_bytes)),
             default_model_filename=MODEL_FILE,
         )
+        if limits.max_wait_s:
+            config.dynamic_batching.max_queue_delay_microseconds = round(limits.max_wait_s * 1e6)
         for spec in manifest.inputs:
             config.input.add(
                 name=spec.name, data_type=_DATA_TYPES[spec.datatype], dims=spec.shape[1:]
@@ -141,12 +151,14 @@ class InferenceService:
             )
         return pb.ModelConfigResponse(config=config)
 
-    def ModelInfer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
-        """Run one batch."""
+    def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
+        """Run some rows."""
         model = self._repository.find(request.model_name, request.model_version)
         inputs = decode_inputs(request, model.manifest.inputs)
         chosen = choose_outputs(request, model.manifest.outputs)
-        outputs = model.engine.run(inputs)
+        outside = model.grid.count_outside(inputs) if model.grid else 0
+        outcome = self._run(model, inputs, call)
+        self._counters.count_rows(model.manifest.name, len(inputs[0]), outside)
         response = pb.ModelInferResponse(
             model_name=model.manifest.name,
             model_version=str(model.manifest.version),
@@ -156,9 +168,101 @@ class InferenceService:
             request,
             response,
             [model.manifest.outputs[i] for i in chosen],
-            [outputs[i] for i in chosen],
+            [outcome.outputs[i] for i in chosen],
         )
+        if DETAILS in request.parameters:
+            self._add_details(request, response, model, outcome, outside)
         return response
+
+    def RepositoryIndex(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
+        """List every version of every model that is known."""
+        response = pb.RepositoryIndexResponse()
+        for name, versions in sorted(self._repository.models.items()):
+            for number, version in sorted(versions.items()):
+                if version.model is not None or not request.ready:
+                    response.models.add(
+                        name=name, version=str(number), state=version.state, reason=version.reason
+                    )
+        return response
+
+    def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest
+    ) -> pb.RepositoryModelLoadResponse:
+        """Serve what lies in a model's folder now."""
+        keeper = self._explicit(request)
+        name = request.model_name
+        try:
+            keeper.refresh([name])
+        except LayoutError as error:
+            raise ControlRefused("the repository cannot be read; the server's log says more") from (
+                error
+            )
+        failed = keeper.refused(name)
+        if failed:
+            newest = max(failed)
+            raise ControlRefused(f"version {newest} of model {name!r}: {failed[newest]}")
+        return pb.RepositoryModelLoadResponse()
+
+    def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Serve a model no longer."""
+        self._explicit(request).unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
+
+    def _run(self, model: LoadedModel, inputs: Sequence[NDArray[Any]], call: Call) -> Outcome:
+        """Have rows run, or say why they are not."""
+        try:
+            return self._dispatcher.run(
+                model.lane, model.engine.run, inputs, call.time_remaining(), call.add_callback
+            )
+        except QueueFull as error:
+            raise Overloaded(
+                f"there is no room for another {len(inputs[0])} rows of model "
+                f"{model.manifest.name!r}; try again in {error.retry_after_s:.3f} s",
+                error.retry_after_s,
+            ) from error
+        except TooLate as error:
+            raise Expired("the deadline leaves no time to run these rows") from error
+        except Abandoned as error:
+            raise Expired("the deadline has passed, or the call was cancelled") from error
+
+    def _add_details(
+        self,
+        request: pb.ModelInferRequest,
+        response: pb.ModelInferResponse,
+        model: LoadedModel,
+        outcome: Outcome,
+        outside: int,
+    ) -> None:
+        """Tell how an answer came about, if the request asks for it."""
+        asked = request.parameters[DETAILS]
+        if asked.WhichOneof("parameter_choice") != "bool_param":
+            raise InvalidRequest(f"parameter {DETAILS!r}: expected true or false")
+        if not asked.bool_param:
+            return
+        manifest = model.manifest
+        parameters = response.parameters
+        parameters["model_sha256"].string_param = manifest.files[MODEL_FILE].sha256
+        parameters["provider"].string_param = self._provider
+        parameters["fused_layers"].int64_param = model.engine.fused_layers
+        parameters["batch_rows"].int64_param = outcome.batch_rows
+        parameters["queue_us"].int64_param = round(outcome.queue_s * 1e6)
+        parameters["compute_us"].int64_param = round(outcome.compute_s * 1e6)
+        if model.grid is not None:
+            parameters["out_of_grid_rows"].int64_param = outside
+
+    def _explicit(
+        self, request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest
+    ) -> Keeper:
+        """Give what loads and unloads, if clients may ask for it, and in this way."""
+        if self._keeper is None:
+            raise ControlRefused("models are not loaded and unloaded by clients here")
+        offered = {"unload_dependents"}  # there are no dependents
+        unknown = sorted(set(request.parameters) - offered)
+        if unknown:
+            raise InvalidRequest(f"parameter {unknown[0][:64]!r} is not offered")
+        return self._keeper
 
 
 def fitting_message_bytes(models: Sequence[Manifest]) -> int:
@@ -171,39 +275,13 @@ def fitting_message_bytes(models: Sequence[Manifest]) -> int:
     return min(max(_LEAST_MESSAGE_BYTES, wanted), _LARGEST_MESSAGE_BYTES)
 
 
+def fitting_rows(manifest: Manifest, max_message_bytes: int) -> int:
+    """Count the rows of a model that a request of so many bytes can have."""
+    return (max_message_bytes - _ENVELOPE_BYTES) // _row_bytes(manifest)
+
+
 def _row_bytes(manifest: Manifest) -> int:
     return sum(row_bytes(spec) for spec in manifest.inputs)
-
-
-def _answering(
-    method: Callable[[Any], Message], request_type: type[Message]
-) -> Callable[[bytes, grpc.ServicerContext], Message]:
-    """Wrap a method for gRPC: parse the request, and turn what is raised into a status."""
-
-    def answer(raw: bytes, context: grpc.ServicerContext) -> Message:
-        request = None
-        try:
-            request = request_type.FromString(raw)
-            return method(request)
-        except DecodeError:
-            code = grpc.StatusCode.INVALID_ARGUMENT
-            details = f"expected {request_type.DESCRIPTOR.full_name}, found no such message"
-        except VisibleError as error:
-            code, details = _STATUS[type(error)], str(error)
-        except Exception:
-            _log.exception("request_failed", method=method.__name__, **_identity(request))
-            code, details = grpc.StatusCode.INTERNAL, "internal error; the server's log says more"
-        context.abort(code, details)
-        raise AssertionError("abort returned")  # it never does
-
-    return answer
-
-
-def _identity(request: Any) -> dict[str, str]:
-    """Say which request it was, for the log."""
-    if not isinstance(request, pb.ModelInferRequest):
-        return {}
-    return {"model": request.model_name, "version": request.model_version, "id": request.id[:128]}
 
 
 def _properties(model: LoadedModel) -> dict[str, str]:

@@ -8,19 +8,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from serving.batching import Limits
 from serving.errors import WrongSetting
+from serving.policy import Control, parse_policy
 from serving.runtime import Fused, Provider
 
 _DAY_S = 86_400
+
+
+def _policy(text: str) -> str:
+    parse_policy(text)
+    return text
 
 
 def _named(path: Path) -> Path:
     if not path.name:
         raise ValueError("expected a file, found a folder")
     return path
+
+
+_Rows = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Wait = Annotated[float, Field(ge=0, le=10_000)]
+_Room = Annotated[int, Field(ge=1)]
+
+
+class ModelLimits(BaseModel):
+    """Limits of one model; None are the server's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_batch_rows: _Rows | None = None
+    max_wait_ms: _Wait | None = None
+    max_queue_rows: _Room | None = None
+    max_queue_bytes: _Room | None = None
 
 
 class Settings(BaseSettings):
@@ -39,6 +62,22 @@ class Settings(BaseSettings):
     )
 
     model_repository: Path = Field(description="folder of MODEL/VERSION/ bundles")
+    version_policy: Annotated[str, AfterValidator(_policy)] = Field(
+        "latest:1",
+        description="which versions of a model are served: latest:N, the N newest that pass their "
+        "checks; all; specific:1,3",
+    )
+    model_control: Control = Field(
+        "none",
+        description="when versions are looked for: none at the start only, poll again and again, "
+        "explicit when a client asks for a model to be loaded or unloaded",
+    )
+    poll_s: Annotated[float, Field(gt=0, le=_DAY_S)] = Field(
+        5.0, description="with poll, seconds from one look to the next"
+    )
+    load_models: tuple[str, ...] = Field(
+        (), description="with explicit, models to load at the start; none by default"
+    )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     grpc_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         8001, description="port for gRPC; 0 takes a free one"
@@ -60,11 +99,38 @@ class Settings(BaseSettings):
         description="largest request accepted; by default 64 MiB, or 64 rows of the model with "
         "the largest rows if that is more",
     )
-    rpc_threads: Annotated[int, Field(ge=1, le=1024)] = Field(
-        4, description="requests worked on at the same time"
+    max_requests: Annotated[int, Field(ge=1, le=4096)] = Field(
+        256,
+        description="requests in the server at a time, each in a thread of its own; more are "
+        "refused before they are read",
+    )
+    max_streams: Annotated[int, Field(ge=1, le=4096)] = Field(
+        64, description="streams open at a time, each in a thread of its own"
     )
     engine_threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         1, description="threads that one run of a model may use"
+    )
+    engine_slots: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None,
+        description="runs at a time; by default one for every CPU that this process may use, "
+        "divided by the threads of a run",
+    )
+    max_batch_rows: _Rows = Field(
+        1024,
+        description="most rows in one run; larger requests run in parts",
+    )
+    max_wait_ms: _Wait = Field(
+        0.0,
+        description="longest that a request waits for others to run with; 0 runs each by itself",
+    )
+    max_queue_rows: _Room = Field(
+        16_384, description="most rows that wait, for each model; more are refused"
+    )
+    max_queue_bytes: _Room = Field(256 * 2**20, description="the same for bytes of inputs")
+    model_limits: dict[str, ModelLimits] = Field(
+        {},
+        description="other limits for a model, as JSON: "
+        '\'{"digits": {"max_batch_rows": 256, "max_wait_ms": 2}}\'',
     )
     drain_s: Annotated[float, Field(ge=0, le=_DAY_S)] = Field(
         0.5,
@@ -77,6 +143,16 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe event that is logged"
     )
+
+    def limits_of(self, model: str) -> Limits:
+        """Tell what the requests of a model may ask for."""
+        own = self.model_limits.get(model, ModelLimits())
+        names = ("max_batch_rows", "max_wait_ms", "max_queue_rows", "max_queue_bytes")
+        rows, wait_ms, queue_rows, queue_bytes = (
+            getattr(self, name) if (value := getattr(own, name)) is None else value
+            for name in names
+        )
+        return Limits(rows, wait_ms / 1000, queue_rows, queue_bytes)
 
 
 def read_settings(argv: Sequence[str]) -> Settings:

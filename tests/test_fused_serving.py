@@ -31,8 +31,8 @@ def scraped(address: str) -> dict[tuple[str, str], float]:
     """Read how many layers of each model run in which way."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
         text = response.read().decode()
-    (family,) = text_string_to_metric_families(text)
-    assert family.name == "kanserve_model_kan_layers"
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    family = families["kanserve_model_kan_layers"]
     return {(s.labels["model"], s.labels["execution"]): s.value for s in family.samples}
 
 

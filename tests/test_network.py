@@ -261,7 +261,7 @@ def test_weights_that_do_not_fit_into_the_file_lie_beside_it(
     weights = folder / "model.onnx.data"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     with running(settings) as server:
-        assert not server.repository.ready
+        assert not server.readiness.ready
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

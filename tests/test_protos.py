@@ -64,6 +64,21 @@ STANDARD = {
         "double_param": 4,
         "uint64_param": 5,
     },
+    # Triton's extensions
+    "ModelStreamInferResponse": {"error_message": 1, "infer_response": 2},
+    "ModelRepositoryParameter": {
+        "bool_param": 1,
+        "int64_param": 2,
+        "string_param": 3,
+        "bytes_param": 4,
+    },
+    "RepositoryIndexRequest": {"repository_name": 1, "ready": 2},
+    "RepositoryIndexResponse": {"models": 1},
+    "RepositoryIndexResponse.ModelIndex": {"name": 1, "version": 2, "state": 3, "reason": 4},
+    "RepositoryModelLoadRequest": {"repository_name": 1, "model_name": 2, "parameters": 3},
+    "RepositoryModelLoadResponse": {},
+    "RepositoryModelUnloadRequest": {"repository_name": 1, "model_name": 2, "parameters": 3},
+    "RepositoryModelUnloadResponse": {},
     "InferTensorContents": {
         "bool_contents": 1,
         "int_contents": 2,
@@ -82,7 +97,12 @@ METHODS = {
     "ServerMetadata",
     "ModelMetadata",
     "ModelInfer",
-    "ModelConfig",  # Triton's extension
+    # Triton's extensions
+    "ModelConfig",
+    "ModelStreamInfer",
+    "RepositoryIndex",
+    "RepositoryModelLoad",
+    "RepositoryModelUnload",
 }
 
 
@@ -100,7 +120,10 @@ def test_the_service_is_the_standards() -> None:
     assert service.full_name == "inference.GRPCInferenceService"
     assert {method.name for method in service.methods} == METHODS
     for method in service.methods:
-        assert method.input_type.full_name == f"inference.{method.name}Request"
+        streams = method.name == "ModelStreamInfer"  # of the messages of ModelInfer
+        assert (method.client_streaming, method.server_streaming) == (streams, streams)
+        taken = "ModelInfer" if streams else method.name
+        assert method.input_type.full_name == f"inference.{taken}Request"
         assert method.output_type.full_name == f"inference.{method.name}Response"
 
 

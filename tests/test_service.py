@@ -74,7 +74,7 @@ def test_server_tells_what_it_is(stub: GRPCInferenceServiceStub) -> None:
     assert stub.ServerReady(pb.ServerReadyRequest()).ready
     metadata = stub.ServerMetadata(pb.ServerMetadataRequest())
     assert (metadata.name, metadata.version) == ("kanserve", __version__)
-    assert list(metadata.extensions) == ["model_configuration"]
+    assert list(metadata.extensions) == ["model_configuration", "model_repository", "parameters"]
 
 
 def test_model_tells_what_it_is(stub: GRPCInferenceServiceStub, golden: Golden) -> None:

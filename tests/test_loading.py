@@ -1,4 +1,4 @@
-"""What is served and what is not: verification, replay, versions."""
+"""What is served and what is not: verification and replay."""
 
 import os
 import shutil
@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from structlog.testing import capture_logs
 
 from export import export_checkpoint
-from kan_bundle.errors import BundleError, IntegrityError, LayoutError
+from kan_bundle.errors import BundleError, IntegrityError
 from kan_bundle.golden import Golden, read_golden, write_golden
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest, read_manifest, write_manifest
+from serving.batching import Limits
+from serving.control import Keeper
 from serving.engine import Engine
-from serving.errors import ModelNotFound, ModelNotReady, StartupError
-from serving.repository import (
-    ModelVersion,
-    RefusedModel,
-    load_bundle,
-    load_repository,
-)
+from serving.errors import ModelNotFound, ModelNotReady
+from serving.loading import LoadedModel, load_bundle
+from serving.policy import VersionPolicy
+from serving.repository import Repository
 from tests.conftest import GOLDENS
 
 MODEL = "uniform_4x8x3"
@@ -31,6 +31,20 @@ MODEL = "uniform_4x8x3"
 
 def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
     return Engine(model, manifest, folder, "cpu", threads=1)
+
+
+LIMITS = Limits(1024, 0.0, 2**20, 2**30)
+
+
+def load(folder: BundleFolder) -> LoadedModel:
+    return load_bundle(folder, make_engine, LIMITS)
+
+
+def everything(root: Path, load: Callable[[BundleFolder], LoadedModel] = load) -> Repository:
+    """A repository with every version that is there."""
+    repository = Repository()
+    Keeper(root, repository, VersionPolicy(latest=None), load).refresh()
+    return repository
 
 
 @pytest.fixture
@@ -48,7 +62,7 @@ def reseal(folder: BundleFolder, **changes: object) -> None:
 
 
 def test_an_untouched_bundle_is_served(folder: BundleFolder) -> None:
-    model = load_bundle(folder, make_engine)
+    model = load(folder)
     assert model.engine.run([np.zeros((3, 4), np.float32)])[0].shape == (3, 3)
 
 
@@ -59,7 +73,7 @@ def test_a_changed_byte_is_not_served(folder: BundleFolder, name: str, place: fl
     content[int(place * len(content))] ^= 0x01
     (folder.path / name).write_bytes(content)
     with pytest.raises(BundleError, match=name):
-        load_bundle(folder, make_engine)
+        load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.ts", "golden.npz", "manifest.json"])
@@ -78,7 +92,7 @@ def test_a_missing_or_damaged_file_is_not_served(
 ) -> None:
     damage(folder.path / name)
     with pytest.raises(BundleError, match=name):
-        load_bundle(folder, make_engine)
+        load(folder)
 
 
 def test_other_weights_with_true_hashes_fail_the_golden_replay(folder: BundleFolder) -> None:
@@ -91,7 +105,7 @@ def test_other_weights_with_true_hashes_fail_the_golden_replay(folder: BundleFol
     onnx.save(model, path)
     reseal(folder)
     with pytest.raises(IntegrityError, match="golden replay is off by"):
-        load_bundle(folder, make_engine)
+        load(folder)
 
 
 def test_other_answers_with_true_hashes_fail_the_golden_replay(folder: BundleFolder) -> None:
@@ -102,7 +116,7 @@ def test_other_answers_with_true_hashes_fail_the_golden_replay(folder: BundleFol
     write_golden(replace(golden, outputs=outputs), path)
     reseal(folder)
     with pytest.raises(IntegrityError, match="golden replay is off by"):
-        load_bundle(folder, make_engine)
+        load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.ts", "golden.npz", "manifest.json"])
@@ -110,11 +124,11 @@ def test_a_pipe_or_a_device_is_not_waited_for(folder: BundleFolder, name: str) -
     (folder.path / name).unlink()
     os.mkfifo(folder.path / name)
     with pytest.raises(BundleError, match="regular file"):
-        load_bundle(folder, make_engine)
+        load(folder)
     (folder.path / name).unlink()
     (folder.path / name).symlink_to("/dev/zero")
     with pytest.raises(BundleError, match="regular file"):
-        load_bundle(folder, make_engine)
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -143,54 +157,52 @@ def test_a_golden_that_proves_nothing_is_not_served(folder: BundleFolder, golden
     write_golden(golden, folder.path / "golden.npz")
     reseal(folder)
     with pytest.raises(IntegrityError, match=r"golden\.npz: expected"):
-        load_bundle(folder, make_engine)
+        load(folder)
 
 
 def test_what_no_check_has_foreseen_refuses_one_bundle_only(repository: Path) -> None:
-    def fail_for_one(model: bytes, manifest: Manifest, folder: Path) -> Engine:
-        if manifest.name == MODEL:
+    def fail_for_one(folder: BundleFolder) -> LoadedModel:
+        if folder.name == MODEL:
             raise ZeroDivisionError("unforeseen")
-        return make_engine(model, manifest, folder)
+        return load(folder)
 
-    outcomes: list[ModelVersion] = []
-    load_repository(repository, fail_for_one, lambda _, outcome: outcomes.append(outcome))
-    refused = [outcome for outcome in outcomes if isinstance(outcome, RefusedModel)]
-    assert len(refused) == 1
-    assert "ZeroDivisionError: unforeseen" in refused[0].reason
+    with capture_logs() as log:
+        everything(repository, fail_for_one)
+    (refused,) = (event for event in log if event["event"] == "model_refused")
+    assert "ZeroDivisionError: unforeseen" in refused["reason"]
 
 
 def test_a_file_that_is_no_model_is_not_served(folder: BundleFolder) -> None:
     (folder.path / "model.onnx").write_bytes(b"not a model")
     reseal(folder)
     with pytest.raises(IntegrityError, match="onnxruntime cannot load the model"):
-        load_bundle(folder, make_engine)
+        load(folder)
 
 
 def test_tensors_that_are_not_the_manifests_are_not_served(folder: BundleFolder) -> None:
     spec = read_manifest(folder.path).inputs[0]
     reseal(folder, inputs=(replace(spec, shape=(-1, 5)),))
     with pytest.raises(IntegrityError, match="the manifest says"):
-        load_bundle(folder, make_engine)
+        load(folder)
 
 
 def test_a_renamed_bundle_is_not_served(folder: BundleFolder) -> None:
     with pytest.raises(IntegrityError, match="cannot be renamed"):
-        load_bundle(replace(folder, name="other"), make_engine)
+        load(replace(folder, name="other"))
     with pytest.raises(IntegrityError, match="cannot be renamed"):
-        load_bundle(replace(folder, version=2), make_engine)
+        load(replace(folder, version=2))
 
 
 def test_one_bad_bundle_does_not_stop_the_others(repository: Path, tmp_path: Path) -> None:
     root = tmp_path / "models"
     shutil.copytree(repository, root)
     (root / MODEL / "1" / "model.onnx").write_bytes(b"damaged")
-    seen: list[ModelVersion] = []
-    loaded = load_repository(root, make_engine, lambda _, outcome: seen.append(outcome))
-    assert [type(outcome) for outcome in seen].count(RefusedModel) == 1
-    assert len(seen) == len(find_bundles(root))
-    assert loaded.ready
+    loaded = everything(root)
+    states = [v.state for versions in loaded.models.values() for v in versions.values()]
+    assert states.count("UNAVAILABLE") == 1
+    assert len(states) == len(find_bundles(root))
     assert loaded.find("adapted_5x7x3", "").manifest.name == "adapted_5x7x3"
-    assert loaded.ready_versions(MODEL) == []
+    assert loaded.served_versions(MODEL) == []
     with pytest.raises(ModelNotReady, match="failed its checks"):
         loaded.find(MODEL, "")
 
@@ -199,8 +211,8 @@ def test_the_newest_version_that_is_ready_answers(tmp_path: Path) -> None:
     for _ in range(3):
         export_checkpoint(GOLDENS / f"{MODEL}.pt", output=tmp_path, activation="silu")
     (tmp_path / MODEL / "3" / "golden.npz").unlink()
-    loaded = load_repository(tmp_path, make_engine, lambda *_: None)
-    assert loaded.ready_versions(MODEL) == [1, 2]
+    loaded = everything(tmp_path)
+    assert loaded.served_versions(MODEL) == [1, 2]
     assert loaded.find(MODEL, "").manifest.version == 2
     assert loaded.find(MODEL, "1").manifest.version == 1
     with pytest.raises(ModelNotReady):
@@ -211,20 +223,11 @@ def test_the_newest_version_that_is_ready_answers(tmp_path: Path) -> None:
 
 def test_nothing_ready_is_not_ready(folder: BundleFolder) -> None:
     (folder.path / "manifest.json").unlink()
-    loaded = load_repository(folder.path.parent.parent, make_engine, lambda *_: None)
-    assert not loaded.ready
-
-
-def test_an_empty_repository_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="no bundle found"):
-        load_repository(tmp_path, make_engine, lambda *_: None)
-    with pytest.raises(LayoutError, match="No such file"):
-        load_repository(tmp_path / "none", make_engine, lambda *_: None)
+    assert everything(folder.path.parent.parent).served == []
 
 
 def test_a_version_folder_without_a_bundle_is_known_and_refused(tmp_path: Path) -> None:
     (tmp_path / "m" / "1").mkdir(parents=True)
-    outcomes: list[ModelVersion] = []
-    load_repository(tmp_path, make_engine, lambda _, outcome: outcomes.append(outcome))
-    assert isinstance(outcomes[0], RefusedModel)
-    assert "manifest.json" in outcomes[0].reason
+    with capture_logs() as log:
+        assert everything(tmp_path).models["m"][1].state == "UNAVAILABLE"
+    assert "manifest.json" in log[0]["reason"]

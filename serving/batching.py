@@ -1,0 +1,301 @@
+"""The batching core: what is taken in, what runs next and with whom, and what is given up.
+
+No I/O, no threads, no clock: time is an argument, in seconds of whatever clock the caller keeps to,
+and the caller holds a lock. Requests wait in a lane, one for each version of a model, so that a run
+never mixes versions. Lanes with something to run take turns. Within one, first come, first served;
+only a request that is too large for one run goes to the end of the line after each part of it, so
+that others need not wait for all of it.
+
+How long runs take is learned from those that have ended. Whoever is refused because of it must
+truly have had no chance, so what is not known yet is taken for fast.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+_FORGETTING = 1 / 64
+"""The weight of the newest run in what is learned."""
+
+
+class QueueFull(Exception):
+    """There is no room, or none that leaves time to run.
+
+    Args:
+        retry_after_s: When there will be, as far as can be told.
+    """
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full for another {retry_after_s:.3g} s")
+        self.retry_after_s = retry_after_s
+
+
+class TooLate(Exception):
+    """A run takes longer than the request can wait for its answer."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the requests of a lane may ask for.
+
+    Args:
+        max_batch_rows: Most rows in one run.
+        max_wait_s: How long the first request of a batch waits for others, counted from its
+            arrival. With 0 every request runs by itself, as soon as it can.
+        max_queue_rows: Most rows that wait. An empty queue has room for a request of any size.
+        max_queue_bytes: The same for bytes.
+    """
+
+    max_batch_rows: int
+    max_wait_s: float
+    max_queue_rows: int
+    max_queue_bytes: int
+
+
+@dataclass(eq=False)
+class Item:
+    """A request: some rows to be run.
+
+    Args:
+        rows: How many. None at all is a run, too.
+        size_bytes: What they take.
+        arrived: When they came.
+        deadline: From when on nobody wants the answer.
+    """
+
+    rows: int
+    size_bytes: int
+    arrived: float
+    deadline: float
+    started: int = field(default=0, init=False)
+    """Rows that run or have run."""
+    dropped: bool = field(default=False, init=False)
+    """Whether the rest is not wanted any longer."""
+
+    @property
+    def left(self) -> int:
+        """Rows that have not started."""
+        return self.rows - self.started
+
+
+AnyItem = TypeVar("AnyItem", bound=Item)
+
+
+@dataclass(frozen=True)
+class Part(Generic[AnyItem]):
+    """Rows `start` to `stop` of an item."""
+
+    item: AnyItem
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Batch(Generic[AnyItem]):
+    """What is run at once: at least one part."""
+
+    lane: "Lane[AnyItem]"
+    parts: Sequence[Part[AnyItem]]
+
+    @property
+    def rows(self) -> int:
+        """How many, of all parts."""
+        return sum(part.rows for part in self.parts)
+
+
+class Pace:
+    """How long a run of so many rows takes: a fixed time and a time per row.
+
+    They are fitted by least squares to the runs that have ended, the older the less.
+    """
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._seconds = self._rows2 = self._rows_seconds = 0.0
+
+    def learn(self, rows: int, seconds: float) -> None:
+        """Take in what a run took."""
+        keep = 1 - _FORGETTING
+        self._weight = keep * self._weight + 1
+        self._rows = keep * self._rows + rows
+        self._seconds = keep * self._seconds + seconds
+        self._rows2 = keep * self._rows2 + rows * rows
+        self._rows_seconds = keep * self._rows_seconds + rows * seconds
+
+    def expect(self, rows: float, runs: int = 1) -> float:
+        """Tell how many seconds runs of so many rows together take; 0 while nothing is known."""
+        if not self._weight or not runs:
+            return 0.0
+        each = rows / runs
+        mean_rows, mean_s = self._rows / self._weight, self._seconds / self._weight
+        spread = self._rows2 / self._weight - mean_rows**2
+        if spread <= 1e-6 * mean_rows**2:  # always the same: more rows take at least as long
+            return runs * mean_s * (min(1.0, each / mean_rows) if mean_rows else 1.0)
+        covariance = self._rows_seconds / self._weight - mean_rows * mean_s
+        per_row = min(max(0.0, covariance / spread), mean_s / mean_rows)
+        return runs * (mean_s + per_row * (each - mean_rows))
+
+
+class Lane(Generic[AnyItem]):
+    """The line before one version of a model.
+
+    Args:
+        limits: What is let in.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.pace = Pace()
+        self._line: deque[AnyItem] = deque()
+        self._rows = 0
+        self._size_bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._line)
+
+    @property
+    def rows(self) -> int:
+        """Rows in line."""
+        return self._rows
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes to run what is in line."""
+        runs = -(-self._rows // self.limits.max_batch_rows)
+        if not self.limits.max_wait_s:
+            runs = max(runs, len(self._line))
+        return self.pace.expect(self._rows, runs)
+
+    def excess(self, item: AnyItem) -> float:
+        """Tell which share of the line must be gone before an item has room; 0 if it has now."""
+        if not self._line:
+            return 0.0
+        rows = self._rows + item.left - self.limits.max_queue_rows
+        size = self._size_bytes + item.size_bytes - self.limits.max_queue_bytes
+        share = max(rows / max(self._rows, 1), size / max(self._size_bytes, 1))
+        return min(max(share, 0.0), 1.0)
+
+    def enter(self, item: AnyItem) -> None:
+        """Put an item at the end of the line."""
+        self._line.append(item)
+        self._rows += item.left
+        self._size_bytes += item.size_bytes
+
+    def leave(self, item: AnyItem) -> None:
+        """Take an item out of the line, wherever it stands, if it does."""
+        if item in self._line:
+            self._line.remove(item)
+            self._rows -= item.left
+            self._size_bytes -= item.size_bytes
+
+    def next_parts(self, now: float) -> tuple[list[Part[AnyItem]], float]:
+        """Tell what would run together next, and when it is to run at the latest."""
+        most, wait_s = self.limits.max_batch_rows, self.limits.max_wait_s
+        parts: list[Part[AnyItem]] = []
+        rows, due = 0, math.inf
+        for item in self._line:
+            if item.deadline <= now:
+                continue  # it has not been dropped yet
+            if parts and rows + item.left > most:
+                return (
+                    parts,
+                    -math.inf,
+                )  # as full as it gets: requests that fit into a run stay whole
+            stop = min(item.rows, item.started + most)
+            parts.append(Part(item, item.started, stop))
+            rows += stop - item.started
+            due = min(due, item.arrived + wait_s, item.deadline - self.pace.expect(rows))
+            if not wait_s or rows >= most:
+                return parts, -math.inf
+        return parts, due
+
+
+class Queue(Generic[AnyItem]):
+    """All lanes, and how many runs there may be at a time.
+
+    Args:
+        slots: Runs at a time.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._free = slots
+        self._lanes: deque[Lane[AnyItem]] = deque()  # with somebody in line; the next to take first
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes to run all that is in line."""
+        return sum(lane.seconds for lane in self._lanes) / self._slots
+
+    def admit(self, lane: Lane[AnyItem], item: AnyItem) -> None:
+        """Take in a request that arrives now.
+
+        Raises:
+            QueueFull: There is no room, or its deadline passes before all others have run.
+            TooLate: Its deadline passes even if it runs at once.
+        """
+        runs = max(1, -(-item.rows // lane.limits.max_batch_rows))
+        spare = item.deadline - item.arrived - lane.pace.expect(item.rows, runs)
+        if spare <= 0:
+            raise TooLate
+        # When what runs now will end is not known, and lanes take turns: neither is counted.
+        wait = lane.seconds / self._slots
+        excess = lane.excess(item)
+        if excess or wait > spare:
+            raise QueueFull(max(excess * wait, wait - spare))
+        self._enter(lane, item)
+
+    def take(self, now: float) -> Batch[AnyItem] | None:
+        """Take what is to run now out of line, if there is a slot; `end` gives the slot back."""
+        for _ in range(len(self._lanes) if self._free else 0):
+            lane = self._lanes[0]
+            self._lanes.rotate(-1)
+            parts, due = lane.next_parts(now)
+            if parts and due <= now:
+                self._free -= 1
+                for part in parts:
+                    self._leave(lane, part.item)
+                    part.item.started = part.stop
+                return Batch(lane, parts)
+        return None
+
+    def next_due(self, now: float) -> tuple[AnyItem, float] | None:
+        """Tell when `take` will have something though nothing else happens, and for whom."""
+        waits = [lane.next_parts(now) for lane in self._lanes] if self._free else []
+        due = [(parts[0].item, at) for parts, at in waits if parts]
+        return min(due, key=lambda found: found[1], default=None)
+
+    def drop(self, lane: Lane[AnyItem], item: AnyItem) -> None:
+        """Give up what has not started of a request. Others are not touched by it."""
+        item.dropped = True
+        self._leave(lane, item)
+
+    def end(self, batch: Batch[AnyItem], seconds: float | None) -> None:
+        """Give back a batch's slot, and put what is left of its requests in line.
+
+        Args:
+            batch: From `take`.
+            seconds: How long it ran; None if it did not.
+        """
+        self._free += 1
+        if seconds is not None:
+            batch.lane.pace.learn(batch.rows, seconds)
+        for part in batch.parts:
+            if part.item.left and not part.item.dropped:
+                self._enter(batch.lane, part.item)
+
+    def _enter(self, lane: Lane[AnyItem], item: AnyItem) -> None:
+        if not lane:
+            self._lanes.append(lane)
+        lane.enter(item)
+
+    def _leave(self, lane: Lane[AnyItem], item: AnyItem) -> None:
+        lane.leave(item)
+        if not lane and lane in self._lanes:
+            self._lanes.remove(lane)

@@ -1,0 +1,236 @@
+"""Which versions are served: what lies in the repository's folders, the policy, and who may ask.
+
+A version is loaded and verified beside those that serve. Only when that is done does the model
+change over to it, at once. One that fails is known with its reason and tried again when its files
+change; what served before goes on.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from kan_bundle.errors import BundleError, ManifestError
+from kan_bundle.layout import BundleFolder, find_bundles
+from serving.errors import EngineError, ModelNotFound, StartupError
+from serving.loading import LoadedModel
+from serving.policy import VersionPolicy
+from serving.repository import Repository, Version
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A version that has failed.
+
+    Args:
+        reason: For the log.
+        public: For clients; it reveals nothing internal.
+    """
+
+    reason: str
+    public: str
+
+
+Outcome = LoadedModel | Refusal
+_Stamp = tuple[tuple[str, int, int, int], ...]
+
+_log = structlog.get_logger()
+
+
+class Keeper:
+    """Keeps a repository as its folders and the policy want it. Safe to call from several threads.
+
+    Args:
+        root: The folder of the repository.
+        repository: What is served.
+        policy: Which versions are.
+        load: Loads and verifies a bundle.
+        on_change: Called when other versions are served than before.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        repository: Repository,
+        policy: VersionPolicy,
+        load: Callable[[BundleFolder], LoadedModel],
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._root = root
+        self._repository = repository
+        self._policy = policy
+        self._load = load
+        self._on_change = on_change
+        self._lock = threading.Lock()
+        self._tried: dict[BundleFolder, tuple[_Stamp, Outcome]] = {}
+        self._skipped: set[Path] = set()
+
+    def refresh(self, names: Collection[str] | None = None) -> None:
+        """Look at the folders and serve what the policy wants of them.
+
+        Args:
+            names: Of these models; of all if None.
+
+        Raises:
+            LayoutError: The repository's folder cannot be read; all stays as it is.
+            ModelNotFound: A model that was named has no folder.
+            StartupError: The provider is not there.
+        """
+        with self._lock:
+            found: dict[str, list[BundleFolder]] = {}
+            for folder in find_bundles(self._root, self._skip):
+                found.setdefault(folder.name, []).append(folder)
+            if names is None:
+                names = {*found, *self._repository.models}
+            for name in sorted(names):
+                if name not in found and name not in self._repository.models:
+                    raise ModelNotFound(f"there is no model {name[:128]!r} in the repository")
+                self._refresh(name, found.get(name, []))
+
+    def unload(self, name: str) -> None:
+        """Serve no version of a model any longer.
+
+        Raises:
+            ModelNotFound: There is no such model.
+        """
+        with self._lock:
+            versions = self._repository.models.get(name)
+            if versions is None:
+                raise ModelNotFound(f"there is no model {name[:128]!r}")
+            self._publish(name, {n: Version(None, "it was unloaded") for n in versions})
+            self._tried = {f: tried for f, tried in self._tried.items() if f.name != name}
+
+    def refused(self, name: str) -> dict[int, str]:
+        """List the versions of a model that have failed, with what clients are told of it."""
+        with self._lock:
+            return {
+                folder.version: outcome.public
+                for folder, (_, outcome) in self._tried.items()
+                if folder.name == name and isinstance(outcome, Refusal)
+            }
+
+    def _refresh(self, name: str, folders: list[BundleFolder]) -> None:
+        """Bring one model to what the policy wants, and change over to it at once."""
+        after: dict[int, Version] = {}
+        for folder in sorted(folders, reverse=True):
+            number = folder.version
+            served = sum(version.model is not None for version in after.values())
+            if self._policy.considers(number) and self._policy.wants_more(served):
+                after[number] = self._version(folder)
+            else:
+                after[number] = Version(None, f"the version policy is {self._policy}")
+        self._publish(name, after)
+
+    def _version(self, folder: BundleFolder) -> Version:
+        """Load what lies in a folder, unless that was tried before."""
+        versions = self._repository.models.get(folder.name, {})
+        serving = versions[folder.version].model if folder.version in versions else None
+        stamp = _stamp(folder.path)
+        if folder not in self._tried or self._tried[folder][0] != stamp:
+            loading = {**versions, folder.version: Version(serving, loading=True)}
+            self._repository.replace(folder.name, loading)
+            self._tried[folder] = stamp, self._try(folder)
+            _log_outcome(folder, self._tried[folder][1])
+        outcome = self._tried[folder][1]
+        if isinstance(outcome, Refusal):
+            return Version(serving, outcome.public)  # what served goes on
+        return Version(outcome)
+
+    def _try(self, folder: BundleFolder) -> Outcome:
+        """Load a bundle, or say why not: whatever is wrong with one never stops the others."""
+        try:
+            return self._load(folder)
+        except StartupError:
+            raise
+        except (BundleError, EngineError) as error:
+            return Refusal(str(error), _public(error))
+        except Exception as error:  # what no check has foreseen
+            reason = f"{folder.path}: {type(error).__name__}: {error}; export again"
+            return Refusal(reason, _public(error))
+
+    def _skip(self, path: Path, reason: str) -> None:
+        """Say once that a folder is passed over."""
+        if path not in self._skipped:
+            self._skipped.add(path)
+            _log.warning("folder_skipped", path=str(path), reason=reason)
+
+    def _publish(self, name: str, after: Mapping[int, Version]) -> None:
+        """Change a model over, and let go of what is not served any longer."""
+        before = self._repository.models.get(name, {})
+        self._repository.replace(name, after)
+        for number, version in before.items():
+            if version.model and (number not in after or after[number].model is None):
+                _log.info("model_unloaded", model=name, version=number)
+        self._on_change()
+        self._tried = {
+            folder: tried
+            for folder, tried in self._tried.items()
+            if folder.name != name
+            or (
+                folder.version in after
+                and (isinstance(tried[1], Refusal) or after[folder.version].model)
+            )
+        }
+
+
+@contextmanager
+def polling(keeper: Keeper, seconds: float) -> Iterator[None]:
+    """Refresh again and again, in a thread.
+
+    Args:
+        keeper: What is to refresh.
+        seconds: From one look to the next.
+    """
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(seconds):
+            try:
+                keeper.refresh()
+            except (BundleError, StartupError) as error:
+                _log.error("repository_unreadable", reason=str(error))
+
+    thread = threading.Thread(target=look, name="poll", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _log_outcome(folder: BundleFolder, outcome: Outcome) -> None:
+    log = _log.bind(model=folder.name, version=folder.version)
+    if isinstance(outcome, Refusal):
+        log.error("model_refused", reason=outcome.reason)
+    else:
+        log.info(
+            "model_ready",
+            source_sha256=outcome.manifest.source and outcome.manifest.source.sha256,
+            kan_layers=len(outcome.manifest.layers),
+            fused_layers=outcome.engine.fused_layers,
+        )
+
+
+def _stamp(folder: Path) -> _Stamp:
+    """Take what changes when any file of a folder does."""
+    found = []
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            with suppress(OSError):
+                status = entry.stat()
+                found.append((entry.name, status.st_size, status.st_mtime_ns, status.st_ino))
+    return tuple(sorted(found))
+
+
+def _public(error: Exception) -> str:
+    """Say why a version is not served without a path or another program's words."""
+    if isinstance(error, ManifestError):
+        return "its manifest cannot be read; the server's log says more"
+    if isinstance(error, BundleError):
+        return "it failed its checks at load; the server's log says more"
+    return "it cannot be run here; the server's log says more"

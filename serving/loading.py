@@ -1,0 +1,82 @@
+"""From a folder to a model that is ready: verified, loaded, its golden probes replayed.
+
+This module knows bundles and engines, not gRPC.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kan_bundle.errors import IntegrityError
+from kan_bundle.golden import excess, read_golden, side_by_side
+from kan_bundle.integrity import check_file, read_checked
+from kan_bundle.layout import GOLDEN_FILE, MODEL_FILE, BundleFolder
+from kan_bundle.manifest import Manifest, read_manifest
+from serving.batching import Lane, Limits
+from serving.dispatch import Request
+from serving.engine import Engine
+from serving.grid import Grid
+
+EngineMaker = Callable[[bytes, Manifest, Path], Engine]
+"""Makes an engine from verified bytes, what they are, and the folder of the rest."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One version of a model that has passed every check.
+
+    Args:
+        manifest: What it is.
+        engine: What runs it.
+        lane: Where its requests wait.
+        grid: Where it was trained; None if that cannot be told from its inputs.
+    """
+
+    manifest: Manifest
+    engine: Engine
+    lane: Lane[Request]
+    grid: Grid | None
+
+
+def load_bundle(folder: BundleFolder, make_engine: EngineMaker, limits: Limits) -> LoadedModel:
+    """Verify one bundle and replay its golden probes.
+
+    Args:
+        folder: Where it lies.
+        make_engine: Makes an engine from verified bytes.
+        limits: Of its requests.
+
+    Raises:
+        BundleError: A file is missing, changed or unusable, or the answers are not the golden
+            ones.
+        EngineError: The model does not run.
+    """
+    manifest = read_manifest(folder.path)
+    if (manifest.name, manifest.version) != (folder.name, folder.version):
+        raise IntegrityError(
+            f"{folder.path}: the manifest says model {manifest.name!r} version "
+            f"{manifest.version}; a bundle cannot be renamed: export it again under this name"
+        )
+    for name, record in manifest.files.items():
+        if name not in (MODEL_FILE, GOLDEN_FILE):  # those are hashed as they are read
+            check_file(folder.path / name, record)
+    model = read_checked(folder.path / MODEL_FILE, manifest.files[MODEL_FILE])
+    content = read_checked(folder.path / GOLDEN_FILE, manifest.files[GOLDEN_FILE])
+    engine = make_engine(model, manifest, folder.path)
+
+    golden = read_golden(content, manifest.inputs)
+    found = side_by_side(engine.run(golden.inputs))
+    if found.shape != golden.outputs.shape:
+        raise IntegrityError(
+            f"{folder.path}: golden replay gave shape {found.shape}, expected "
+            f"{golden.outputs.shape}; export again"
+        )
+    worst = float(excess(found, golden.outputs, golden.tolerance).max())
+    if worst > 1.0:
+        fused = ", with --fused" if engine.fused_layers else ""
+        raise IntegrityError(
+            f"{folder.path}: golden replay is off by {worst:.3g} times what is allowed on this "
+            f"machine and provider{fused}; do not serve it: export again here and compare"
+        )
+    grid = Grid(manifest.input_range) if manifest.input_range else None
+    return LoadedModel(manifest, engine, Lane(limits), grid)

@@ -1,0 +1,321 @@
+"""gRPC's side of the service: which thread answers what, and errors to status codes.
+
+Requests to run a model have a thread each for as long as they are in the server. Who comes when all
+are taken is refused at the door: in gRPC's own thread, before the message is read. What must be
+answered however busy the server is has threads of its own.
+
+This is where errors become gRPC status codes, in one table and one place. What a client is told is
+the message of a `VisibleError`; of anything else it learns only that it was not its fault.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from protos import inference_pb2 as pb
+from serving.errors import (
+    ControlRefused,
+    Expired,
+    InvalidRequest,
+    ModelNotFound,
+    ModelNotReady,
+    Overloaded,
+    VisibleError,
+)
+from serving.metrics import Counters
+from serving.service import SERVICE, InferenceService
+
+_STATUS: dict[type[VisibleError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    ModelNotReady: grpc.StatusCode.UNAVAILABLE,
+    ControlRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_PUSHBACK = "grpc-retry-pushback-ms"  # when gRPC's own retries are to try again
+_LONGEST_PUSHBACK_MS = 60_000
+_STRICT = ("triton_grpc_error", "true")  # a stream is to end with a status at the first error
+
+_METHODS = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
+_INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
+_CONTROL = ("RepositoryModelLoad", "RepositoryModelUnload")
+_PROBE_THREADS = 2
+
+_log = structlog.get_logger()
+
+
+class RpcHandlers(grpc.GenericRpcHandler):
+    """The handlers of every method of the service, for `add_generic_rpc_handlers`.
+
+    Messages are parsed in the handlers, because bytes that are no message are the client's fault
+    and gRPC's own parsing would call them ours.
+
+    Args:
+        service: What answers.
+        counters: Told how every call ended.
+        requests: Runs what runs models.
+        max_streams: Most streams open at a time.
+        retry_after_s: Tells when there will be room again, in seconds.
+    """
+
+    def __init__(
+        self,
+        service: InferenceService,
+        counters: Counters,
+        requests: "CountingPool",
+        max_streams: int,
+        retry_after_s: Callable[[], float],
+    ) -> None:
+        self._service = service
+        self._counters = counters
+        self._retry_after_s = retry_after_s
+        self._requests = requests
+        self._streams = CountingPool(max_streams, "stream")
+        self._probes = ThreadPoolExecutor(_PROBE_THREADS, "service")
+        self._control = ThreadPoolExecutor(1, "control")
+        self._open: set[_Stream] = set()
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._handlers = {
+            f"/{SERVICE}/{name}": self._unary(name)
+            for name, method in _METHODS.items()
+            if not method.client_streaming
+        }
+        self._handlers[_STREAM] = grpc.stream_stream_rpc_method_handler(
+            _Behavior(self._stream, self._streams, experimental_non_blocking=True),
+            response_serializer=pb.ModelStreamInferResponse.SerializeToString,
+        )
+        # As a stream: before the behavior of a single message gRPC would read the message.
+        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(
+            _Behavior(self._refuse, _Inline())
+        )
+
+    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        """Find what handles a call; called in gRPC's own thread when a call arrives."""
+        method = details.method
+        if (method == _INFER and self._requests.full) or (method == _STREAM and self._streams.full):
+            return self._refusal
+        return self._handlers.get(method)
+
+    def close(self) -> None:
+        """End every stream, each after what it is working on, so that clients go elsewhere."""
+        self._closing.set()
+        with self._lock:
+            streams = list(self._open)
+        for stream in streams:
+            stream.end_if_idle()
+
+    def shutdown(self) -> None:
+        """Start no more calls."""
+        for pool in (self._requests, self._streams, self._probes, self._control):
+            pool.shutdown(wait=False)
+
+    def _unary(self, name: str) -> "grpc.RpcMethodHandler[Any, Any]":
+        request_type = GetMessageClass(_METHODS[name].input_type)
+        response_type = GetMessageClass(_METHODS[name].output_type)
+        method = getattr(self._service, name)
+        with_call = name == "ModelInfer"
+
+        def behavior(raw: bytes, context: grpc.ServicerContext) -> Message:
+            request = None
+            try:
+                request = request_type.FromString(raw)
+                response: Message = method(request, context) if with_call else method(request)
+            except Exception as error:
+                self._failure(name, request, error).end(context)
+            self._counters.count_call(name, "OK")
+            return response
+
+        pool = self._requests if with_call else self._probes
+        return grpc.unary_unary_rpc_method_handler(
+            _Behavior(behavior, self._control if name in _CONTROL else pool),
+            response_serializer=response_type.SerializeToString,
+        )
+
+    def _stream(
+        self,
+        requests: Iterator[bytes],
+        context: grpc.ServicerContext,
+        send: Callable[[Message | None], None],
+    ) -> None:
+        """Answer the requests of a stream one by one; gRPC reads none before it is asked for."""
+        strict = _STRICT in {(key, value) for key, value in context.invocation_metadata()}
+        stream = _Stream(context, send)
+        with self._lock:
+            self._open.add(stream)
+        try:
+            for raw in requests:
+                with stream.busy:
+                    if stream.ended:
+                        return
+                    send(self._stream_response(raw, context, strict=strict))
+                if self._closing.is_set():
+                    break
+            if self._closing.is_set():
+                stream.end_if_idle()
+            else:
+                send(None)
+        finally:
+            with self._lock:
+                self._open.discard(stream)
+
+    def _stream_response(
+        self, raw: bytes, context: grpc.ServicerContext, *, strict: bool
+    ) -> pb.ModelStreamInferResponse:
+        request = None
+        try:
+            request = pb.ModelInferRequest.FromString(raw)
+            answer = self._service.ModelInfer(request, context)
+        except Exception as error:
+            failure = self._failure("ModelStreamInfer", request, error)
+            if strict:
+                failure.end(context)
+            answer = pb.ModelInferResponse(id=request.id if request else "")
+            return pb.ModelStreamInferResponse(error_message=failure.details, infer_response=answer)
+        self._counters.count_call("ModelStreamInfer", "OK")
+        return pb.ModelStreamInferResponse(infer_response=answer)
+
+    def _refuse(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
+        error = Overloaded("the server has no room for another call", self._retry_after_s())
+        self._failure("refused", None, error).end(context)
+
+    def _failure(self, method: str, request: Any, error: Exception) -> "_Failure":
+        """Find the status of an error, log what the client is not told, and count it."""
+        retry_after_s = None
+        if isinstance(error, DecodeError):
+            code = grpc.StatusCode.INVALID_ARGUMENT
+            expected = _METHODS[method].input_type.full_name
+            details = f"expected {expected}, found no such message"
+        elif isinstance(error, VisibleError):
+            code, details = _STATUS[type(error)], str(error)
+            if isinstance(error, Overloaded):
+                retry_after_s = error.retry_after_s
+        else:
+            _log.error("request_failed", method=method, **_identity(request), exc_info=error)
+            code, details = grpc.StatusCode.INTERNAL, "internal error; the server's log says more"
+        self._counters.count_call(method, code.name)
+        return _Failure(code, details, retry_after_s)
+
+
+class CountingPool(ThreadPoolExecutor):
+    """Threads for calls that never wait for one.
+
+    Args:
+        size: How many.
+        name: Of the threads.
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        super().__init__(size, name)
+        self._size = size
+        self._taken = 0
+        self._lock = threading.Lock()
+
+    @property
+    def full(self) -> bool:
+        """Whether all threads are taken."""
+        return self._taken >= self._size
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        """Run a call in a thread."""
+        with self._lock:
+            self._taken += 1
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(self._give_back)
+        return future
+
+    def _give_back(self, _: "Future[Any]") -> None:
+        with self._lock:
+            self._taken -= 1
+
+
+class _Inline(ThreadPoolExecutor):
+    """Runs a call at once, in the thread that it arrives in, which for a refusal is the fastest.
+
+    gRPC takes no other kind of executor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class _Behavior:
+    """What a handler calls, with the attributes that gRPC reads: where it runs, and how.
+
+    Args:
+        call: The behavior itself.
+        pool: Where it runs.
+        experimental_non_blocking: Whether it sends its responses itself.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        pool: ThreadPoolExecutor,
+        *,
+        experimental_non_blocking: bool = False,
+    ) -> None:
+        self._call = call
+        self.experimental_thread_pool = pool
+        self.experimental_non_blocking = experimental_non_blocking
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """How a call ends that has no answer."""
+
+    code: grpc.StatusCode
+    details: str
+    retry_after_s: float | None
+
+    def end(self, context: grpc.ServicerContext) -> NoReturn:
+        if self.retry_after_s is not None:
+            pushback = min(max(1, round(self.retry_after_s * 1000)), _LONGEST_PUSHBACK_MS)
+            context.set_trailing_metadata(((_PUSHBACK, str(pushback)),))
+        context.abort(self.code, self.details)
+        raise AssertionError("abort returned")  # it never does
+
+
+@dataclass(eq=False)
+class _Stream:
+    """A stream that is open."""
+
+    context: grpc.ServicerContext
+    send: Callable[[Message | None], None]
+    busy: threading.Lock = field(default_factory=threading.Lock)
+    ended: bool = False
+
+    def end_if_idle(self) -> None:
+        """End it, unless it is working on a request, after which it looks by itself."""
+        if self.busy.acquire(blocking=False):
+            try:
+                if not self.ended:
+                    self.ended = True
+                    self.context.set_code(grpc.StatusCode.UNAVAILABLE)
+                    self.context.set_details("the server is stopping; go on elsewhere")
+                    self.send(None)
+            finally:
+                self.busy.release()
+
+
+def _identity(request: Any) -> dict[str, str]:
+    """Say which request it was, for the log."""
+    if not isinstance(request, pb.ModelInferRequest):
+        return {}
+    return {"model": request.model_name, "version": request.model_version, "id": request.id[:128]}

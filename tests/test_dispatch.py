@@ -1,0 +1,243 @@
+"""The dispatcher with real threads, and engines that wait until they are told to go on."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from serving.batching import Lane, Limits, QueueFull, TooLate
+from serving.dispatch import Abandoned, Arrays, Dispatcher, Outcome, Request
+
+LONG_S = 3600.0
+WAIT_S = 30.0  # for what happens at once unless something is wrong
+
+
+@dataclass
+class Doubler:
+    """Answers 2 x, remembers the runs, and fails for rows with a negative number."""
+
+    go: threading.Event = field(default_factory=threading.Event)
+    started: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    runs: list[list[float]] = field(default_factory=list)
+    at_once: int = 0
+    most_at_once: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        (x,) = inputs
+        with self.lock:
+            self.runs.append(x[:, 0].tolist())
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        self.started.release()
+        assert self.go.wait(WAIT_S)
+        with self.lock:
+            self.at_once -= 1
+        if (x < 0).any():
+            raise ValueError("negative")
+        return [2 * x]
+
+
+def never(callback: Callable[[], None]) -> bool:
+    """The client does not give up."""
+    return True
+
+
+class Client:
+    """Sends requests, each from a thread of its own."""
+
+    def __init__(self, engine: Doubler, slots: int = 1, **limits: Any) -> None:
+        wanted: dict[str, Any] = {
+            "max_batch_rows": 4,
+            "max_wait_s": 0.0,
+            "max_queue_rows": 10**6,
+            "max_queue_bytes": 10**9,
+        }
+        self.engine = engine
+        self.dispatcher = Dispatcher(slots)
+        self.lane: Lane[Request] = Lane(Limits(**(wanted | limits)))
+        self.pool = ThreadPoolExecutor(16)
+
+    def send(
+        self,
+        *values: float,
+        timeout_s: float | None = None,
+        on_cancel: Callable[[Callable[[], None]], bool] = never,
+    ) -> "Future[Outcome]":
+        x: NDArray[np.float32] = np.array(values, np.float32).reshape(-1, 1)
+        return self.pool.submit(
+            self.dispatcher.run, self.lane, self.engine, [x], timeout_s, on_cancel
+        )
+
+    def send_and_queue(
+        self, *values: float, **options: Any
+    ) -> "tuple[Future[Outcome], Callable[[], None]]":
+        """Send, and return when it stands in line, with what cancels it."""
+        queued: Future[Callable[[], None]] = Future()
+
+        def on_cancel(callback: Callable[[], None]) -> bool:
+            queued.set_result(callback)
+            return True
+
+        future = self.send(*values, on_cancel=on_cancel, **options)
+        return future, queued.result(WAIT_S)
+
+
+@pytest.fixture
+def engine() -> Iterator[Doubler]:
+    engine = Doubler()
+    yield engine
+    engine.go.set()
+
+
+def answer(future: "Future[Outcome]") -> list[float]:
+    return [float(v) for v in future.result(WAIT_S).outputs[0][:, 0]]
+
+
+def test_a_request_is_answered_with_what_it_took(engine: Doubler) -> None:
+    engine.go.set()
+    outcome = Client(engine).send(1, 2).result(WAIT_S)
+    assert outcome.outputs[0].tolist() == [[2], [4]]
+    assert outcome.batch_rows == 2
+    assert outcome.queue_s >= 0
+    assert outcome.compute_s > 0
+
+
+def test_requests_that_wait_for_company_run_together(engine: Doubler) -> None:
+    engine.go.set()
+    client = Client(engine, max_wait_s=LONG_S)
+    futures = [client.send(i) for i in range(4)]
+    assert [answer(f) for f in futures] == [[0], [2], [4], [6]]
+    assert [sorted(run) for run in engine.runs] == [[0, 1, 2, 3]]
+    assert [f.result().batch_rows for f in futures] == [4] * 4
+
+
+def test_nobody_waits_for_company_longer_than_allowed(engine: Doubler) -> None:
+    engine.go.set()
+    assert answer(Client(engine, max_wait_s=0.01).send(1)) == [2]
+
+
+def test_a_request_too_large_is_put_together_again(engine: Doubler) -> None:
+    engine.go.set()
+    assert answer(Client(engine).send(*range(10))) == [2 * i for i in range(10)]
+    assert engine.runs == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_no_rows_are_answered_with_none(engine: Doubler) -> None:
+    engine.go.set()
+    assert answer(Client(engine).send()) == []
+
+
+def test_who_cannot_be_run_does_not_hurt_its_neighbours(engine: Doubler) -> None:
+    engine.go.set()
+    client = Client(engine, max_wait_s=LONG_S)
+    good, bad, other = client.send(1, 2), client.send(-1), client.send(3)
+    assert answer(good) == [2, 4]
+    assert answer(other) == [6]
+    with pytest.raises(ValueError, match="negative"):
+        bad.result(WAIT_S)
+
+
+def test_no_more_run_at_once_than_there_are_slots(engine: Doubler) -> None:
+    client = Client(engine, slots=2)
+    futures = [client.send(i) for i in range(8)]
+    for _ in range(2):
+        assert engine.started.acquire(timeout=WAIT_S)
+    engine.go.set()
+    assert [answer(f) for f in futures] == [[2 * i] for i in range(8)]
+    assert engine.most_at_once == 2
+
+
+def test_failures_give_their_slots_back(engine: Doubler) -> None:
+    engine.go.set()
+    client = Client(engine)
+    for _ in range(5):
+        with pytest.raises(ValueError, match="negative"):
+            client.send(-1).result(WAIT_S)
+    assert answer(client.send(1)) == [2]
+
+
+def test_a_client_that_gives_up_is_not_run_and_the_others_are(engine: Doubler) -> None:
+    client = Client(engine)
+    running = client.send(1)
+    assert engine.started.acquire(timeout=WAIT_S)
+    gone, give_up = client.send_and_queue(2)
+    waiting, _ = client.send_and_queue(3)
+    give_up()
+    with pytest.raises(Abandoned):
+        gone.result(WAIT_S)
+    engine.go.set()
+    assert answer(running) == [2]
+    assert answer(waiting) == [6]
+    assert engine.runs == [[1], [3]]
+
+
+def test_the_first_of_a_batch_may_give_up_without_harm_to_the_rest(engine: Doubler) -> None:
+    engine.go.set()
+    client = Client(engine, max_wait_s=LONG_S)
+    first, give_up = client.send_and_queue(1)
+    second, _ = client.send_and_queue(2)
+    give_up()
+    with pytest.raises(Abandoned):
+        first.result(WAIT_S)
+    third = client.send(3, 4, 5)
+    assert answer(second) == [4]
+    assert answer(third) == [6, 8, 10]
+    assert engine.runs == [[2, 3, 4, 5]]
+
+
+def test_a_client_that_has_given_up_before_it_waits_is_not_run(engine: Doubler) -> None:
+    client = Client(engine)
+    running = client.send(1)
+    assert engine.started.acquire(timeout=WAIT_S)
+    with pytest.raises(Abandoned):
+        client.send(2, on_cancel=lambda callback: False).result(WAIT_S)
+    engine.go.set()
+    assert answer(running) == [2]
+    assert engine.runs == [[1]]
+
+
+def test_a_deadline_that_passes_in_line_ends_the_wait(engine: Doubler) -> None:
+    client = Client(engine)
+    running = client.send(1)
+    assert engine.started.acquire(timeout=WAIT_S)
+    with pytest.raises(Abandoned):
+        client.send(2, timeout_s=0.01).result(WAIT_S)
+    engine.go.set()
+    assert answer(running) == [2]
+    assert engine.runs == [[1]]
+
+
+def test_what_has_no_time_left_is_refused(engine: Doubler) -> None:
+    engine.go.set()
+    with pytest.raises(TooLate):
+        Client(engine).send(1, timeout_s=0).result(WAIT_S)
+
+
+def test_a_full_queue_refuses_at_once(engine: Doubler) -> None:
+    client = Client(engine, max_queue_rows=2)
+    running = client.send(1)
+    assert engine.started.acquire(timeout=WAIT_S)
+    waiting, _ = client.send_and_queue(2, 3)
+    with pytest.raises(QueueFull):
+        client.send(4).result(WAIT_S)
+    engine.go.set()
+    assert answer(running) == [2]
+    assert answer(waiting) == [4, 6]
+
+
+def test_many_threads_get_their_own_answers() -> None:
+    engine = Doubler()
+    engine.go.set()
+    client = Client(engine, slots=2, max_batch_rows=5, max_wait_s=0.001)
+    values = np.random.default_rng(0).integers(0, 8, 300)
+    futures = [client.send(*range(i, i + int(n))) for i, n in enumerate(values)]
+    for i, (future, n) in enumerate(zip(futures, values, strict=True)):
+        assert answer(future) == [2 * v for v in range(i, i + int(n))]
+    assert max(map(len, engine.runs)) <= 5
+    assert sum(map(len, engine.runs)) == values.sum()
