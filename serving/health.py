@@ -8,6 +8,7 @@ watches, so that one watcher makes every shutdown last the whole grace period.
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,14 +19,29 @@ from grpc_health.v1 import health_pb2_grpc as pb_grpc
 SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 
 _THREADS = 2
+_MOST_WATCHERS = 1024
 
 Send = Callable[[pb.HealthCheckResponse | None], None]
+
+
+@dataclass(eq=False)
+class _Watcher:
+    """Who wants to be told of every change.
+
+    Args:
+        send: Returns when the client's buffers have taken the message, which may be never.
+    """
+
+    send: Send
+    told: Any = None
+    sending: threading.Lock = field(default_factory=threading.Lock)
 
 
 class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
     """The same status for every service it knows. Safe to call from several threads.
 
-    At first it is not ready.
+    At first it is not ready. Nothing here waits for a client: a watcher that does not read, or goes
+    away while it is told, holds up neither the server nor the other watchers.
 
     Args:
         services: Names that may be asked for; the empty one stands for the whole server.
@@ -33,11 +49,13 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(services)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never held while something is sent
         self._status = _status(False)
-        self._watchers: set[Send] = set()
+        self._watchers: set[_Watcher] = set()
         # Calls never wait behind requests, nor requests behind them.
         pool = self._pool = ThreadPoolExecutor(_THREADS, "health")
+        # As many threads as watchers are stuck, and one more.
+        self._senders = ThreadPoolExecutor(_MOST_WATCHERS, "health-watch")
         # gRPC reads these attributes; they make it run a call in this pool, and let a stream
         # live on without a thread. On the instance, because another server has another pool.
         self.Check = partial(self._check)
@@ -47,23 +65,27 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
         self.Watch.experimental_non_blocking = True  # type: ignore[attr-defined]
 
     def set(self, ready: bool) -> None:
-        """Change the status and tell every watcher."""
+        """Change the status and have every watcher told."""
         with self._lock:
-            if self._status != _status(ready):
-                self._status = _status(ready)
-                for send in self._watchers:
-                    send(self._status)
+            if self._status == _status(ready):
+                return
+            self._status = _status(ready)
+            watchers = list(self._watchers)
+        for watcher in watchers:
+            self._senders.submit(self._tell, watcher)
 
     def close(self) -> None:
         """End every watch."""
         with self._lock:
-            for send in self._watchers:
-                send(None)
+            watchers = list(self._watchers)
             self._watchers.clear()
+        for watcher in watchers:
+            watcher.send(None)  # which does not wait
 
     def shutdown(self) -> None:
         """Start no more calls."""
         self._pool.shutdown(wait=False)
+        self._senders.shutdown(wait=False)
 
     def _check(
         self, request: pb.HealthCheckRequest, context: grpc.ServicerContext
@@ -79,15 +101,29 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
             send(pb.HealthCheckResponse(status=pb.HealthCheckResponse.SERVICE_UNKNOWN))
             send(None)
             return
+        watcher = _Watcher(send)
 
-        def forget() -> None:
+        def forget() -> None:  # called in gRPC's own thread, which nothing may hold up
             with self._lock:
-                self._watchers.discard(send)
+                self._watchers.discard(watcher)
 
         with self._lock:
-            if context.add_callback(forget):
-                self._watchers.add(send)
-            send(self._status)
+            full = len(self._watchers) >= _MOST_WATCHERS
+            if not full and context.add_callback(forget):
+                self._watchers.add(watcher)
+        if full:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "there is no room for more watches")
+        self._senders.submit(self._tell, watcher)
+
+    def _tell(self, watcher: _Watcher) -> None:
+        """Send a watcher what is so now, if it has not been told."""
+        # Whoever is sending already looks again when that is done.
+        while watcher.told != self._status and watcher.sending.acquire(blocking=False):
+            try:
+                watcher.told = self._status
+                watcher.send(watcher.told)
+            finally:
+                watcher.sending.release()
 
 
 def _status(ready: bool) -> Any:
