@@ -156,7 +156,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
                 with stream.busy:
                     if stream.ended:
                         return
-                    send(self._stream_response(raw, context, strict=strict))
+                    send(self._stream_response(raw, stream, strict=strict))
                 if self._closing.is_set():
                     break
             if self._closing.is_set():
@@ -168,16 +168,16 @@ class RpcHandlers(grpc.GenericRpcHandler):
                 self._open.discard(stream)
 
     def _stream_response(
-        self, raw: bytes, context: grpc.ServicerContext, *, strict: bool
+        self, raw: bytes, stream: "_Stream", *, strict: bool
     ) -> pb.ModelStreamInferResponse:
         request = None
         try:
             request = pb.ModelInferRequest.FromString(raw)
-            answer = self._service.ModelInfer(request, context)
+            answer = self._service.ModelInfer(request, stream)
         except Exception as error:
             failure = self._failure("ModelStreamInfer", request, error)
             if strict:
-                failure.end(context)
+                failure.end(stream.context)
             answer = pb.ModelInferResponse(id=request.id if request else "")
             return pb.ModelStreamInferResponse(error_message=failure.details, infer_response=answer)
         self._counters.count_call("ModelStreamInfer", "OK")
@@ -294,12 +294,24 @@ class _Failure:
 
 @dataclass(eq=False)
 class _Stream:
-    """A stream that is open."""
+    """A stream that is open, and the `Call` of each of its requests in turn."""
 
     context: grpc.ServicerContext
     send: Callable[[Message | None], None]
     busy: threading.Lock = field(default_factory=threading.Lock)
     ended: bool = False
+    given_up: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        # gRPC keeps every callback until the call ends, and a stream may have millions of requests.
+        self.context.add_callback(lambda: self.given_up and self.given_up())
+
+    def time_remaining(self) -> float | None:
+        return self.context.time_remaining()
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        self.given_up = callback  # before it is known that the call goes on: one of both tells
+        return self.context.is_active()
 
     def end_if_idle(self) -> None:
         """End it, unless it is working on a request, after which it looks by itself."""

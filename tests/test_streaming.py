@@ -1,9 +1,11 @@
 """ModelStreamInfer: batches in, batches out, over one call."""
 
+import gc
 import itertools
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.batching import Lane
+from serving.dispatch import Request
 from tests.conftest import STATE_DICTS
-from tests.servers import WAIT_S, Gate, gate, served
+from tests.servers import WAIT_S, Gate, await_true, gate, served
 from tests.wire import raw_output, raw_request
 
 __all__ = ["gate"]
@@ -92,6 +96,60 @@ def test_a_client_that_does_not_read_is_not_worked_for(repository: Path, gate: G
             pass  # until nothing is run any longer
         assert len(gate.runs) < count // 2
         assert [a.infer_response.id for a in stream] == [str(i) for i in range(count)]
+
+
+@dataclass
+class OneBehindTheOther:
+    """Two streams of a server with one slot: each request of the second waits for the first's."""
+
+    lane: Lane[Request]
+    gate: Gate
+    requests: tuple[Requests, Requests]
+    answers: tuple[Any, Any]
+
+    def send(self, row: int) -> None:
+        self.gate.opened.clear()
+        self.requests[0].send(raw_request(UNIFORM.x[:1]))
+        self.gate.await_run()
+        self.requests[1].send(raw_request(UNIFORM.x[row : row + 1]))
+        await_true(lambda: self.lane.rows == 1)
+
+    def answer(self) -> None:
+        self.gate.opened.set()
+        self.gate.await_run()
+        for stream in self.answers:
+            next(stream)
+
+
+@pytest.fixture
+def streams(repository: Path, gate: Gate) -> Iterator[OneBehindTheOther]:
+    with served(repository, engine_slots=1) as (server, stub):
+        requests = Requests(), Requests()
+        first, second = (stub.ModelStreamInfer(iter(sent)) for sent in requests)
+        lane = server.repository.find(UNIFORM.name, "").lane
+        yield OneBehindTheOther(lane, gate, requests, (first, second))
+        gate.opened.set()
+        for sent in requests:
+            sent.close()
+
+
+def test_a_stream_keeps_nothing_of_what_it_has_answered(streams: OneBehindTheOther) -> None:
+    for row in range(10):
+        streams.send(row)
+        streams.answer()
+    gc.collect()
+    assert sum(type(found) is Request for found in gc.get_objects()) <= 2
+
+
+def test_a_request_of_a_stream_that_is_cancelled_is_never_run(streams: OneBehindTheOther) -> None:
+    streams.send(1)
+    streams.answer()
+    streams.send(2)
+    streams.answers[1].cancel()
+    await_true(lambda: streams.lane.rows == 0)
+    streams.gate.opened.set()
+    next(streams.answers[0])
+    assert not any((run == UNIFORM.x[2]).all() for run in streams.gate.runs)
 
 
 def test_streams_beyond_the_limit_are_refused_and_unary_calls_are_not(repository: Path) -> None:
