@@ -10,6 +10,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from serving.server import Server
+    from serving.settings import Settings
+    from serving.workers import KeptServer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kan_bundle.errors import BundleError
     from serving.errors import StartupError, WrongSetting
     from serving.logs import configure_logging
-    from serving.runtime import require_onnxruntime
     from serving.settings import read_settings
 
     configure_logging("info")
@@ -50,10 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv)
         configure_logging(settings.log_level)
-        require_onnxruntime()
-        from serving.server import running  # imports onnxruntime
-
-        with running(settings) as server:
+        with _chosen(settings) as server:
             listening.set()
             server.announce()
             stop.wait()
@@ -70,6 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.info("stopped")
     # Not `return`: a thread in which a model still runs would hold the process.
     os._exit(0)
+
+
+def _chosen(settings: "Settings") -> "AbstractContextManager[Server | KeptServer]":
+    """Serve in this process, or in several others."""
+    if settings.workers > 1:
+        from serving.workers import keeping
+
+        return keeping(settings)
+    from serving.runtime import require_onnxruntime
+
+    require_onnxruntime()
+    from serving.server import running  # imports onnxruntime
+
+    return running(settings)
 
 
 if __name__ == "__main__":

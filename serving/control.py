@@ -14,9 +14,9 @@ from pathlib import Path
 
 import structlog
 
-from kan_bundle.errors import BundleError, ManifestError
+from kan_bundle.errors import BundleError, LayoutError, ManifestError
 from kan_bundle.layout import BundleFolder, find_bundles
-from serving.errors import EngineError, ModelNotFound, StartupError
+from serving.errors import ControlRefused, EngineError, ModelNotFound, StartupError
 from serving.loading import LoadedModel
 from serving.policy import VersionPolicy
 from serving.repository import Repository, Version
@@ -90,6 +90,25 @@ class Keeper:
                 if name not in found and name not in self._repository.models:
                     raise ModelNotFound(f"there is no model {name[:128]!r} in the repository")
                 self._refresh(name, found.get(name, []))
+
+    def load(self, name: str) -> None:
+        """Serve what lies in a model's folder now, because a client asks for it.
+
+        Raises:
+            ModelNotFound: There is no such model.
+            ControlRefused: A version of it is not served, or the repository cannot be read; the
+                message reveals nothing internal.
+        """
+        try:
+            self.refresh([name])
+        except LayoutError as error:
+            raise ControlRefused("the repository cannot be read; the server's log says more") from (
+                error
+            )
+        failed = self.refused(name)
+        if failed:
+            newest = max(failed)
+            raise ControlRefused(f"version {newest} of model {name!r}: {failed[newest]}")
 
     def unload(self, name: str) -> None:
         """Serve no version of a model any longer.

@@ -4,17 +4,20 @@ import logging
 import sys
 import threading
 from types import TracebackType
+from typing import Any
 
 import structlog
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: str, **always: Any) -> None:
     """Send every event, the standard library's and warnings included, to stderr as JSON.
 
     Args:
         level: Name of the least severe level that is written.
+        always: What every line has, such as the number of a worker.
     """
     shared: list[structlog.typing.Processor] = [
+        lambda logger, method, event: {**event, **always},
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
     ]

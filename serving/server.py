@@ -5,8 +5,6 @@ readiness goes off first, so that balancers look elsewhere while requests are st
 then are new ones refused and the running ones waited for.
 """
 
-import json
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
@@ -22,51 +19,26 @@ from prometheus_client import CollectorRegistry
 from kan_bundle.errors import IntegrityError
 from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest
-from serving import health, metrics, reflection, runtime
+from serving import addresses, exposition, health, metrics, reflection, runtime
 from serving.control import Keeper, polling
 from serving.dispatch import Dispatcher
 from serving.engine import Engine
 from serving.errors import ModelNotFound, StartupError
 from serving.loading import LoadedModel, load_bundle
 from serving.policy import parse_policy
+from serving.readiness import Readiness
 from serving.repository import Repository
 from serving.rpc import CountingPool, RpcHandlers
-from serving.service import SERVICE, InferenceService, fitting_message_bytes, fitting_rows
+from serving.service import (
+    SERVICE,
+    InferenceService,
+    ModelControl,
+    fitting_message_bytes,
+    fitting_rows,
+)
 from serving.settings import Settings
 
 _LOOK_S = 0.05
-
-_log = structlog.get_logger()
-
-
-class Readiness:
-    """Whether requests can be sent: some version is served, and the server is not on its way out.
-
-    Args:
-        repository: What is served.
-        service: Tells balancers.
-    """
-
-    def __init__(self, repository: Repository, service: health.HealthService) -> None:
-        self._repository = repository
-        self._service = service
-        self._draining = False
-        self._lock = threading.Lock()
-
-    @property
-    def ready(self) -> bool:
-        """Whether they can."""
-        return bool(self._repository.served) and not self._draining
-
-    def update(self) -> None:
-        """Look again, and tell."""
-        with self._lock:
-            self._service.set(self.ready)
-
-    def drain(self) -> None:
-        """Be ready no more."""
-        self._draining = True
-        self.update()
 
 
 @dataclass(frozen=True)
@@ -75,13 +47,18 @@ class Server:
 
     Attributes:
         address: Host and port taken.
-        metrics_address: The same, for Prometheus.
+        metrics_address: The same, for Prometheus; empty in a worker, which is asked otherwise.
         repository: What is served.
+        keeper: Loads and unloads it.
+        registry: What there is to be scraped.
+        readiness: Whether it is ready.
     """
 
     address: str
     metrics_address: str
     repository: Repository
+    keeper: Keeper
+    registry: CollectorRegistry
     readiness: Readiness
     _settings: Settings
     _grpc_server: grpc.Server
@@ -95,20 +72,10 @@ class Server:
         Raises:
             StartupError: The file cannot be written.
         """
-        file = self._settings.address_file
-        if file is not None:
-            try:
-                addresses = {"grpc": self.address, "metrics": self.metrics_address}
-                _write_whole(file, json.dumps(addresses) + "\n")
-            except OSError as error:
-                raise StartupError(
-                    f"--address-file {file}: cannot be written: {error.strerror}"
-                ) from error
-        _log.info(
-            "listening",
+        addresses.announce(
+            self._settings,
             grpc=self.address,
             metrics=self.metrics_address,
-            provider=self._settings.provider,
             ready=self.readiness.ready,
         )
 
@@ -133,30 +100,41 @@ class Server:
 
     def close(self) -> None:
         """Withdraw the address and cut off whatever still runs."""
-        file = self._settings.address_file
-        if file is not None and file.is_file():
-            file.unlink()
+        addresses.withdraw(self._settings)
         self._grpc_server.stop(None).wait()
 
 
 @contextmanager
-def running(settings: Settings) -> Iterator[Server]:
+def running(
+    settings: Settings, readiness: Readiness | None = None, control: ModelControl | None = None
+) -> Iterator[Server]:
     """Run a server; at the end it is stopped at once, unless it was stopped before.
+
+    Args:
+        settings: Of one worker, if there are several.
+        readiness: Of a worker, which agrees with the others.
+        control: What clients' wishes go to in a worker, so that all of them follow.
 
     Raises:
         StartupError: It cannot serve what it was asked to, or not there.
         LayoutError: The model repository cannot be read.
     """
     runtime.prepare(settings.provider)
-    host = _resolve(settings.host)
+    address = addresses.resolve(settings.host)
     with ExitStack() as cleanup:
         repository = Repository()
+        readiness = readiness or Readiness()
         health_service = health.HealthService(("", SERVICE))
         cleanup.callback(health_service.shutdown)
-        readiness = Readiness(repository, health_service)
+        readiness.watch(health_service.set)
         loader = _Loader(settings, runtime.choose_fused(settings.fused, settings.provider))
-        policy = parse_policy(settings.version_policy)
-        keeper = Keeper(settings.model_repository, repository, policy, loader, readiness.update)
+        keeper = Keeper(
+            settings.model_repository,
+            repository,
+            parse_policy(settings.version_policy),
+            loader,
+            lambda: readiness.serve(bool(repository.served)),
+        )
         _load_at_start(settings, keeper)
         if loader.max_message_bytes is None:
             loader.max_message_bytes = fitting_message_bytes(
@@ -169,7 +147,7 @@ def running(settings: Settings) -> Iterator[Server]:
         dispatcher = Dispatcher(_slots(settings))
         service = InferenceService(
             repository,
-            keeper if settings.model_control == "explicit" else None,
+            (control or keeper) if settings.model_control == "explicit" else None,
             dispatcher,
             counters,
             provider=settings.provider,
@@ -183,21 +161,27 @@ def running(settings: Settings) -> Iterator[Server]:
         cleanup.callback(handlers.shutdown)
         reflection_service = reflection.Reflection((SERVICE, health.SERVICE, reflection.SERVICE))
         cleanup.callback(reflection_service.shutdown)
+        several = settings.workers > 1
         grpc_server = grpc.server(
             requests,
             handlers=[handlers],
             options=[
                 ("grpc.max_receive_message_length", loader.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),  # a port in use is an error, not a port shared
+                # Of one process, a port in use is an error, not a port shared.
+                ("grpc.so_reuseport", int(several)),
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection_service, grpc_server)
         server = Server(
-            _bind(grpc_server, host, settings),
-            cleanup.enter_context(metrics.served(registry, host, settings.metrics_port)),
+            _bind(grpc_server, address, settings),
+            ""
+            if several
+            else cleanup.enter_context(exposition.served(registry, address, settings.metrics_port)),
             repository,
+            keeper,
+            registry,
             readiness,
             settings,
             grpc_server,
@@ -248,7 +232,7 @@ def _slots(settings: Settings) -> int:
         return settings.engine_slots
     if settings.provider == "cuda":
         return 1  # runs of one session share a stream and gain nothing from each other
-    return max(1, runtime.available_cpus() // settings.engine_threads)
+    return max(1, runtime.available_cpus() // (settings.engine_threads * settings.workers))
 
 
 def _load_at_start(settings: Settings, keeper: Keeper) -> None:
@@ -273,37 +257,10 @@ def _load_at_start(settings: Settings, keeper: Keeper) -> None:
     keeper.refresh()
 
 
-def _resolve(host: str) -> str:
-    """Find the one address that a host stands for: IPv4 if there are both, as for localhost."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise StartupError(f"--host {host}: no address of that name: {error.strerror}") from error
-    addresses = sorted(info[4][0] for info in found if isinstance(info[4][0], str))
-    return min(addresses, key=lambda address: ":" in address)
-
-
 def _bind(grpc_server: grpc.Server, address: str, settings: Settings) -> str:
     """Take the port for gRPC."""
-    host = f"[{address}]" if ":" in address else address
     try:
-        return f"{host}:{grpc_server.add_insecure_port(f'{host}:{settings.grpc_port}')}"
+        port = grpc_server.add_insecure_port(addresses.joined(address, settings.grpc_port))
     except RuntimeError as error:
-        raise StartupError(
-            f"cannot listen on {settings.host}:{settings.grpc_port}: the port is taken or the "
-            "address is not this machine's; choose another --grpc-port (0 takes a free one) or "
-            "--host"
-        ) from error
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or nothing; a pipe or a device is written to."""
-    if file.exists() and not file.is_file():
-        file.write_text(text, encoding="utf-8")
-        return
-    partial_file = file.with_name(f".{file.name}.partial")
-    try:
-        partial_file.write_text(text, encoding="utf-8")
-        partial_file.replace(file)
-    finally:
-        partial_file.unlink(missing_ok=True)
+        raise addresses.cannot_listen(settings.host, settings.grpc_port) from error
+    return addresses.joined(address, port)

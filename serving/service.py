@@ -10,13 +10,11 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from kan_bundle import __version__
-from kan_bundle.errors import LayoutError
 from kan_bundle.layout import MODEL_FILE
 from kan_bundle.manifest import Datatype, Manifest, TensorSpec
 from protos import inference_pb2 as pb
 from protos import model_config_pb2 as config_pb
 from serving.batching import QueueFull, TooLate
-from serving.control import Keeper
 from serving.dispatch import Abandoned, Dispatcher, Outcome
 from serving.errors import (
     ControlRefused,
@@ -60,12 +58,22 @@ class Call(Protocol):
         """Have something called when the call has ended; tell whether it has not yet."""
 
 
+class ModelControl(Protocol):
+    """What clients may ask for where `--model-control` is explicit; see `Keeper`."""
+
+    def load(self, name: str) -> None:
+        """Serve what lies in a model's folder now."""
+
+    def unload(self, name: str) -> None:
+        """Serve a model no longer."""
+
+
 class InferenceService:
     """Answers for the models of a repository. The public methods are the protocol's.
 
     Args:
         repository: The models.
-        keeper: Loads and unloads models for clients; None if they may not ask for it.
+        control: Loads and unloads models for clients; None if they may not ask for it.
         dispatcher: Runs them.
         counters: Told of every row.
         provider: Where models run, for clients to see.
@@ -76,7 +84,7 @@ class InferenceService:
     def __init__(
         self,
         repository: Repository,
-        keeper: Keeper | None,
+        control: ModelControl | None,
         dispatcher: Dispatcher,
         counters: Counters,
         *,
@@ -85,7 +93,7 @@ class InferenceService:
         max_message_bytes: int,
     ) -> None:
         self._repository = repository
-        self._keeper = keeper
+        self._control = control
         self._dispatcher = dispatcher
         self._counters = counters
         self._provider = provider
@@ -189,18 +197,7 @@ class InferenceService:
         self, request: pb.RepositoryModelLoadRequest
     ) -> pb.RepositoryModelLoadResponse:
         """Serve what lies in a model's folder now."""
-        keeper = self._explicit(request)
-        name = request.model_name
-        try:
-            keeper.refresh([name])
-        except LayoutError as error:
-            raise ControlRefused("the repository cannot be read; the server's log says more") from (
-                error
-            )
-        failed = keeper.refused(name)
-        if failed:
-            newest = max(failed)
-            raise ControlRefused(f"version {newest} of model {name!r}: {failed[newest]}")
+        self._explicit(request).load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
     def RepositoryModelUnload(
@@ -254,15 +251,15 @@ class InferenceService:
 
     def _explicit(
         self, request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest
-    ) -> Keeper:
+    ) -> ModelControl:
         """Give what loads and unloads, if clients may ask for it, and in this way."""
-        if self._keeper is None:
+        if self._control is None:
             raise ControlRefused("models are not loaded and unloaded by clients here")
         offered = {"unload_dependents"}  # there are no dependents
         unknown = sorted(set(request.parameters) - offered)
         if unknown:
             raise InvalidRequest(f"parameter {unknown[0][:64]!r} is not offered")
-        return self._keeper
+        return self._control
 
 
 def fitting_message_bytes(models: Sequence[Manifest]) -> int:

@@ -99,9 +99,14 @@ class Settings(BaseSettings):
         description="largest request accepted; by default 64 MiB, or 64 rows of the model with "
         "the largest rows if that is more",
     )
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(
+        1,
+        description="processes that share the port, each with models, threads and limits of its "
+        "own; more than one where a single one's Python is what is busy",
+    )
     max_requests: Annotated[int, Field(ge=1, le=4096)] = Field(
         256,
-        description="requests in the server at a time, each in a thread of its own; more are "
+        description="requests in a process at a time, each in a thread of its own; more are "
         "refused before they are read",
     )
     max_streams: Annotated[int, Field(ge=1, le=4096)] = Field(

@@ -70,3 +70,12 @@ def test_the_server_process_never_imports_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_who_keeps_workers_imports_nothing_that_does_not_survive_a_fork() -> None:
+    script = (
+        "import sys, serving.__main__, serving.settings, serving.workers;"
+        "sys.exit(' '.join({'grpc', 'onnxruntime'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

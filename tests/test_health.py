@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from grpc_health.v1 import health_pb2 as pb
@@ -21,11 +21,11 @@ class Watch:
         on_send: Called in the middle of sending.
     """
 
-    def __init__(self, health: HealthService, on_send: Callable[["Watch"], None]) -> None:
+    def __init__(self, health: HealthService, on_send: Callable[["Watch"], object]) -> None:
         self._on_send = on_send
         self._seen: list[Any] = []
         self._changed = threading.Condition()
-        health.Watch(pb.HealthCheckRequest(), self, self._send)
+        health.Watch(pb.HealthCheckRequest(), cast(Any, self), self._send)
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         self.go_away = callback
