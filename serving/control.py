@@ -232,6 +232,7 @@ def _log_outcome(folder: BundleFolder, outcome: Outcome) -> None:
             source_sha256=outcome.manifest.source and outcome.manifest.source.sha256,
             kan_layers=len(outcome.manifest.layers),
             fused_layers=outcome.engine.fused_layers,
+            nodes=outcome.engine.placement,
         )
 
 

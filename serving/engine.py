@@ -6,9 +6,12 @@ provider asked for is an error.
 
 import io
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 import kan_ops
 from kan_bundle.errors import IntegrityError
 from kan_bundle.manifest import Datatype, Manifest, TensorSpec
+from serving.buffers import BufferedRuns, bucket_sizes
 from serving.errors import EngineError, InvalidRequest, StartupError
-from serving.runtime import EXECUTION_PROVIDERS, FATAL_ONLY, Provider
+from serving.runtime import FATAL_ONLY, Provider, execution_provider
 
 _ONNX_TYPES: dict[Datatype, str] = {
     "FP32": "tensor(float)",
@@ -36,6 +40,25 @@ _KEEP_S = 10.0  # how long memory for a large batch is kept for another
 _MUCH_LARGER = 4  # times the rows
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is run.
+
+    Args:
+        provider: Where.
+        threads: Threads one run may use.
+        fused: Whether to run KANLinear layers by the operator of kan_ops.
+        tf32: On CUDA, whether products may be computed with 10 bits of the mantissa.
+        graph_rows: On CUDA, the largest batch that runs as a captured graph; 0 captures none.
+    """
+
+    provider: Provider = "cpu"
+    threads: int = 1
+    fused: bool = False
+    tf32: bool = False
+    graph_rows: int = 0
+
+
 class Engine:
     """A model, ready to run. Safe to call from several threads at once.
 
@@ -43,12 +66,11 @@ class Engine:
         model: Bytes of the ONNX file, verified.
         manifest: What the file was exported as.
         folder: Where the file of its weights lies, verified, if they are not in `model`.
-        provider: Where to run.
-        threads: Threads one run may use.
-        fused: Whether to run KANLinear layers by the operator of kan_ops.
+        options: How to run it.
 
     Attributes:
-        fused_layers: How many of the model's KANLinear layers run so.
+        fused_layers: How many of the model's KANLinear layers run by the operator of kan_ops.
+        placement: How many nodes run on which of onnxruntime's providers.
 
     Raises:
         IntegrityError: The file is no usable model, or its tensors are not the manifest's.
@@ -56,51 +78,49 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: bytes,
-        manifest: Manifest,
-        folder: Path,
-        provider: Provider,
-        threads: int,
-        *,
-        fused: bool = False,
+        self, model: bytes, manifest: Manifest, folder: Path, options: EngineOptions
     ) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # Idle pool threads otherwise spin for work after each run and burn a core.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = FATAL_ONLY
-        # Without it a model from bytes would look for its weights in the current folder.
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(folder)
-        )
         # Other versions of the operator have other names; onnxruntime runs the bodies of those.
         own = sum(layer.operator == kan_ops.OPERATOR for layer in manifest.layers)
-        self.fused_layers = own if fused else 0
+        self.fused_layers = own if options.fused else 0
+        session_options = _session_options(options, folder)
         if self.fused_layers:
-            kan_ops.register(options)
-        wanted = EXECUTION_PROVIDERS[provider]
+            kan_ops.register(session_options)
+        wanted = execution_provider(
+            options.provider, tf32=options.tf32, graphs=bool(options.graph_rows)
+        )
         try:
             with (
                 redirect_stdout(io.StringIO()),
                 _as_file(model) as file,
             ):  # it prints when it falls back
                 self._session = onnxruntime.InferenceSession(
-                    file, sess_options=options, providers=[wanted]
+                    file, sess_options=session_options, providers=[wanted]
                 )
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise IntegrityError(f"onnxruntime cannot load the model: {error}") from error
-        if self._session.get_providers()[0] != wanted[0]:
+        self.placement = _placement(self._session)
+        # A session falls back with no more than a log line, as a whole or node by node.
+        if self._session.get_providers()[0] != wanted[0] or wanted[0] not in self.placement:
             raise StartupError(
-                f"provider {provider} was asked for, but onnxruntime chose "
-                f"{', '.join(self._session.get_providers())}: no usable device or driver was "
+                f"provider {options.provider} was asked for, but onnxruntime chose "
+                f"{', '.join(self.placement)}: no usable device or driver was "
                 "found; start with --provider cpu, or make the device visible"
             )
         _require_tensors(self._session.get_inputs(), manifest.inputs)
         _require_tensors(self._session.get_outputs(), manifest.outputs)
         self._inputs = [spec.name for spec in manifest.inputs]
         self._outputs = [spec.name for spec in manifest.outputs]
+        self._buffered: BufferedRuns | None = None
+        if options.graph_rows:
+            sizes = bucket_sizes(options.graph_rows)
+            self._buffered = BufferedRuns(
+                self._session, manifest.inputs, manifest.outputs, sizes, options.provider
+            )
+        # Runs of a CUDA session share one stream; two at once gain nothing and have crashed.
+        self._alone: AbstractContextManager[Any] = (
+            threading.Lock() if options.provider == "cuda" else nullcontext()
+        )
         self._largest_rows = 0
         self._largest_at = 0.0
         self._shrink = onnxruntime.RunOptions()
@@ -120,11 +140,8 @@ class Engine:
             EngineError: onnxruntime failed, or gave another number of rows.
         """
         try:
-            outputs: list[NDArray[np.float32]] = self._session.run(
-                self._outputs,
-                dict(zip(self._inputs, inputs, strict=True)),
-                self._options(len(inputs[0])),
-            )
+            with self._alone:
+                outputs = self._run(inputs)
         except InvalidArgument as error:  # a token beyond the vocabulary, for one
             raise InvalidRequest("the model does not take these values") from error
         except Exception as error:
@@ -133,6 +150,15 @@ class Engine:
         if any(output.shape[:1] != rows for output in outputs):
             shapes = [output.shape for output in outputs]
             raise EngineError(f"{rows[0]} rows went in, but the outputs have shapes {shapes}")
+        return outputs
+
+    def _run(self, inputs: Sequence[NDArray[np.generic]]) -> list[NDArray[np.float32]]:
+        rows = len(inputs[0])
+        if self._buffered is not None and self._buffered.fits(rows):
+            return self._buffered.run(inputs)
+        feeds = dict(zip(self._inputs, inputs, strict=True))
+        outputs: list[NDArray[np.float32]]
+        outputs = self._session.run(self._outputs, feeds, self._options(rows))
         return outputs
 
     def _options(self, rows: int) -> onnxruntime.RunOptions | None:
@@ -150,6 +176,31 @@ class Engine:
             self._largest_rows, self._largest_at = rows, now
             return self._shrink
         return None
+
+
+def _session_options(options: EngineOptions, folder: Path) -> onnxruntime.SessionOptions:
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = options.threads
+    session_options.inter_op_num_threads = 1
+    session_options.log_severity_level = FATAL_ONLY
+    entries = {
+        # Idle pool threads otherwise spin for work after each run and burn a core.
+        "session.intra_op.allow_spinning": "0",
+        # Without it a model from bytes would look for its weights in the current folder.
+        "session.model_external_initializers_file_folder_path": str(folder),
+        "session.record_ep_graph_assignment_info": "1",
+    }
+    for key, value in entries.items():
+        session_options.add_session_config_entry(key, value)
+    return session_options
+
+
+def _placement(session: onnxruntime.InferenceSession) -> Mapping[str, int]:
+    """Count the nodes of a session by the provider that they run on."""
+    nodes: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        nodes[part.ep_name] += len(part.get_nodes())
+    return dict(nodes)
 
 
 @contextmanager

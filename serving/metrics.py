@@ -63,6 +63,11 @@ class ModelCollector(Collector):
             "KANLinear layers of a model version, by the way they run.",
             labels=["model", "version", "execution"],
         )
+        nodes = GaugeMetricFamily(
+            "kanserve_model_nodes",
+            "Nodes of a model version's graph, by the provider of onnxruntime that runs them.",
+            labels=["model", "version", "provider"],
+        )
         states = GaugeMetricFamily(
             "kanserve_model_state",
             "1 for the state that a model version is in: READY, LOADING or UNAVAILABLE.",
@@ -76,4 +81,6 @@ class ModelCollector(Collector):
                     standard = len(version.model.manifest.layers) - fused
                     layers.add_metric([name, str(number), "fused"], fused)
                     layers.add_metric([name, str(number), "standard"], standard)
-        yield from (layers, states)
+                    for provider, count in version.model.engine.placement.items():
+                        nodes.add_metric([name, str(number), provider], count)
+        yield from (layers, nodes, states)

@@ -22,10 +22,9 @@ Provider = Literal["cpu", "cuda"]
 Fused = Literal["auto", "on", "off"]
 """Whether KANLinear layers run by the operator of kan_ops."""
 
-EXECUTION_PROVIDERS: dict[Provider, tuple[str, dict[str, str]]] = {
-    "cpu": ("CPUExecutionProvider", {}),
-    # TF32 keeps 10 bits of the mantissa; parity is proven in float32.
-    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+_EXECUTION_PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
 }
 FATAL_ONLY = 4
 """onnxruntime's log severity that leaves out everything that is also raised."""
@@ -62,7 +61,7 @@ def prepare(provider: Provider) -> None:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(FATAL_ONLY)
-    name, _ = EXECUTION_PROVIDERS[provider]
+    name = _EXECUTION_PROVIDERS[provider]
     available = onnxruntime.get_available_providers()
     if name not in available:
         raise StartupError(
@@ -74,6 +73,21 @@ def prepare(provider: Provider) -> None:
             onnxruntime.preload_dlls()  # CUDA and cuDNN from their wheels, where installed
         if printed.getvalue():
             _log.warning("cuda_libraries", found=printed.getvalue())
+
+
+def execution_provider(
+    provider: Provider, *, tf32: bool, graphs: bool
+) -> tuple[str, dict[str, str]]:
+    """Name a provider as onnxruntime does, with its options.
+
+    Args:
+        provider: Where to run.
+        tf32: On CUDA, whether products may keep 10 bits of the mantissa: onnxruntime's default, in
+            which no float32 model is as exact as was proven.
+        graphs: On CUDA, whether runs are captured as graphs.
+    """
+    options = {"use_tf32": str(int(tf32)), "enable_cuda_graph": str(int(graphs))}
+    return _EXECUTION_PROVIDERS[provider], options if provider == "cuda" else {}
 
 
 def choose_fused(wanted: Fused, provider: Provider) -> bool:

@@ -22,7 +22,7 @@ from kan_bundle.manifest import Manifest
 from serving import addresses, exposition, health, metrics, reflection, runtime
 from serving.control import Keeper, polling
 from serving.dispatch import Dispatcher
-from serving.engine import Engine
+from serving.engine import Engine, EngineOptions
 from serving.errors import ModelNotFound, StartupError
 from serving.loading import LoadedModel, load_bundle
 from serving.policy import parse_policy
@@ -221,9 +221,16 @@ class _Loader:
 
     def _make_engine(self, model: bytes, manifest: Manifest, folder: Path) -> Engine:
         settings = self._settings
-        return Engine(
-            model, manifest, folder, settings.provider, settings.engine_threads, fused=self._fused
+        on_cuda = settings.provider == "cuda"
+        graphs = on_cuda and settings.cuda_graphs == "on"
+        options = EngineOptions(
+            settings.provider,
+            settings.engine_threads,
+            fused=self._fused,
+            tf32=on_cuda and settings.cuda_tf32 == "on",
+            graph_rows=settings.limits_of(manifest.name).max_batch_rows if graphs else 0,
         )
+        return Engine(model, manifest, folder, options)
 
 
 def _slots(settings: Settings) -> int:

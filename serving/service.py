@@ -292,6 +292,7 @@ def _properties(model: LoadedModel) -> dict[str, str]:
         "base_activation": ", ".join(activations),
         "kan_layers": str(len(manifest.layers)),
         "fused_layers": str(model.engine.fused_layers),
+        "nodes": ", ".join(f"{count} {name}" for name, count in model.engine.placement.items()),
     }
 
 

@@ -30,6 +30,7 @@ def _named(path: Path) -> Path:
     return path
 
 
+Switch = Literal["on", "off"]
 _Rows = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Wait = Annotated[float, Field(ge=0, le=10_000)]
 _Room = Annotated[int, Field(ge=1)]
@@ -90,6 +91,16 @@ class Settings(BaseSettings):
         "auto",
         description="run KANLinear layers by the fused operator of kan_ops: auto where its library "
         "is installed, on refuses to start without, off never",
+    )
+    cuda_graphs: Switch = Field(
+        "off",
+        description="with cuda, capture a model's runs as graphs, one for each power of two of "
+        "rows up to max_batch_rows; batches are filled up to it",
+    )
+    cuda_tf32: Switch = Field(
+        "off",
+        description="with cuda, let products keep 10 bits of the mantissa; a model whose golden "
+        "answers are then missed is refused",
     )
     address_file: Annotated[Path, AfterValidator(_named)] | None = Field(
         None, description="write the addresses taken to this file, as JSON"

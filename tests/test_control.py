@@ -26,7 +26,7 @@ class Pretended:
 
     content: str
     manifest: ClassVar = SimpleNamespace(source=None, layers=())
-    engine: ClassVar = SimpleNamespace(fused_layers=0)
+    engine: ClassVar = SimpleNamespace(fused_layers=0, placement={})
 
 
 @dataclass

@@ -1,6 +1,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -8,16 +9,20 @@ import pytest
 
 from kan_bundle.manifest import read_manifest
 from serving import runtime
-from serving.engine import Engine
+from serving.buffers import bucket_sizes
+from serving.engine import Engine, EngineOptions
 from serving.errors import EngineError, InvalidRequest, StartupError
+
+
+def made(folder: Path, **options: Any) -> Engine:
+    model = (folder / "model.onnx").read_bytes()
+    return Engine(model, read_manifest(folder), folder, EngineOptions(**options))
 
 
 @pytest.fixture
 def loaded(repository: Path) -> Engine:
     folder = repository / "uniform_4x8x3" / "1"
-    return Engine(
-        (folder / "model.onnx").read_bytes(), read_manifest(folder), folder, "cpu", threads=1
-    )
+    return made(folder)
 
 
 def test_runs_in_several_threads_give_the_same_answers(loaded: Engine) -> None:
@@ -57,22 +62,69 @@ def test_cuda_that_is_not_built_in_is_refused(monkeypatch: pytest.MonkeyPatch) -
         runtime.prepare("cuda")
 
 
-def test_a_session_that_fell_back_to_another_provider_is_refused(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """onnxruntime-gpu without a device: the session is made, on the CPU, with only a log line."""
-    folder = repository / "uniform_4x8x3" / "1"
+def run_on_cpu_whatever_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     make = onnxruntime.InferenceSession
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
         lambda model, sess_options, providers: make(model, sess_options, ["CPUExecutionProvider"]),
     )
+
+
+def test_a_session_that_fell_back_to_another_provider_is_refused(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime-gpu without a device: the session is made, on the CPU, with only a log line."""
+    folder = repository / "uniform_4x8x3" / "1"
+    run_on_cpu_whatever_is_asked(monkeypatch)
     with pytest.raises(StartupError, match="no usable device"):
-        Engine(
-            (folder / "model.onnx").read_bytes(), read_manifest(folder), folder, "cuda", threads=1
-        )
+        made(folder, provider="cuda")
 
 
 def test_the_cpu_provider_is_found() -> None:
     runtime.prepare("cpu")
+
+
+def test_it_tells_on_which_provider_the_nodes_run(repository: Path, loaded: Engine) -> None:
+    assert set(loaded.placement) == {"CPUExecutionProvider"}
+    assert loaded.placement["CPUExecutionProvider"] > 2  # the bodies, node by node
+    fused = made(repository / "uniform_4x8x3" / "1", fused=True)
+    assert fused.placement == {"CPUExecutionProvider": 2}
+
+
+def test_cuda_is_exact_and_captures_nothing_unless_told_to() -> None:
+    name, options = runtime.execution_provider("cuda", tf32=False, graphs=False)
+    assert name == "CUDAExecutionProvider"
+    assert options == {"use_tf32": "0", "enable_cuda_graph": "0"}
+    _, options = runtime.execution_provider("cuda", tf32=True, graphs=True)
+    assert options == {"use_tf32": "1", "enable_cuda_graph": "1"}
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (8, (1, 2, 4, 8)), (9, (1, 2, 4, 8, 9))],
+)
+def test_buckets_are_powers_of_two_and_the_largest_batch(most: int, sizes: tuple[int, ...]) -> None:
+    assert bucket_sizes(most) == sizes
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 5, 8, 13, 14])
+def test_runs_over_fixed_buffers_give_the_same_answers(
+    repository: Path, loaded: Engine, rows: int
+) -> None:
+    """The buffers of a CUDA graph, here in the CPU's memory; what has no bucket runs as it is."""
+    folder = repository / "uniform_4x8x3" / "1"
+    buffered = made(folder, graph_rows=13)
+    rng = np.random.default_rng(rows)
+    for _ in range(2):  # the second time the buffers hold what was there before
+        x = rng.normal(size=(rows, 4)).astype(np.float32)
+        (found,) = buffered.run([x])
+        np.testing.assert_allclose(found, loaded.run([x])[0], rtol=1e-6, atol=1e-7)
+
+
+def test_an_answer_from_a_buffer_does_not_change_with_the_next(repository: Path) -> None:
+    buffered = made(repository / "uniform_4x8x3" / "1", graph_rows=4)
+    (first,) = buffered.run([np.zeros((3, 4), np.float32)])
+    before = first.copy()
+    buffered.run([np.ones((3, 4), np.float32)])
+    np.testing.assert_array_equal(first, before)

@@ -17,7 +17,7 @@ from kan_bundle.manifest import read_manifest
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import runtime
-from serving.engine import Engine
+from serving.engine import Engine, EngineOptions
 from serving.errors import StartupError
 from serving.runtime import Fused
 from serving.server import Server
@@ -124,7 +124,7 @@ def test_both_ways_answer_alike_to_rounding(repository: Path) -> None:
     x = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
     answers = []
     for fused in (False, True):
-        engine = Engine(model, manifest, folder, "cpu", threads=2, fused=fused)
+        engine = Engine(model, manifest, folder, EngineOptions(threads=2, fused=fused))
         assert engine.fused_layers == 2 * fused
         answers.append(engine.run([x])[0])
     np.testing.assert_allclose(answers[0], answers[1], atol=2e-6)

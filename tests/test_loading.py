@@ -19,7 +19,7 @@ from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest, read_manifest, write_manifest
 from serving.batching import Limits
 from serving.control import Keeper
-from serving.engine import Engine
+from serving.engine import Engine, EngineOptions
 from serving.errors import ModelNotFound, ModelNotReady
 from serving.loading import LoadedModel, load_bundle
 from serving.policy import VersionPolicy
@@ -30,7 +30,7 @@ MODEL = "uniform_4x8x3"
 
 
 def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
-    return Engine(model, manifest, folder, "cpu", threads=1)
+    return Engine(model, manifest, folder, EngineOptions())
 
 
 LIMITS = Limits(1024, 0.0, 2**20, 2**30)

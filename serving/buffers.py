@@ -1,0 +1,107 @@
+"""Runs of a few fixed sizes over buffers that stay where they are.
+
+A CUDA graph replays kernels on the addresses that it was captured with, so inputs are copied into
+the same buffers on the device each time, and a batch is filled up to the next size. This module
+knows onnxruntime alone.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from kan_bundle.manifest import DATATYPES, TensorSpec
+
+
+def bucket_sizes(max_rows: int) -> tuple[int, ...]:
+    """Choose the sizes: powers of two, and the largest batch."""
+    return (*(2**i for i in range((max_rows - 1).bit_length())), max_rows)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """What runs batches of one size."""
+
+    inputs: Sequence[Any]  # onnxruntime's OrtValue, on the device
+    outputs: Sequence[Any]
+    binding: Any
+    options: onnxruntime.RunOptions
+
+
+class BufferedRuns:
+    """Runs a session in buckets. Safe to call from several threads; one runs at a time.
+
+    Args:
+        session: What is run.
+        inputs: Its inputs, the rows first.
+        outputs: Its outputs, the same.
+        sizes: Rows of the buckets, ascending. The buffers of one are made when it is first needed.
+        device: Where they lie, in onnxruntime's words.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        sizes: Sequence[int],
+        device: str,
+    ) -> None:
+        self._session = session
+        self._inputs = inputs
+        self._outputs = outputs
+        self._sizes = sizes
+        self._device = device
+        self._buckets: dict[int, _Bucket] = {}
+        self._lock = threading.Lock()
+
+    def fits(self, rows: int) -> bool:
+        """Whether a batch has a bucket."""
+        return 0 < rows <= self._sizes[-1]
+
+    def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run a batch that fits.
+
+        Args:
+            inputs: One array per input, (rows, ...).
+
+        Returns:
+            One array per output, with as many rows.
+        """
+        rows = len(inputs[0])
+        size = next(size for size in self._sizes if size >= rows)
+        with self._lock:
+            bucket = self._buckets.get(size) or self._buckets.setdefault(size, self._make(size))
+            for buffer, array in zip(bucket.inputs, inputs, strict=True):
+                buffer.update_inplace(_filled_up(array, size))
+            self._session.run_with_iobinding(bucket.binding, bucket.options)
+            return [np.array(buffer.numpy()[:rows]) for buffer in bucket.outputs]
+
+    def _make(self, size: int) -> _Bucket:
+        binding = self._session.io_binding()
+        inputs, outputs = (
+            [
+                onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                    [size, *spec.shape[1:]], DATATYPES[spec.datatype], self._device, 0
+                )
+                for spec in specs
+            ]
+            for specs in (self._inputs, self._outputs)
+        )
+        for spec, buffer in zip(self._inputs, inputs, strict=True):
+            binding.bind_ortvalue_input(spec.name, buffer)
+        for spec, buffer in zip(self._outputs, outputs, strict=True):
+            binding.bind_ortvalue_output(spec.name, buffer)
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(size))  # each has a graph of its own
+        return _Bucket(inputs, outputs, binding, options)
+
+
+def _filled_up(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """Repeat the last row, which the model takes whatever its inputs mean."""
+    missing = size - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
