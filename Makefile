@@ -10,8 +10,9 @@ CPP := $(wildcard kan_ops/*/*.cpp kan_ops/*/*.h kan_ops/*/*.inl)
 # Environments of their own, because their versions clash with ours: the reference client, and the
 # newest protobuf and gRPC.
 OTHER_VENVS := .venv-tritonclient .venv-protobuf7
+RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo benchmark test test-full-size fuzz lint format protos clean
+.PHONY: demo benchmark benchmark-serving test test-full-size fuzz lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -22,6 +23,11 @@ demo: $(VENV)/installed
 # Without a C++ compiler, what needs one is left out.
 benchmark: $(VENV)/benchmarks
 	$(BIN)/python -m benchmarks.engine --output build/benchmark $(BENCHMARK)
+
+# Our server beside others, each in an environment of its own; needs taskset and h2load (Debian's
+# util-linux and nghttp2-client), and two CPUs. BENCHMARK=--quick takes a minute and no others.
+benchmark-serving: $(VENV)/benchmarks $(if $(findstring --quick,$(BENCHMARK)),,$(RIVALS:%=%/installed))
+	$(BIN)/python -m benchmarks.serving --output build/benchmark $(BENCHMARK)
 
 test: lint $(OTHER_VENVS:%=%/installed)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
@@ -63,10 +69,15 @@ $(VENV)/benchmarks: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmarks]'
 	touch $@
 
+.venv-rival-%/installed: benchmarks/rivals/%.txt
+	$(PYTHON) -m venv .venv-rival-$*
+	.venv-rival-$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 .venv-%/installed: tests/environments/%.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENVS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OTHER_VENVS) $(RIVALS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

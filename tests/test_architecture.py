@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "protos": set[str](),
     "export": {"kan_model", "kan_bundle", "kan_ops"},
     "serving": {"protos", "kan_bundle", "kan_ops"},
-    "benchmarks": {"kan_model", "kan_bundle", "kan_ops", "export"},
+    "benchmarks": {"kan_model", "kan_bundle", "kan_ops", "protos", "export", "serving"},
 }
 NOT_DISTRIBUTED = {"benchmarks"}
 NEVER = {
@@ -28,7 +28,7 @@ NEVER = {
     "kan_ops": {"torch", "onnx", "grpc", "numpy"},
     "export": {"grpc"},
     "protos": {"torch", "onnxruntime"},
-    "benchmarks": {"grpc"},
+    "benchmarks": set[str](),
 }
 
 

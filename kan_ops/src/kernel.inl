@@ -503,10 +503,8 @@ inline void evaluate_row(const Layer& layer, const float* x_row, int feature, St
     const I function = add(c, set_int(m - K));
     const M exists = below(function, set_int(layer.functions));
     store(stream.values[slot][m], zero_unless(both(inside, exists), n[m]));
-    alignas(64) int f[W];
-    store_int(f, where(exists, function, set_int(0)));
-    for (int l = 0; l < W; ++l) f[l] = layer.block[f[l]];
-    store_int(stream.rows[slot][m], add(multiply(load_int(f), in), lane));
+    const I block = lookup(layer.block, layer.functions, where(exists, function, set_int(0)));
+    store_int(stream.rows[slot][m], add(multiply(block, in), lane));
   }
   store(stream.values[slot][K + 1], base(layer.activation, x));
   store_int(stream.rows[slot][K + 1], add(set_int(layer.block[layer.functions] * layer.in), lane));

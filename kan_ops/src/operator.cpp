@@ -45,11 +45,11 @@ constexpr const char* kThreadsKey = "kan_ops.threads";            // of the sess
 constexpr const char* kInstructionsKey = "kan_ops.instructions";  // the name of a kernel
 
 // How a call is parted, as measured on two cores with AVX-512.
-constexpr double kWorthATask = 1e6;  // multiplications that take as long as handing work over
+constexpr double kWorthATask = 4e5;  // multiplications that take as long as handing work over
 constexpr int kEvaluation = 48;      // outputs that cost as much as the functions of an input
 constexpr int kWide = 256;           // from so many outputs on, rather part those than rows
 constexpr int kRowsATask = 32;       // of wide layers
-constexpr int kColumns = 64;         // of which tasks take whole multiples
+constexpr int kColumns = 32;         // of which tasks take whole multiples
 constexpr int kRowMultiple = 16;     // likewise of rows
 
 #define KAN_RETURN_IF_ERROR(expression) \
@@ -92,7 +92,8 @@ class Plan {
     const int64_t useful = static_cast<int64_t>(std::min<double>(threads, 1 + work / kWorthATask));
     // Rows that share weights are worth more than functions that are computed once.
     const int64_t row_parts =
-        layer.out < kWide ? useful : std::clamp<int64_t>(rows / kRowsATask, 1, useful);
+        layer.out < kWide ? std::min<int64_t>(useful, (rows + kRowMultiple - 1) / kRowMultiple)
+                          : std::clamp<int64_t>(rows / kRowsATask, 1, useful);
     const int64_t share = (rows + row_parts - 1) / row_parts;
     tile_ =
         std::min<int64_t>(kernel.rows, (share + kRowMultiple - 1) / kRowMultiple * kRowMultiple);

@@ -72,6 +72,16 @@ inline F gather(const float* p, I i) {  // GCC 12 warns of the one without a mas
   return _mm512_mask_i32gather_ps(set(0.0f), 0xffff, i, p, 4);
 }
 
+inline I gather(const int* p, I i) {
+  return _mm512_mask_i32gather_epi32(set_int(0), 0xffff, i, p, 4);
+}
+// Of a table with so many entries.
+inline I lookup(const int* table, int entries, I i) {
+  if (entries > W) return gather(table, i);
+  const I held = _mm512_maskz_loadu_epi32((1u << entries) - 1, table);
+  return _mm512_maskz_permutexvar_epi32(0xffff, i, held);
+}
+
 // Tables in registers: a permutation instead of a gather.
 template <int Vectors>
 inline F lookup(const float* table, I i) {
@@ -128,6 +138,7 @@ inline F zero_unless(M m, F a) { return _mm256_and_ps(_mm256_castsi256_ps(m), a)
 inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
 inline I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
 inline F gather(const float* p, I i) { return _mm256_i32gather_ps(p, i, 4); }
+inline I lookup(const int* table, int, I i) { return _mm256_i32gather_epi32(table, i, 4); }
 template <int Vectors>
 inline F lookup(const float* table, I i) {
   if constexpr (Vectors != 2) return gather(table, i);
@@ -206,6 +217,9 @@ inline F zero_unless(M m, F a) { return m ? a : set(0.0f); }
 inline I add(I a, I b) { return a + b; }
 inline I multiply(I a, I b) { return a * b; }
 inline F gather(const float* p, I i) { return F{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}; }
+inline I lookup(const int* table, int, I i) {
+  return I{table[i[0]], table[i[1]], table[i[2]], table[i[3]]};
+}
 template <int>
 inline F lookup(const float* table, I i) {
   return gather(table, i);

@@ -1,0 +1,371 @@
+"""Load on a server: closed loops by h2load, open loops by threads of our own.
+
+A closed loop has a fixed number of requests under way, which tells the most that a server can do.
+An open loop sends at moments drawn beforehand (a Poisson process), whatever the server does, and
+counts the time of a request from the moment when it was to be sent: a server that stalls pays for
+everyone who would have come meanwhile.
+
+`python -m benchmarks.load '{...}'` runs one open loop, in a process of its own, and prints JSON.
+"""
+
+import http.client
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import grpc
+import numpy as np
+
+Wire = Literal["grpc", "http"]
+"""ModelInfer of the Open Inference Protocol, or a POST of raw float32."""
+
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+HTTP_PATH = "/predict"
+_LENGTH_PREFIX = 5  # of a message of gRPC
+_WARM_UP_S = 1
+_SWITCH_S = 1e-4  # how long a thread of the client may hold the others up
+_DEADLINE_S = 30.0
+_SHORT = 1024  # bytes of an answer that is kept
+
+
+class LoadFailed(Exception):
+    """Nothing can be said of the server: the load did not run, or answers were missing."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whom to ask, and what.
+
+    Args:
+        address: Host and port.
+        wire: How.
+        payload: A file with the message.
+        answer_bytes: How long every answer must be; 0 for any length.
+    """
+
+    address: str
+    wire: Wire
+    payload: str
+    answer_bytes: int
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Milliseconds that half, 99 and 99.9 in 100 requests do not exceed."""
+
+    p50: float
+    p99: float
+    p999: float
+
+
+@dataclass(frozen=True)
+class Closed:
+    """What a closed loop found.
+
+    Args:
+        per_s: Answers in a second.
+        latencies: From sending to the end of the answer.
+    """
+
+    per_s: float
+    latencies: Latencies
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What an open loop found.
+
+    Args:
+        offered_per_s: Requests in a second that were to be sent.
+        per_s: Right answers in a second.
+        codes: How requests ended, OK and others.
+        latencies: Of right answers, from when they were to be sent; None if there are none.
+    """
+
+    offered_per_s: float
+    per_s: float
+    codes: Mapping[str, int]
+    latencies: Latencies | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Every request of an open loop.
+
+    Args:
+        moments: When each was to be sent, in seconds of the system's monotonic clock.
+        times_ms: How long it took from then on.
+        codes: How it ended, OK and others.
+        answers: Every answer that came, once, in hexadecimal; long ones are left out.
+    """
+
+    moments: Sequence[float]
+    times_ms: Sequence[float]
+    codes: Sequence[str]
+    answers: Sequence[str]
+
+
+def latencies_of(milliseconds: Sequence[float]) -> Latencies:
+    """Sum up times of requests."""
+    p50, p99, p999 = np.percentile(milliseconds, [50, 99, 99.9])
+    return Latencies(float(p50), float(p99), float(p999))
+
+
+def closed_loop(target: Target, connections: int, seconds: int, cpu: int) -> Closed:
+    """Keep one request under way on each of so many connections.
+
+    Args:
+        target: Whom to ask.
+        connections: How many.
+        seconds: For how long, after a second that does not count.
+        cpu: Where the client runs.
+
+    Raises:
+        LoadFailed: h2load is missing, or not every answer was right.
+    """
+    for program in ("taskset", "h2load"):
+        if shutil.which(program) is None:
+            raise LoadFailed(f"{program} is missing; install util-linux and nghttp2-client")
+    with tempfile.TemporaryDirectory() as folder:
+        log, body = Path(folder) / "log", Path(folder) / "body"
+        message = Path(target.payload).read_bytes()
+        if target.wire == "grpc":
+            body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
+            options = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
+            url, size = METHOD, target.answer_bytes + _LENGTH_PREFIX
+        else:
+            body.write_bytes(message)
+            options = ["--h1", "-H", "content-type: application/octet-stream"]
+            url, size = HTTP_PATH, target.answer_bytes
+        command = ["taskset", "-c", str(cpu), "h2load", "-c", str(connections), "-m", "1"]
+        command += ["-D", str(seconds), "--warm-up-time", str(_WARM_UP_S), "--log-file", str(log)]
+        try:
+            done = subprocess.run(
+                [*command, *options, "-d", str(body), f"http://{target.address}{url}"],
+                capture_output=True,
+                text=True,
+                timeout=10 * (seconds + _WARM_UP_S) + 60,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LoadFailed("h2load did not come to its end") from error
+        requests, data = (
+            re.search(r"(\d+) succeeded", done.stdout),
+            re.search(r"\((\d+)\) data", done.stdout),
+        )
+        if not requests or not data or not int(requests[1]):
+            raise LoadFailed(f"no answers: {(done.stdout + done.stderr)[-200:]!r}")
+        count = int(requests[1])
+        # A call that fails ends with HTTP status 200 as well, and without a message.
+        if abs(int(data[1]) - count * size) > connections * size:
+            raise LoadFailed(f"expected {count} answers of {size} bytes, found {data[1]} bytes")
+        lines = log.read_text().splitlines()
+        times_ms = [int(line.split("\t")[2]) / 1000 for line in lines[-count:]]
+    return Closed(count / seconds, latencies_of(times_ms))
+
+
+def open_loop(
+    target: Target,
+    per_s: float,
+    seconds: float,
+    *,
+    threads: int,
+    connections: int,
+    seed: int,
+    cpu: int,
+) -> Opened:
+    """Send at random moments, so many a second on average.
+
+    Args:
+        target: Whom to ask.
+        per_s: Requests to be sent in a second.
+        seconds: For how long.
+        threads: Most requests under way; when they are, the next are late, which counts.
+        connections: On which they are spread.
+        seed: Of the moments.
+        cpu: Where the client runs.
+
+    Raises:
+        LoadFailed: The client did not run.
+    """
+    command = open_loop_command(
+        target, per_s, seconds, threads=threads, connections=connections, seed=seed
+    )
+    done = subprocess.run(
+        ["taskset", "-c", str(cpu), *command],
+        capture_output=True,
+        text=True,
+        timeout=10 * seconds + 120,
+    )
+    return opened(trace_of(done.returncode, done.stdout, done.stderr), seconds)
+
+
+def open_loop_command(
+    target: Target, per_s: float, seconds: float, *, threads: int, connections: int, seed: int
+) -> list[str]:
+    """Write the command of an open loop, whose output `trace_of` reads; see `open_loop`."""
+    arguments = {
+        "target": asdict(target),
+        "per_s": per_s,
+        "seconds": seconds,
+        "threads": threads,
+        "connections": connections,
+        "seed": seed,
+    }
+    return [sys.executable, "-m", "benchmarks.load", json.dumps(arguments)]
+
+
+def trace_of(code: int, stdout: str, stderr: str) -> Trace:
+    """Read what the command of an open loop has printed.
+
+    Raises:
+        LoadFailed: It failed.
+    """
+    if code:
+        raise LoadFailed(f"the client failed: {stderr[-300:]!r}")
+    return Trace(**json.loads(stdout))
+
+
+def opened(trace: Trace, seconds: float) -> Opened:
+    """Sum up an open loop.
+
+    Args:
+        trace: Its requests.
+        seconds: For how long it sent.
+    """
+    ok_ms = [ms for ms, code in zip(trace.times_ms, trace.codes, strict=True) if code == "OK"]
+    ends = [at + ms / 1000 for at, ms in zip(trace.moments, trace.times_ms, strict=True)]
+    took_s = max(max(ends) - min(trace.moments), seconds)
+    return Opened(
+        offered_per_s=len(trace.codes) / seconds,
+        per_s=len(ok_ms) / took_s,
+        codes=Counter(trace.codes),
+        latencies=latencies_of(ok_ms) if ok_ms else None,
+    )
+
+
+class Unanswered(Exception):
+    """A request has no answer; the message is a status code, or what else there was."""
+
+
+def transport(
+    address: str, wire: Wire, payload: bytes, channel: grpc.Channel | None = None
+) -> Callable[[], bytes]:
+    """Make what asks once and gives the answer, or raises Unanswered.
+
+    Args:
+        address: Host and port.
+        wire: How to ask.
+        payload: The message.
+        channel: For gRPC, the connection to take; by default one of its own.
+    """
+    if wire == "grpc":
+        call: Any = (channel or connected(address)).unary_unary(METHOD)
+
+        def ask_grpc() -> bytes:
+            try:
+                answer: bytes = call(payload, timeout=_DEADLINE_S)
+            except grpc.RpcError as error:
+                raise Unanswered(error.code().name) from error
+            return answer
+
+        return ask_grpc
+    connection = http.client.HTTPConnection(address, timeout=_DEADLINE_S)
+
+    def ask_http() -> bytes:
+        headers = {"content-type": "application/octet-stream"}
+        try:
+            connection.request("POST", HTTP_PATH, payload, headers)
+            response = connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise Unanswered(type(error).__name__) from error
+        if response.status != 200:
+            raise Unanswered(f"HTTP {response.status}")
+        return answer
+
+    return ask_http
+
+
+def connected(address: str) -> grpc.Channel:
+    """Make a channel with a connection of its own."""
+    options = [
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", -1),
+    ]
+    return grpc.insecure_channel(address, options)
+
+
+def _run(
+    target: Target, per_s: float, seconds: float, threads: int, connections: int, seed: int
+) -> Trace:
+    """Run an open loop in this process."""
+    gaps = np.random.default_rng(seed).exponential(1 / per_s, math.ceil(2 * per_s * seconds) + 10)
+    moments = gaps.cumsum()
+    due = moments[moments < seconds].tolist()
+    payload = Path(target.payload).read_bytes()
+    count = connections if target.wire == "grpc" else 0
+    channels = itertools.cycle([connected(target.address) for _ in range(count)] or [None])
+    askers = [
+        transport(target.address, target.wire, payload, next(channels)) for _ in range(threads)
+    ]
+    for ask in askers[:connections]:
+        with suppress(Unanswered):
+            ask()  # connects
+    numbers = itertools.count()
+    results: list[list[tuple[float, float, str]]] = [[] for _ in askers]
+    answers: set[bytes] = set()
+    sys.setswitchinterval(_SWITCH_S)
+    start = time.monotonic() + 0.2
+
+    def client(ask: Callable[[], bytes], found: list[tuple[float, float, str]]) -> None:
+        for number in numbers:
+            if number >= len(due):
+                return
+            moment = start + due[number]
+            with suppress(ValueError):  # it is too late to wait
+                time.sleep(moment - time.monotonic())
+            try:
+                answer = ask()
+                right = target.answer_bytes in (0, len(answer))
+                code = "OK" if right else f"{len(answer)} bytes"
+                if len(answer) <= _SHORT:
+                    answers.add(answer)
+            except Unanswered as failed:
+                code = str(failed)
+            found.append((moment, 1000 * (time.monotonic() - moment), code))
+
+    running = [
+        threading.Thread(target=client, args=pair, daemon=True)
+        for pair in zip(askers, results, strict=True)
+    ]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    moments_, times_ms, codes = zip(*(one for found in results for one in found), strict=True)
+    return Trace(moments_, times_ms, codes, [answer.hex() for answer in answers])
+
+
+def main() -> None:
+    """Run one open loop, as its one argument says, and print what it found."""
+    arguments = json.loads(sys.argv[1])
+    print(json.dumps(asdict(_run(Target(**arguments.pop("target")), **arguments))))
+
+
+if __name__ == "__main__":
+    main()

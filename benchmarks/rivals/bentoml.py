@@ -1,0 +1,1 @@
+"""BentoML: uvicorn with one worker."""
