@@ -151,16 +151,9 @@ def closed_loop(target: Target, connections: int, seconds: int, cpu: int) -> Clo
             options = ["--h1", "-H", "content-type: application/octet-stream"]
             url, size = HTTP_PATH, target.answer_bytes
         command = ["taskset", "-c", str(cpu), "h2load", "-c", str(connections), "-m", "1"]
-        command += ["-D", str(seconds), "--warm-up-time", str(_WARM_UP_S), "--log-file", str(log)]
-        try:
-            done = subprocess.run(
-                [*command, *options, "-d", str(body), f"http://{target.address}{url}"],
-                capture_output=True,
-                text=True,
-                timeout=10 * (seconds + _WARM_UP_S) + 60,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise LoadFailed("h2load did not come to its end") from error
+        command += [*options, "-d", str(body), f"http://{target.address}{url}", "-D"]
+        _h2load([*command, str(_WARM_UP_S)], _WARM_UP_S)  # its own warm-up spoils its sums
+        done = _h2load([*command, str(seconds), "--log-file", str(log)], seconds)
         requests, data = (
             re.search(r"(\d+) succeeded", done.stdout),
             re.search(r"\((\d+)\) data", done.stdout),
@@ -168,12 +161,18 @@ def closed_loop(target: Target, connections: int, seconds: int, cpu: int) -> Clo
         if not requests or not data or not int(requests[1]):
             raise LoadFailed(f"no answers: {(done.stdout + done.stderr)[-200:]!r}")
         count = int(requests[1])
+        times_ms = [int(line.split("\t")[2]) / 1000 for line in log.read_text().splitlines()]
         # A call that fails ends with HTTP status 200 as well, and without a message.
         if abs(int(data[1]) - count * size) > connections * size:
             raise LoadFailed(f"expected {count} answers of {size} bytes, found {data[1]} bytes")
-        lines = log.read_text().splitlines()
-        times_ms = [int(line.split("\t")[2]) / 1000 for line in lines[-count:]]
     return Closed(count / seconds, latencies_of(times_ms))
+
+
+def _h2load(command: Sequence[str], seconds: float) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10 * seconds + 60)
+    except subprocess.TimeoutExpired as error:
+        raise LoadFailed("h2load did not come to its end") from error
 
 
 def open_loop(

@@ -233,6 +233,41 @@ class Queue(Generic[AnyItem]):
         """How long it takes to run all that is in line."""
         return sum(lane.seconds for lane in self._lanes) / self._slots
 
+    def __bool__(self) -> bool:
+        """Whether anybody is in line."""
+        return bool(self._lanes)
+
+    def start_alone(self, lane: Lane[AnyItem], rows: int, spare_s: float) -> bool:
+        """Take a slot for a request that need not stand in line; `end_alone` gives it back.
+
+        Args:
+            lane: Where it would stand.
+            rows: Of the request.
+            spare_s: How long its answer is wanted, in seconds.
+
+        Returns:
+            Whether there is a slot, and the request need not.
+        """
+        limits = lane.limits
+        if not self._free or self._lanes or limits.max_wait_s or rows > limits.max_batch_rows:
+            return False
+        if lane.pace.expect(rows) >= spare_s:
+            return False
+        self._free -= 1
+        return True
+
+    def end_alone(self, lane: Lane[AnyItem], rows: int, seconds: float | None) -> None:
+        """Give back a slot.
+
+        Args:
+            lane: As for `start_alone`.
+            rows: Likewise.
+            seconds: How long the request ran; None if it failed.
+        """
+        self._free += 1
+        if seconds is not None:
+            lane.pace.learn(rows, seconds)
+
     def admit(self, lane: Lane[AnyItem], item: AnyItem) -> None:
         """Take in a request that arrives now.
 

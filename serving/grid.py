@@ -33,6 +33,10 @@ class Grid:
             inputs: The one input, (rows, ...), as many numbers in a row as there are features.
         """
         x = inputs[0].reshape(len(inputs[0]), len(self._low))
-        if not x.size or (x.min() >= self._highest_low and x.max() <= self._lowest_high):
+        if not x.size or (
+            # Twice as fast for a row as `x.min()`, which comes to this.
+            np.minimum.reduce(x, axis=None) >= self._highest_low
+            and np.maximum.reduce(x, axis=None) <= self._lowest_high
+        ):
             return 0
         return len(x) - int(((x >= self._low) & (x <= self._high)).all(axis=1).sum())

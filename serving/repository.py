@@ -49,6 +49,7 @@ class Repository:
 
     def __init__(self) -> None:
         self._models: Mapping[str, Versions] = MappingProxyType({})
+        self._newest: Mapping[str, LoadedModel] = MappingProxyType({})
 
     @property
     def models(self) -> Mapping[str, Versions]:
@@ -65,12 +66,15 @@ class Repository:
 
         Only one thread may do so at a time.
         """
-        models = dict(self._models)
+        models, newest = dict(self._models), dict(self._newest)
+        models.pop(name, None)
+        newest.pop(name, None)
         if versions:
             models[name] = MappingProxyType(dict(versions))
-        else:
-            models.pop(name, None)
-        self._models = MappingProxyType(models)
+        served = {number: v.model for number, v in versions.items() if v.model}
+        if served:
+            newest[name] = served[max(served)]
+        self._models, self._newest = MappingProxyType(models), MappingProxyType(newest)
 
     def find(self, name: str, version: str) -> LoadedModel:
         """Find the version that answers a request.
@@ -83,6 +87,8 @@ class Repository:
             ModelNotFound: There is no such model or version.
             ModelNotReady: It is there, and not served.
         """
+        if not version and (newest := self._newest.get(name)) is not None:
+            return newest
         versions = self._versions(name)
         if version:
             number = parse_version(version)
@@ -92,7 +98,7 @@ class Repository:
                     f"it has {', '.join(map(str, sorted(versions)))}"
                 )
         else:
-            number = max(self.served_versions(name), default=max(versions))
+            number = max(versions)
         found = versions[number]
         if found.model is None:
             reason = found.reason or "it is still being loaded"

@@ -44,33 +44,35 @@ def decode_inputs(request: ModelInferRequest, expected: Sequence[TensorSpec]) ->
         InvalidRequest: A tensor is missing, unknown, given twice, or of another type, shape or
             size than the model takes.
     """
-    names = [tensor.name for tensor in request.inputs]
-    wanted = [spec.name for spec in expected]
-    if len(names) != len(wanted) or sorted(names) != sorted(wanted):
-        raise InvalidRequest(f"expected inputs {wanted}, found {_shown(names)}")
+    tensors = list(request.inputs)
+    places = {tensor.name: i for i, tensor in enumerate(tensors)}
+    if len(tensors) != len(expected) or any(spec.name not in places for spec in expected):
+        raise InvalidRequest(
+            f"expected inputs {[spec.name for spec in expected]}, "
+            f"found {_shown([tensor.name for tensor in tensors])}"
+        )
     raw = request.raw_input_contents
     if raw:
-        if any(tensor.HasField("contents") for tensor in request.inputs):
+        if any(tensor.HasField("contents") for tensor in tensors):
             raise InvalidRequest(
                 "expected either raw_input_contents or contents, found both in one request"
             )
-        if len(raw) != len(names):
+        if len(raw) != len(tensors):
             raise InvalidRequest(
-                f"expected {len(names)} raw_input_contents, one per input, found {len(raw)}"
+                f"expected {len(tensors)} raw_input_contents, one per input, found {len(raw)}"
             )
     arrays = []
     for spec in expected:
-        index = names.index(spec.name)
-        tensor = request.inputs[index]
+        place = places[spec.name]
+        tensor = tensors[place]
         shape = _checked_shape(tensor, spec)
-        content = raw[index] if raw else None
         arrays.append(
-            _from_raw(content, shape, spec)
-            if content is not None
+            _from_raw(raw[place], shape, spec)
+            if raw
             else _from_contents(tensor.contents, shape, spec)
         )
-    rows = {array.shape[0] for array in arrays}
-    if len(rows) > 1:
+    if any(len(array) != len(arrays[0]) for array in arrays):
+        rows = {len(array) for array in arrays}
         raise InvalidRequest(f"expected the same number of rows in every input, found {rows}")
     return arrays
 
@@ -118,13 +120,12 @@ def encode_outputs(
     """
     typed = any(tensor.HasField("contents") for tensor in request.inputs)
     for spec, array in zip(specs, arrays, strict=True):
-        tensor = response.outputs.add(
-            name=spec.name, datatype=spec.datatype, shape=list(array.shape)
-        )
+        tensor = response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
         if typed:
             getattr(tensor.contents, _CONTENTS_FIELD[spec.datatype]).extend(array.ravel().tolist())
         else:
-            response.raw_output_contents.append(array.astype(_WIRE[spec.datatype]).tobytes())
+            little_endian = array.astype(_WIRE[spec.datatype], copy=False)
+            response.raw_output_contents.append(little_endian.tobytes())
 
 
 def row_bytes(spec: TensorSpec) -> int:
@@ -141,11 +142,7 @@ def _checked_shape(tensor: ModelInferRequest.InferInputTensor, spec: TensorSpec)
             f"found {tensor.datatype[:_MOST_SHOWN]!r}"
         )
     shape = tuple(tensor.shape)
-    fits = len(shape) == len(spec.shape) and all(
-        found >= 0 if size == -1 else found == size
-        for found, size in zip(shape, spec.shape, strict=True)
-    )
-    if not fits:
+    if not shape or shape[0] < 0 or shape[1:] != spec.shape[1:]:  # the first one is the rows
         raise InvalidRequest(
             f"input {spec.name!r}: expected shape {list(spec.shape)} (-1 is any number of rows), "
             f"found {_shown(list(shape))}"

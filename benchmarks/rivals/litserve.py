@@ -10,6 +10,7 @@ make FastAPI hand over the bytes as they are, and it sends an answer that is a R
 """
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -18,10 +19,10 @@ from typing import Annotated, Any
 # Before this folder is searched: it has a module that is named like the package.
 sys.path.pop(0)
 
-import litserve as ls  # noqa: E402
-import numpy as np  # noqa: E402
-from fastapi import Body, Response  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import litserve as ls
+import numpy as np
+from fastapi import Body, Response
+from numpy.typing import NDArray
 
 BYTES = "application/octet-stream"
 
@@ -68,6 +69,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="taken like the others' and not used")
     arguments = parser.parse_args()
 
+    # LitServe ends its processes on an interrupt; SIGTERM, which ends those, would leave them.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     api = Digits(str(arguments.model.resolve()))
     server = ls.LitServer(api, accelerator="cpu", workers_per_device=1, fast_queue=True)
     server.run(

@@ -16,12 +16,12 @@ from pathlib import Path
 # Before this folder is searched: it has a module that is named like the package.
 sys.path.pop(0)
 
-import onnxruntime as ort  # noqa: E402
-from mlserver import MLModel, MLServer, ModelSettings, Settings  # noqa: E402
-from mlserver.codecs import NumpyCodec  # noqa: E402
-from mlserver.settings import ModelParameters  # noqa: E402
-from mlserver.types import InferenceRequest, InferenceResponse  # noqa: E402
-from mlserver.utils import install_uvloop_event_loop  # noqa: E402
+import onnxruntime as ort
+from mlserver import MLModel, MLServer, ModelSettings, Settings
+from mlserver.codecs import NumpyCodec
+from mlserver.settings import ModelParameters
+from mlserver.types import InferenceRequest, InferenceResponse
+from mlserver.utils import install_uvloop_event_loop
 
 QUIET = {"version": 1, "disable_existing_loggers": False, "root": {"level": "ERROR"}}
 

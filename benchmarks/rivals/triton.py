@@ -21,7 +21,6 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="rival-"))
 
-    package = find_spec("pytriton")
-    assert package is not None and package.origin is not None
-    site = Path(package.origin).parents[1]
+    site = Path(sysconfig.get_path("platlib"))
     triton = site / "pytriton" / "tritonserver"
     command = [
         str(triton / "bin" / "tritonserver"),
