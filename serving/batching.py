@@ -14,10 +14,15 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 _FORGETTING = 1 / 64
 """The weight of the newest run in what is learned."""
+
+_TOGETHER_S = 5e-4
+"""How long a run may become by taking in requests that need not wait for it. What a run costs
+beside its rows, some 50 us of Python, is nothing to a longer one, and who is in a run gets an
+answer only when all do."""
 
 
 class QueueFull(Exception):
@@ -43,7 +48,8 @@ class Limits:
     Args:
         max_batch_rows: Most rows in one run.
         max_wait_s: How long the first request of a batch waits for others, counted from its
-            arrival. With 0 every request runs by itself, as soon as it can.
+            arrival. With 0 nobody waits for company; short requests that are in line together run
+            together all the same.
         max_queue_rows: Most rows that wait. An empty queue has room for a request of any size.
         max_queue_bytes: The same for bytes.
     """
@@ -83,8 +89,7 @@ class Item:
 AnyItem = TypeVar("AnyItem", bound=Item)
 
 
-@dataclass(frozen=True)
-class Part(Generic[AnyItem]):
+class Part(NamedTuple, Generic[AnyItem]):
     """Rows `start` to `stop` of an item."""
 
     item: AnyItem
@@ -118,6 +123,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._rows2 = self._rows_seconds = 0.0
+        self._line: tuple[float, float, float | None] = (0.0, 0.0, None)
 
     def learn(self, rows: int, seconds: float) -> None:
         """Take in what a run took."""
@@ -127,19 +133,35 @@ class Pace:
         self._seconds = keep * self._seconds + seconds
         self._rows2 = keep * self._rows2 + rows * rows
         self._rows_seconds = keep * self._rows_seconds + rows * seconds
+        self._line = self._fit()
 
     def expect(self, rows: float, runs: int = 1) -> float:
         """Tell how many seconds runs of so many rows together take; 0 while nothing is known."""
         if not self._weight or not runs:
             return 0.0
+        mean_rows, mean_s, per_row = self._line
         each = rows / runs
+        if per_row is None:  # always the same: more rows take at least as long
+            return runs * mean_s * (min(1.0, each / mean_rows) if mean_rows else 1.0)
+        return runs * (mean_s + per_row * (each - mean_rows))
+
+    def rows_within(self, seconds: float) -> float:
+        """Tell how many rows a run of so many seconds has; any number while nothing is known."""
+        mean_rows, mean_s, per_row = self._line
+        if not self._weight or per_row == 0.0:
+            return math.inf
+        if per_row is None:
+            return mean_rows * seconds / mean_s if mean_s else math.inf
+        return mean_rows + (seconds - mean_s) / per_row
+
+    def _fit(self) -> tuple[float, float, float | None]:
+        """Fit: the means, and the time per row if runs had different numbers of them."""
         mean_rows, mean_s = self._rows / self._weight, self._seconds / self._weight
         spread = self._rows2 / self._weight - mean_rows**2
-        if spread <= 1e-6 * mean_rows**2:  # always the same: more rows take at least as long
-            return runs * mean_s * (min(1.0, each / mean_rows) if mean_rows else 1.0)
+        if spread <= 1e-6 * mean_rows**2:
+            return mean_rows, mean_s, None
         covariance = self._rows_seconds / self._weight - mean_rows * mean_s
-        per_row = min(max(0.0, covariance / spread), mean_s / mean_rows)
-        return runs * (mean_s + per_row * (each - mean_rows))
+        return mean_rows, mean_s, min(max(0.0, covariance / spread), mean_s / mean_rows)
 
 
 class Lane(Generic[AnyItem]):
@@ -169,7 +191,8 @@ class Lane(Generic[AnyItem]):
         """How long it takes to run what is in line."""
         runs = -(-self._rows // self.limits.max_batch_rows)
         if not self.limits.max_wait_s:
-            runs = max(runs, len(self._line))
+            together = max(self.pace.rows_within(_TOGETHER_S), 1.0)
+            runs = max(runs, min(len(self._line), math.ceil(self._rows / together)))
         return self.pace.expect(self._rows, runs)
 
     def excess(self, item: AnyItem) -> float:
@@ -189,31 +212,36 @@ class Lane(Generic[AnyItem]):
 
     def leave(self, item: AnyItem) -> None:
         """Take an item out of the line, wherever it stands, if it does."""
-        if item in self._line:
+        if self._line and self._line[0] is item:
+            self._line.popleft()
+        elif item in self._line:
             self._line.remove(item)
-            self._rows -= item.left
-            self._size_bytes -= item.size_bytes
+        else:
+            return
+        self._rows -= item.left
+        self._size_bytes -= item.size_bytes
 
     def next_parts(self, now: float) -> tuple[list[Part[AnyItem]], float]:
         """Tell what would run together next, and when it is to run at the latest."""
         most, wait_s = self.limits.max_batch_rows, self.limits.max_wait_s
+        fitting = most if wait_s else min(most, self.pace.rows_within(_TOGETHER_S))
         parts: list[Part[AnyItem]] = []
-        rows, due = 0, math.inf
+        rows, due, deadline = 0, math.inf, math.inf
         for item in self._line:
             if item.deadline <= now:
                 continue  # it has not been dropped yet
-            if parts and rows + item.left > most:
-                return (
-                    parts,
-                    -math.inf,
-                )  # as full as it gets: requests that fit into a run stay whole
+            if parts and rows + item.left > fitting:  # requests that fit into a run stay whole
+                return parts, -math.inf
             stop = min(item.rows, item.started + most)
             parts.append(Part(item, item.started, stop))
             rows += stop - item.started
-            due = min(due, item.arrived + wait_s, item.deadline - self.pace.expect(rows))
-            if not wait_s or rows >= most:
+            if rows >= most:
                 return parts, -math.inf
-        return parts, due
+            due = min(due, item.arrived)
+            deadline = min(deadline, item.deadline)
+        if not wait_s and parts:
+            return parts, -math.inf
+        return parts, min(due + wait_s, deadline - self.pace.expect(rows))
 
 
 class Queue(Generic[AnyItem]):
@@ -237,37 +265,6 @@ class Queue(Generic[AnyItem]):
         """Whether anybody is in line."""
         return bool(self._lanes)
 
-    def start_alone(self, lane: Lane[AnyItem], rows: int, spare_s: float) -> bool:
-        """Take a slot for a request that need not stand in line; `end_alone` gives it back.
-
-        Args:
-            lane: Where it would stand.
-            rows: Of the request.
-            spare_s: How long its answer is wanted, in seconds.
-
-        Returns:
-            Whether there is a slot, and the request need not.
-        """
-        limits = lane.limits
-        if not self._free or self._lanes or limits.max_wait_s or rows > limits.max_batch_rows:
-            return False
-        if lane.pace.expect(rows) >= spare_s:
-            return False
-        self._free -= 1
-        return True
-
-    def end_alone(self, lane: Lane[AnyItem], rows: int, seconds: float | None) -> None:
-        """Give back a slot.
-
-        Args:
-            lane: As for `start_alone`.
-            rows: Likewise.
-            seconds: How long the request ran; None if it failed.
-        """
-        self._free += 1
-        if seconds is not None:
-            lane.pace.learn(rows, seconds)
-
     def admit(self, lane: Lane[AnyItem], item: AnyItem) -> None:
         """Take in a request that arrives now.
 
@@ -275,15 +272,17 @@ class Queue(Generic[AnyItem]):
             QueueFull: There is no room, or its deadline passes before all others have run.
             TooLate: Its deadline passes even if it runs at once.
         """
-        runs = max(1, -(-item.rows // lane.limits.max_batch_rows))
-        spare = item.deadline - item.arrived - lane.pace.expect(item.rows, runs)
-        if spare <= 0:
-            raise TooLate
-        # When what runs now will end is not known, and lanes take turns: neither is counted.
-        wait = lane.seconds / self._slots
+        spare = item.deadline - item.arrived
         excess = lane.excess(item)
-        if excess or wait > spare:
-            raise QueueFull(max(excess * wait, wait - spare))
+        if excess or spare < math.inf:
+            runs = max(1, -(-item.rows // lane.limits.max_batch_rows))
+            spare -= lane.pace.expect(item.rows, runs)
+            if spare <= 0:
+                raise TooLate
+            # When what runs now will end is not known, and lanes take turns: neither is counted.
+            wait = lane.seconds / self._slots
+            if excess or wait > spare:
+                raise QueueFull(max(excess * wait, wait - spare))
         self._enter(lane, item)
 
     def take(self, now: float) -> Batch[AnyItem] | None:

@@ -13,7 +13,7 @@ from kan_bundle.integrity import check_file, read_checked
 from kan_bundle.layout import GOLDEN_FILE, MODEL_FILE, BundleFolder
 from kan_bundle.manifest import Manifest, read_manifest
 from serving.batching import Lane, Limits
-from serving.dispatch import Request
+from serving.dispatch import Arrays, Request
 from serving.engine import Engine
 from serving.grid import Grid
 
@@ -30,21 +30,35 @@ class LoadedModel:
         engine: What runs it.
         lane: Where its requests wait.
         grid: Where it was trained; None if that cannot be told from its inputs.
+        count: Told how many rows were run, and how many of them were outside of the grid.
     """
 
     manifest: Manifest
     engine: Engine
     lane: Lane[Request]
     grid: Grid | None
+    count: Callable[[int, int], None]
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Run some rows, of one request or of several, and count them."""
+        outputs = self.engine.run(inputs)
+        self.count(len(inputs[0]), self.grid.count_outside(inputs) if self.grid else 0)
+        return outputs
 
 
-def load_bundle(folder: BundleFolder, make_engine: EngineMaker, limits: Limits) -> LoadedModel:
+def load_bundle(
+    folder: BundleFolder,
+    make_engine: EngineMaker,
+    limits: Limits,
+    count: Callable[[int, int], None] = lambda rows, outside: None,
+) -> LoadedModel:
     """Verify one bundle and replay its golden probes.
 
     Args:
         folder: Where it lies.
         make_engine: Makes an engine from verified bytes.
         limits: Of its requests.
+        count: Told of every row that is run later.
 
     Raises:
         BundleError: A file is missing, changed or unusable, or the answers are not the golden
@@ -79,4 +93,4 @@ def load_bundle(folder: BundleFolder, make_engine: EngineMaker, limits: Limits) 
             f"machine and provider{fused}; do not serve it: export again here and compare"
         )
     grid = Grid(manifest.input_range) if manifest.input_range else None
-    return LoadedModel(manifest, engine, Lane(limits), grid)
+    return LoadedModel(manifest, engine, Lane(limits), grid, count)

@@ -1,8 +1,8 @@
 """gRPC's side of the service: which thread answers what, and errors to status codes.
 
-Requests to run a model have a thread each for as long as they are in the server. Who comes when all
-are taken is refused at the door: in gRPC's own thread, before the message is read. What must be
-answered however busy the server is has threads of its own.
+Requests to run a model have no threads (see arrivals.py), streams have one each. Who comes when
+there are too many is refused at the door: in gRPC's own thread, before the message is read. What
+must be answered however busy the server is has threads of its own.
 
 This is where errors become gRPC status codes, in one table and one place. What a client is told is
 the message of a `VisibleError`; of anything else it learns only that it was not its fault.
@@ -20,6 +20,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from protos import inference_pb2 as pb
+from serving import arrivals
+from serving.arrivals import Arrival, Arrivals
 from serving.errors import (
     ControlRefused,
     Expired,
@@ -61,7 +63,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
     Args:
         service: What answers.
         counters: Told how every call ended.
-        requests: Runs what runs models.
+        max_requests: Most requests in the server at a time, beside those of streams.
         max_streams: Most streams open at a time.
         retry_after_s: Tells when there will be room again, in seconds.
     """
@@ -70,14 +72,18 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self,
         service: InferenceService,
         counters: Counters,
-        requests: "CountingPool",
+        max_requests: int,
         max_streams: int,
         retry_after_s: Callable[[], float],
     ) -> None:
         self._service = service
         self._counters = counters
         self._retry_after_s = retry_after_s
-        self._requests = requests
+        self._requests: Arrivals | CountingPool = (
+            Arrivals(self._begin, max_requests)
+            if arrivals.SUPPORTED
+            else CountingPool(max_requests, "request")
+        )
         self._streams = CountingPool(max_streams, "stream")
         self._probes = ThreadPoolExecutor(_PROBE_THREADS, "service")
         self._control = ThreadPoolExecutor(1, "control")
@@ -139,6 +145,28 @@ class RpcHandlers(grpc.GenericRpcHandler):
             _Behavior(behavior, self._control if name in _CONTROL else pool),
             response_serializer=response_type.SerializeToString,
         )
+
+    def _begin(self, raw: bytes, arrival: Arrival) -> None:
+        """Take a request in, without waiting for its answer."""
+        request = None
+
+        def tell(found: pb.ModelInferResponse | Exception) -> None:
+            try:
+                if not isinstance(found, Exception):
+                    content = found.SerializeToString()
+                    self._counters.count_call("ModelInfer", "OK")
+                    arrival.answer(content)
+                    return
+            except Exception as error:  # an answer of more than 2 GB
+                found = error
+            failure = self._failure("ModelInfer", request, found)
+            arrival.fail(failure.code, failure.details, failure.trailing)
+
+        try:
+            request = pb.ModelInferRequest.FromString(raw)
+            self._service.start_infer(request, arrival, tell)
+        except Exception as error:
+            tell(error)
 
     def _stream(
         self,
@@ -284,10 +312,16 @@ class _Failure:
     details: str
     retry_after_s: float | None
 
+    @property
+    def trailing(self) -> tuple[tuple[str, str], ...]:
+        """Metadata to go with it."""
+        if self.retry_after_s is None:
+            return ()
+        pushback = min(max(1, round(self.retry_after_s * 1000)), _LONGEST_PUSHBACK_MS)
+        return ((_PUSHBACK, str(pushback)),)
+
     def end(self, context: grpc.ServicerContext) -> NoReturn:
-        if self.retry_after_s is not None:
-            pushback = min(max(1, round(self.retry_after_s * 1000)), _LONGEST_PUSHBACK_MS)
-            context.set_trailing_metadata(((_PUSHBACK, str(pushback)),))
+        context.set_trailing_metadata(self.trailing)
         context.abort(self.code, self.details)
         raise AssertionError("abort returned")  # it never does
 

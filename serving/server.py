@@ -7,8 +7,10 @@ then are new ones refused and the running ones waited for.
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -28,7 +30,7 @@ from serving.loading import LoadedModel, load_bundle
 from serving.policy import parse_policy
 from serving.readiness import Readiness
 from serving.repository import Repository
-from serving.rpc import CountingPool, RpcHandlers
+from serving.rpc import RpcHandlers
 from serving.service import (
     SERVICE,
     InferenceService,
@@ -127,7 +129,9 @@ def running(
         health_service = health.HealthService(("", SERVICE))
         cleanup.callback(health_service.shutdown)
         readiness.watch(health_service.set)
-        loader = _Loader(settings, runtime.choose_fused(settings.fused, settings.provider))
+        counters = metrics.Counters()
+        fused = runtime.choose_fused(settings.fused, settings.provider)
+        loader = _Loader(settings, fused, counters)
         keeper = Keeper(
             settings.model_repository,
             repository,
@@ -143,27 +147,25 @@ def running(
 
         registry = CollectorRegistry()
         registry.register(metrics.ModelCollector(repository))
-        counters = metrics.Counters(registry)
-        dispatcher = Dispatcher(_slots(settings))
+        registry.register(counters)
+        dispatcher = cleanup.enter_context(Dispatcher(_slots(settings)))
         service = InferenceService(
             repository,
             (control or keeper) if settings.model_control == "explicit" else None,
             dispatcher,
-            counters,
             provider=settings.provider,
             is_ready=lambda: readiness.ready,
             max_message_bytes=loader.max_message_bytes,
         )
-        requests = CountingPool(settings.max_requests, "request")
         handlers = RpcHandlers(
-            service, counters, requests, settings.max_streams, dispatcher.seconds
+            service, counters, settings.max_requests, settings.max_streams, dispatcher.seconds
         )
         cleanup.callback(handlers.shutdown)
         reflection_service = reflection.Reflection((SERVICE, health.SERVICE, reflection.SERVICE))
         cleanup.callback(reflection_service.shutdown)
         several = settings.workers > 1
         grpc_server = grpc.server(
-            requests,
+            ThreadPoolExecutor(1, "other"),  # every handler of ours brings its own
             handlers=[handlers],
             options=[
                 ("grpc.max_receive_message_length", loader.max_message_bytes),
@@ -203,14 +205,16 @@ class _Loader:
         max_message_bytes: Largest request accepted; None as long as it is not known.
     """
 
-    def __init__(self, settings: Settings, fused: bool) -> None:
+    def __init__(self, settings: Settings, fused: bool, counters: metrics.Counters) -> None:
         self._settings = settings
         self._fused = fused
+        self._counters = counters
         self.max_message_bytes = settings.max_message_bytes
 
     def __call__(self, folder: BundleFolder) -> LoadedModel:
         limits = self._settings.limits_of(folder.name)
-        model = load_bundle(folder, self._make_engine, limits)
+        count = partial(self._counters.count_rows, folder.name)
+        model = load_bundle(folder, self._make_engine, limits, count)
         limit = self.max_message_bytes
         if limit is not None and not fitting_rows(model.manifest, limit):
             raise IntegrityError(

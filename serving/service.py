@@ -5,9 +5,8 @@ wanted; what goes wrong is raised as an error of serving/errors.py.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-from numpy.typing import NDArray
+from concurrent.futures import Future
+from typing import Protocol
 
 from kan_bundle import __version__
 from kan_bundle.layout import MODEL_FILE
@@ -24,7 +23,6 @@ from serving.errors import (
     Overloaded,
 )
 from serving.loading import LoadedModel
-from serving.metrics import Counters
 from serving.repository import Repository
 from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
 
@@ -75,7 +73,6 @@ class InferenceService:
         repository: The models.
         control: Loads and unloads models for clients; None if they may not ask for it.
         dispatcher: Runs them.
-        counters: Told of every row.
         provider: Where models run, for clients to see.
         is_ready: Whether the server as a whole takes requests; it does not while it drains.
         max_message_bytes: Largest request accepted, from which ModelConfig's batch limit follows.
@@ -86,7 +83,6 @@ class InferenceService:
         repository: Repository,
         control: ModelControl | None,
         dispatcher: Dispatcher,
-        counters: Counters,
         *,
         provider: str,
         is_ready: Callable[[], bool],
@@ -95,7 +91,6 @@ class InferenceService:
         self._repository = repository
         self._control = control
         self._dispatcher = dispatcher
-        self._counters = counters
         self._provider = provider
         self._is_ready = is_ready
         self._max_message_bytes = max_message_bytes
@@ -160,27 +155,78 @@ class InferenceService:
         return pb.ModelConfigResponse(config=config)
 
     def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
-        """Run some rows."""
+        """Run some rows, and wait for the answer."""
+        end: Future[pb.ModelInferResponse] = Future()
+
+        def tell(found: pb.ModelInferResponse | Exception) -> None:
+            if isinstance(found, Exception):
+                end.set_exception(found)
+            else:
+                end.set_result(found)
+
+        self.start_infer(request, call, tell)
+        return end.result()
+
+    def start_infer(
+        self,
+        request: pb.ModelInferRequest,
+        call: Call,
+        tell: Callable[[pb.ModelInferResponse | Exception], None],
+    ) -> None:
+        """Have some rows run.
+
+        Args:
+            request: As it came.
+            call: Whose.
+            tell: Told the answer, or an error, once, from another thread.
+
+        Raises:
+            VisibleError: They will not be run.
+        """
         model = self._repository.find(request.model_name, request.model_version)
         inputs = decode_inputs(request, model.manifest.inputs)
         chosen = choose_outputs(request, model.manifest.outputs)
-        outside = model.grid.count_outside(inputs) if model.grid else 0
-        outcome = self._run(model, inputs, call)
-        self._counters.count_rows(model.manifest.name, len(inputs[0]), outside)
-        response = pb.ModelInferResponse(
-            model_name=model.manifest.name,
-            model_version=str(model.manifest.version),
-            id=request.id,
-        )
-        encode_outputs(
-            request,
-            response,
-            [model.manifest.outputs[i] for i in chosen],
-            [outcome.outputs[i] for i in chosen],
-        )
-        if DETAILS in request.parameters:
-            self._add_details(request, response, model, outcome, outside)
-        return response
+        details = _wants_details(request)
+
+        def respond(outcome: Outcome) -> pb.ModelInferResponse:
+            manifest = model.manifest
+            response = pb.ModelInferResponse(
+                model_name=manifest.name, model_version=str(manifest.version), id=request.id
+            )
+            specs = [manifest.outputs[i] for i in chosen]
+            encode_outputs(request, response, specs, [outcome.outputs[i] for i in chosen])
+            if details:
+                self._add_details(response, model, outcome)
+                if model.grid is not None:
+                    outside = model.grid.count_outside(inputs)
+                    response.parameters["out_of_grid_rows"].int64_param = outside
+            return response
+
+        def end(found: Outcome | Exception) -> None:
+            if isinstance(found, Abandoned):
+                tell(Expired("the deadline has passed, or the call was cancelled"))
+                return
+            told: pb.ModelInferResponse | Exception
+            try:
+                told = respond(found) if isinstance(found, Outcome) else found
+            except Exception as error:  # ours; it must not end the thread that runs everything
+                told = error
+            tell(told)
+
+        try:
+            waiting = self._dispatcher.submit(
+                model.lane, model.run, inputs, call.time_remaining(), end
+            )
+        except QueueFull as error:
+            raise Overloaded(
+                f"there is no room for another {len(inputs[0])} rows of model "
+                f"{model.manifest.name!r}; try again in {error.retry_after_s:.3f} s",
+                error.retry_after_s,
+            ) from error
+        except TooLate as error:
+            raise Expired("the deadline leaves no time to run these rows") from error
+        if not call.add_callback(lambda: self._dispatcher.give_up(model.lane, waiting)):
+            self._dispatcher.give_up(model.lane, waiting)
 
     def RepositoryIndex(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
         """List every version of every model that is known."""
@@ -207,47 +253,17 @@ class InferenceService:
         self._explicit(request).unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    def _run(self, model: LoadedModel, inputs: Sequence[NDArray[Any]], call: Call) -> Outcome:
-        """Have rows run, or say why they are not."""
-        try:
-            return self._dispatcher.run(
-                model.lane, model.engine.run, inputs, call.time_remaining(), call.add_callback
-            )
-        except QueueFull as error:
-            raise Overloaded(
-                f"there is no room for another {len(inputs[0])} rows of model "
-                f"{model.manifest.name!r}; try again in {error.retry_after_s:.3f} s",
-                error.retry_after_s,
-            ) from error
-        except TooLate as error:
-            raise Expired("the deadline leaves no time to run these rows") from error
-        except Abandoned as error:
-            raise Expired("the deadline has passed, or the call was cancelled") from error
-
     def _add_details(
-        self,
-        request: pb.ModelInferRequest,
-        response: pb.ModelInferResponse,
-        model: LoadedModel,
-        outcome: Outcome,
-        outside: int,
+        self, response: pb.ModelInferResponse, model: LoadedModel, outcome: Outcome
     ) -> None:
-        """Tell how an answer came about, if the request asks for it."""
-        asked = request.parameters[DETAILS]
-        if asked.WhichOneof("parameter_choice") != "bool_param":
-            raise InvalidRequest(f"parameter {DETAILS!r}: expected true or false")
-        if not asked.bool_param:
-            return
-        manifest = model.manifest
+        """Tell how an answer came about."""
         parameters = response.parameters
-        parameters["model_sha256"].string_param = manifest.files[MODEL_FILE].sha256
+        parameters["model_sha256"].string_param = model.manifest.files[MODEL_FILE].sha256
         parameters["provider"].string_param = self._provider
         parameters["fused_layers"].int64_param = model.engine.fused_layers
         parameters["batch_rows"].int64_param = outcome.batch_rows
         parameters["queue_us"].int64_param = round(outcome.queue_s * 1e6)
         parameters["compute_us"].int64_param = round(outcome.compute_s * 1e6)
-        if model.grid is not None:
-            parameters["out_of_grid_rows"].int64_param = outside
 
     def _explicit(
         self, request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest
@@ -260,6 +276,15 @@ class InferenceService:
         if unknown:
             raise InvalidRequest(f"parameter {unknown[0][:64]!r} is not offered")
         return self._control
+
+
+def _wants_details(request: pb.ModelInferRequest) -> bool:
+    if DETAILS not in request.parameters:
+        return False
+    asked = request.parameters[DETAILS]
+    if asked.WhichOneof("parameter_choice") != "bool_param":
+        raise InvalidRequest(f"parameter {DETAILS!r}: expected true or false")
+    return bool(asked.bool_param)
 
 
 def fitting_message_bytes(models: Sequence[Manifest]) -> int:

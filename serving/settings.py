@@ -115,10 +115,9 @@ class Settings(BaseSettings):
         description="processes that share the port, each with models, threads and limits of its "
         "own; more than one where a single one's Python is what is busy",
     )
-    max_requests: Annotated[int, Field(ge=1, le=4096)] = Field(
-        256,
-        description="requests in a process at a time, each in a thread of its own; more are "
-        "refused before they are read",
+    max_requests: Annotated[int, Field(ge=1, le=65_536)] = Field(
+        1024,
+        description="requests in a process at a time; more are refused before they are read",
     )
     max_streams: Annotated[int, Field(ge=1, le=4096)] = Field(
         64, description="streams open at a time, each in a thread of its own"
@@ -137,7 +136,8 @@ class Settings(BaseSettings):
     )
     max_wait_ms: _Wait = Field(
         0.0,
-        description="longest that a request waits for others to run with; 0 runs each by itself",
+        description="longest that a request waits for others to run with; with 0 only those that "
+        "are there at the same time run together, and only if they are short",
     )
     max_queue_rows: _Room = Field(
         16_384, description="most rows that wait, for each model; more are refused"

@@ -44,36 +44,32 @@ def decode_inputs(request: ModelInferRequest, expected: Sequence[TensorSpec]) ->
         InvalidRequest: A tensor is missing, unknown, given twice, or of another type, shape or
             size than the model takes.
     """
-    tensors = list(request.inputs)
-    places = {tensor.name: i for i, tensor in enumerate(tensors)}
-    if len(tensors) != len(expected) or any(spec.name not in places for spec in expected):
-        raise InvalidRequest(
-            f"expected inputs {[spec.name for spec in expected]}, "
-            f"found {_shown([tensor.name for tensor in tensors])}"
-        )
+    tensors = request.inputs
+    names = [tensor.name for tensor in tensors]
+    wanted = [spec.name for spec in expected]
+    if names != wanted and sorted(names) != sorted(wanted):
+        raise InvalidRequest(f"expected inputs {wanted}, found {_shown(names)}")
     raw = request.raw_input_contents
-    if raw:
-        if any(tensor.HasField("contents") for tensor in tensors):
+    if raw and len(raw) != len(names):
+        raise InvalidRequest(
+            f"expected {len(names)} raw_input_contents, one per input, found {len(raw)}"
+        )
+    arrays: list[NDArray[Any]] = []
+    for spec in expected:
+        place = names.index(spec.name)
+        tensor = tensors[place]
+        shape = _checked_shape(tensor, spec)
+        if not raw:
+            arrays.append(_from_contents(tensor.contents, shape, spec))
+        elif tensor.HasField("contents"):
             raise InvalidRequest(
                 "expected either raw_input_contents or contents, found both in one request"
             )
-        if len(raw) != len(tensors):
-            raise InvalidRequest(
-                f"expected {len(tensors)} raw_input_contents, one per input, found {len(raw)}"
-            )
-    arrays = []
-    for spec in expected:
-        place = places[spec.name]
-        tensor = tensors[place]
-        shape = _checked_shape(tensor, spec)
-        arrays.append(
-            _from_raw(raw[place], shape, spec)
-            if raw
-            else _from_contents(tensor.contents, shape, spec)
-        )
-    if any(len(array) != len(arrays[0]) for array in arrays):
-        rows = {len(array) for array in arrays}
-        raise InvalidRequest(f"expected the same number of rows in every input, found {rows}")
+        else:
+            arrays.append(_from_raw(raw[place], shape, spec))
+        if len(arrays[-1]) != len(arrays[0]):
+            rows = {len(array) for array in arrays}
+            raise InvalidRequest(f"expected the same number of rows in every input, found {rows}")
     return arrays
 
 
@@ -118,7 +114,9 @@ def encode_outputs(
         specs: The outputs to write.
         arrays: Their values, in the same order.
     """
-    typed = any(tensor.HasField("contents") for tensor in request.inputs)
+    typed = not request.raw_input_contents and any(
+        tensor.HasField("contents") for tensor in request.inputs
+    )
     for spec, array in zip(specs, arrays, strict=True):
         tensor = response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
         if typed:
