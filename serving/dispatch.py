@@ -148,8 +148,14 @@ class Dispatcher:
             return self._queue.seconds
 
     def _work(self) -> None:
-        while (batch := self._next()) is not None:
+        while self._run_next():  # and nothing is kept of it while there is nothing to do
+            pass
+
+    def _run_next(self) -> bool:
+        batch = self._next()
+        if batch is not None:
             self._run(batch)
+        return batch is not None
 
     def _next(self) -> Batch[Request] | None:
         """Wait for something to run; None once there is to be no more."""

@@ -55,7 +55,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     run = Engine.run
 
     def held(engine: Engine, inputs: Any) -> Any:
-        if threading.current_thread().name.startswith(("request", "stream")):
+        if threading.current_thread().name.startswith("engine-"):
             gate.runs.append(np.array(inputs[0]))
             gate.entered.release()
             assert gate.opened.wait(WAIT_S)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -35,13 +36,30 @@ def shown(batch: Batch[Item] | None) -> list[tuple[Item, int, int]] | None:
     return None if batch is None else [(p.item, p.start, p.stop) for p in batch.parts]
 
 
-def test_without_waiting_every_request_runs_by_itself_at_once() -> None:
-    queue, lane = Queue[Item](2), Lane[Item](limits())
-    a, b = item(3), item(3)
+def test_long_requests_run_by_themselves_at_once() -> None:
+    queue, lane = Queue[Item](2), of_long_runs()
+    a, b = item(1), item(1)
     admitted(queue, lane, a, b)
-    assert shown(queue.take(0)) == [(a, 0, 3)]
-    assert shown(queue.take(0)) == [(b, 0, 3)]
+    assert shown(queue.take(0)) == [(a, 0, 1)]
+    assert shown(queue.take(0)) == [(b, 0, 1)]
     assert queue.take(0) is None
+
+
+def test_short_requests_that_are_there_together_run_together() -> None:
+    queue, lane = Queue[Item](1), Lane[Item](limits(max_batch_rows=100))
+    for rows in (1, 2):
+        lane.pace.learn(rows, 1e-4 + 5e-5 * rows)
+    items = [item(2) for _ in range(5)]
+    admitted(queue, lane, *items)
+    # Half a millisecond is eight rows: four requests.
+    assert shown(queue.take(0)) == [(one, 0, 2) for one in items[:4]]
+
+
+def test_requests_of_an_unknown_pace_run_together() -> None:
+    queue, lane = Queue[Item](1), Lane[Item](limits(max_batch_rows=4))
+    items = [item(2) for _ in range(3)]
+    admitted(queue, lane, *items)
+    assert shown(queue.take(0)) == [(one, 0, 2) for one in items[:2]]
 
 
 def test_the_wait_starts_with_the_first_request() -> None:
@@ -60,6 +78,13 @@ def test_a_full_batch_does_not_wait() -> None:
     assert queue.take(0) is None
     admitted(queue, lane, b)
     assert shown(queue.take(0)) == [(a, 0, 1), (b, 0, 3)]
+
+
+def of_long_runs(**changed: Any) -> Lane[Item]:
+    """A lane whose runs of one row take half a second."""
+    lane = Lane[Item](limits(**changed))
+    lane.pace.learn(1, 0.5)
+    return lane
 
 
 def test_requests_that_fit_into_a_run_stay_whole() -> None:
@@ -96,7 +121,7 @@ def test_no_rows_are_a_run_too() -> None:
 
 
 def test_slots_bound_what_runs() -> None:
-    queue, lane = Queue[Item](1), Lane[Item](limits())
+    queue, lane = Queue[Item](1), of_long_runs()
     a, b = item(1), item(1)
     admitted(queue, lane, a, b)
     running = queue.take(0)
@@ -108,7 +133,7 @@ def test_slots_bound_what_runs() -> None:
 
 
 def test_lanes_take_turns_and_never_share_a_run() -> None:
-    queue, busy, quiet = Queue[Item](1), Lane[Item](limits()), Lane[Item](limits())
+    queue, busy, quiet = Queue[Item](1), of_long_runs(), of_long_runs()
     many, one = [item(1) for _ in range(3)], item(1)
     admitted(queue, busy, *many)
     admitted(queue, quiet, one)
@@ -120,13 +145,11 @@ def test_lanes_take_turns_and_never_share_a_run() -> None:
 
 
 def test_a_queue_that_is_full_says_when_there_is_room_again() -> None:
-    queue, lane = Queue[Item](2), Lane[Item](limits(max_queue_rows=4))
+    queue, lane = Queue[Item](2), of_long_runs(max_queue_rows=4)
     running = item(1), item(1)
     admitted(queue, lane, *running)
     for _ in running:
         assert queue.take(0) is not None
-    for _ in range(8):
-        lane.pace.learn(1, 0.5)
     admitted(queue, lane, *(item(1) for _ in range(4)))
     with pytest.raises(QueueFull) as refused:
         queue.admit(lane, item(2))

@@ -1,7 +1,7 @@
 """The dispatcher with real threads, and engines that wait until they are told to go on."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,13 +43,8 @@ class Doubler:
         return [2 * x]
 
 
-def never(callback: Callable[[], None]) -> bool:
-    """The client does not give up."""
-    return True
-
-
 class Client:
-    """Sends requests, each from a thread of its own."""
+    """Sends requests; each ends in a future."""
 
     def __init__(self, engine: Doubler, slots: int = 1, **limits: Any) -> None:
         wanted: dict[str, Any] = {
@@ -61,31 +56,36 @@ class Client:
         self.engine = engine
         self.dispatcher = Dispatcher(slots)
         self.lane: Lane[Request] = Lane(Limits(**(wanted | limits)))
-        self.pool = ThreadPoolExecutor(16)
+        self.requests: dict[int, Request] = {}
 
-    def send(
-        self,
-        *values: float,
-        timeout_s: float | None = None,
-        on_cancel: Callable[[Callable[[], None]], bool] = never,
-    ) -> "Future[Outcome]":
+    def __enter__(self) -> "Client":
+        self.dispatcher.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.dispatcher.__exit__(None, None, None)
+
+    def send(self, *values: float, timeout_s: float | None = None) -> "Future[Outcome]":
         x: NDArray[np.float32] = np.array(values, np.float32).reshape(-1, 1)
-        return self.pool.submit(
-            self.dispatcher.run, self.lane, self.engine, [x], timeout_s, on_cancel
-        )
+        future: Future[Outcome] = Future()
 
-    def send_and_queue(
-        self, *values: float, **options: Any
-    ) -> "tuple[Future[Outcome], Callable[[], None]]":
-        """Send, and return when it stands in line, with what cancels it."""
-        queued: Future[Callable[[], None]] = Future()
+        def tell(end: Outcome | Exception) -> None:
+            if isinstance(end, Exception):
+                future.set_exception(end)
+            else:
+                future.set_result(end)
 
-        def on_cancel(callback: Callable[[], None]) -> bool:
-            queued.set_result(callback)
-            return True
+        request = self.dispatcher.submit(self.lane, self.engine, [x], timeout_s, tell)
+        self.requests[id(future)] = request
+        return future
 
-        future = self.send(*values, on_cancel=on_cancel, **options)
-        return future, queued.result(WAIT_S)
+    def give_up(self, future: "Future[Outcome]") -> None:
+        self.dispatcher.give_up(self.lane, self.requests[id(future)])
+
+    def of_long_runs(self) -> "Client":
+        """Let it be known that runs take long, so that requests run by themselves."""
+        self.lane.pace.learn(1, 1.0)
+        return self
 
 
 @pytest.fixture
@@ -101,7 +101,8 @@ def answer(future: "Future[Outcome]") -> list[float]:
 
 def test_a_request_is_answered_with_what_it_took(engine: Doubler) -> None:
     engine.go.set()
-    outcome = Client(engine).send(1, 2).result(WAIT_S)
+    with Client(engine) as client:
+        outcome = client.send(1, 2).result(WAIT_S)
     assert outcome.outputs[0].tolist() == [[2], [4]]
     assert outcome.batch_rows == 2
     assert outcome.queue_s >= 0
@@ -110,134 +111,166 @@ def test_a_request_is_answered_with_what_it_took(engine: Doubler) -> None:
 
 def test_requests_that_wait_for_company_run_together(engine: Doubler) -> None:
     engine.go.set()
-    client = Client(engine, max_wait_s=LONG_S)
-    futures = [client.send(i) for i in range(4)]
-    assert [answer(f) for f in futures] == [[0], [2], [4], [6]]
-    assert [sorted(run) for run in engine.runs] == [[0, 1, 2, 3]]
+    with Client(engine, max_wait_s=LONG_S) as client:
+        futures = [client.send(i) for i in range(4)]
+        assert [answer(f) for f in futures] == [[0], [2], [4], [6]]
+    assert engine.runs == [[0, 1, 2, 3]]
     assert [f.result().batch_rows for f in futures] == [4] * 4
+
+
+def test_requests_that_are_there_together_run_together(engine: Doubler) -> None:
+    with Client(engine) as client:
+        first = client.send(0)
+        assert engine.started.acquire(timeout=WAIT_S)
+        futures = [client.send(i) for i in range(1, 4)]
+        engine.go.set()
+        assert [answer(f) for f in (first, *futures)] == [[0], [2], [4], [6]]
+    assert engine.runs == [[0], [1, 2, 3]]
 
 
 def test_nobody_waits_for_company_longer_than_allowed(engine: Doubler) -> None:
     engine.go.set()
-    assert answer(Client(engine, max_wait_s=0.01).send(1)) == [2]
+    with Client(engine, max_wait_s=0.01) as client:
+        assert answer(client.send(1)) == [2]
 
 
 def test_a_request_too_large_is_put_together_again(engine: Doubler) -> None:
     engine.go.set()
-    assert answer(Client(engine).send(*range(10))) == [2 * i for i in range(10)]
+    with Client(engine) as client:
+        assert answer(client.send(*range(10))) == [2 * i for i in range(10)]
     assert engine.runs == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_no_rows_are_answered_with_none(engine: Doubler) -> None:
     engine.go.set()
-    assert answer(Client(engine).send()) == []
+    with Client(engine) as client:
+        assert answer(client.send()) == []
 
 
 def test_who_cannot_be_run_does_not_hurt_its_neighbours(engine: Doubler) -> None:
     engine.go.set()
-    client = Client(engine, max_wait_s=LONG_S)
-    good, bad, other = client.send(1, 2), client.send(-1), client.send(3)
-    assert answer(good) == [2, 4]
-    assert answer(other) == [6]
-    with pytest.raises(ValueError, match="negative"):
-        bad.result(WAIT_S)
+    with Client(engine, max_wait_s=LONG_S) as client:
+        good, bad, other = client.send(1, 2), client.send(-1), client.send(3)
+        assert answer(good) == [2, 4]
+        assert answer(other) == [6]
+        with pytest.raises(ValueError, match="negative"):
+            bad.result(WAIT_S)
 
 
 def test_no_more_run_at_once_than_there_are_slots(engine: Doubler) -> None:
-    client = Client(engine, slots=2)
-    futures = [client.send(i) for i in range(8)]
-    for _ in range(2):
-        assert engine.started.acquire(timeout=WAIT_S)
-    engine.go.set()
-    assert [answer(f) for f in futures] == [[2 * i] for i in range(8)]
+    with Client(engine, slots=2).of_long_runs() as client:
+        futures = [client.send(i) for i in range(8)]
+        for _ in range(2):
+            assert engine.started.acquire(timeout=WAIT_S)
+        engine.go.set()
+        assert [answer(f) for f in futures] == [[2 * i] for i in range(8)]
     assert engine.most_at_once == 2
 
 
 def test_failures_give_their_slots_back(engine: Doubler) -> None:
     engine.go.set()
-    client = Client(engine)
-    for _ in range(5):
-        with pytest.raises(ValueError, match="negative"):
-            client.send(-1).result(WAIT_S)
-    assert answer(client.send(1)) == [2]
+    with Client(engine) as client:
+        for _ in range(5):
+            with pytest.raises(ValueError, match="negative"):
+                client.send(-1).result(WAIT_S)
+        assert answer(client.send(1)) == [2]
 
 
 def test_a_client_that_gives_up_is_not_run_and_the_others_are(engine: Doubler) -> None:
-    client = Client(engine)
-    running = client.send(1)
-    assert engine.started.acquire(timeout=WAIT_S)
-    gone, give_up = client.send_and_queue(2)
-    waiting, _ = client.send_and_queue(3)
-    give_up()
-    with pytest.raises(Abandoned):
-        gone.result(WAIT_S)
-    engine.go.set()
-    assert answer(running) == [2]
-    assert answer(waiting) == [6]
+    with Client(engine) as client:
+        running = client.send(1)
+        assert engine.started.acquire(timeout=WAIT_S)
+        gone, waiting = client.send(2), client.send(3)
+        client.give_up(gone)
+        with pytest.raises(Abandoned):
+            gone.result(WAIT_S)
+        engine.go.set()
+        assert answer(running) == [2]
+        assert answer(waiting) == [6]
     assert engine.runs == [[1], [3]]
 
 
 def test_the_first_of_a_batch_may_give_up_without_harm_to_the_rest(engine: Doubler) -> None:
     engine.go.set()
-    client = Client(engine, max_wait_s=LONG_S)
-    first, give_up = client.send_and_queue(1)
-    second, _ = client.send_and_queue(2)
-    give_up()
-    with pytest.raises(Abandoned):
-        first.result(WAIT_S)
-    third = client.send(3, 4, 5)
-    assert answer(second) == [4]
-    assert answer(third) == [6, 8, 10]
+    with Client(engine, max_wait_s=LONG_S) as client:
+        first, second = client.send(1), client.send(2)
+        client.give_up(first)
+        with pytest.raises(Abandoned):
+            first.result(WAIT_S)
+        third = client.send(3, 4, 5)
+        assert answer(second) == [4]
+        assert answer(third) == [6, 8, 10]
     assert engine.runs == [[2, 3, 4, 5]]
 
 
-def test_a_client_that_has_given_up_before_it_waits_is_not_run(engine: Doubler) -> None:
-    client = Client(engine)
-    running = client.send(1)
-    assert engine.started.acquire(timeout=WAIT_S)
-    with pytest.raises(Abandoned):
-        client.send(2, on_cancel=lambda callback: False).result(WAIT_S)
-    engine.go.set()
-    assert answer(running) == [2]
-    assert engine.runs == [[1]]
+def test_who_gives_up_while_it_runs_is_told_once_and_its_neighbours_are_answered(
+    engine: Doubler,
+) -> None:
+    with Client(engine, max_wait_s=LONG_S) as client:
+        gone, other = client.send(1, 2), client.send(3, 4)
+        assert engine.started.acquire(timeout=WAIT_S)
+        client.give_up(gone)
+        client.give_up(gone)
+        engine.go.set()
+        assert answer(other) == [6, 8]
+        with pytest.raises(Abandoned):
+            gone.result(WAIT_S)
 
 
-def test_a_deadline_that_passes_in_line_ends_the_wait(engine: Doubler) -> None:
-    client = Client(engine)
-    running = client.send(1)
-    assert engine.started.acquire(timeout=WAIT_S)
-    with pytest.raises(Abandoned):
-        client.send(2, timeout_s=0.01).result(WAIT_S)
-    engine.go.set()
-    assert answer(running) == [2]
-    assert engine.runs == [[1]]
+def test_what_has_expired_is_not_run(engine: Doubler) -> None:
+    with Client(engine) as client:
+        running = client.send(1)
+        assert engine.started.acquire(timeout=WAIT_S)
+        expired = client.send(2, timeout_s=1e-6)
+        engine.go.set()
+        assert answer(running) == [2]
+        assert answer(client.send(3)) == [6]
+        client.give_up(expired)  # as gRPC says at the deadline
+        with pytest.raises(Abandoned):
+            expired.result(WAIT_S)
+    assert engine.runs == [[1], [3]]
 
 
 def test_what_has_no_time_left_is_refused(engine: Doubler) -> None:
-    engine.go.set()
-    with pytest.raises(TooLate):
-        Client(engine).send(1, timeout_s=0).result(WAIT_S)
+    with Client(engine) as client, pytest.raises(TooLate):
+        client.send(1, timeout_s=0)
 
 
 def test_a_full_queue_refuses_at_once(engine: Doubler) -> None:
-    client = Client(engine, max_queue_rows=2)
-    running = client.send(1)
-    assert engine.started.acquire(timeout=WAIT_S)
-    waiting, _ = client.send_and_queue(2, 3)
-    with pytest.raises(QueueFull):
-        client.send(4).result(WAIT_S)
-    engine.go.set()
-    assert answer(running) == [2]
-    assert answer(waiting) == [4, 6]
+    with Client(engine, max_queue_rows=2) as client:
+        running = client.send(1)
+        assert engine.started.acquire(timeout=WAIT_S)
+        waiting = client.send(2, 3)
+        with pytest.raises(QueueFull):
+            client.send(4)
+        engine.go.set()
+        assert answer(running) == [2]
+        assert answer(waiting) == [4, 6]
 
 
 def test_many_threads_get_their_own_answers() -> None:
     engine = Doubler()
     engine.go.set()
-    client = Client(engine, slots=2, max_batch_rows=5, max_wait_s=0.001)
     values = np.random.default_rng(0).integers(0, 8, 300)
-    futures = [client.send(*range(i, i + int(n))) for i, n in enumerate(values)]
-    for i, (future, n) in enumerate(zip(futures, values, strict=True)):
-        assert answer(future) == [2 * v for v in range(i, i + int(n))]
+    with (
+        Client(engine, slots=2, max_batch_rows=5, max_wait_s=0.001) as client,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        futures = list(
+            pool.map(lambda pair: client.send(*range(pair[0], sum(pair))), enumerate(values))
+        )
+        for i, (future, n) in enumerate(zip(futures, values, strict=True)):
+            assert answer(future) == [2 * v for v in range(i, i + int(n))]
     assert max(map(len, engine.runs)) <= 5
     assert sum(map(len, engine.runs)) == values.sum()
+
+
+def test_after_the_end_nothing_is_run(engine: Doubler) -> None:
+    engine.go.set()
+    with Client(engine) as client:
+        assert answer(client.send(1)) == [2]
+    late = client.send(2)
+    for thread in threading.enumerate():
+        if thread.name.startswith("engine-"):
+            thread.join(WAIT_S)
+    assert not late.done()

@@ -84,7 +84,7 @@ def one_running(
     run = Engine.run
 
     def slow(engine: Any, inputs: Any) -> Any:
-        if len(inputs[0]) == 1:
+        if threading.current_thread().name.startswith("engine-"):  # not while it is loaded
             entered.set()
             assert leave.wait(60)
         return run(engine, inputs)

@@ -1,0 +1,153 @@
+"""Calls without threads, and with threads where this grpcio is another; seen from the wire."""
+
+import inspect
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc import _server
+
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving import arrivals
+from tests.conftest import STATE_DICTS
+from tests.servers import WAIT_S, await_true, served
+from tests.wire import raw_output, raw_request
+
+UNIFORM = STATE_DICTS[0]
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+
+
+@pytest.fixture(params=["without threads", "with threads"])
+def stub(
+    request: pytest.FixtureRequest, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[GRPCInferenceServiceStub]:
+    monkeypatch.setattr(arrivals, "SUPPORTED", request.param == "without threads")
+    with served(repository) as (_, stub):
+        yield stub
+
+
+def request_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("request")]
+
+
+def test_answers_and_errors_are_the_same_either_way(stub: GRPCInferenceServiceStub) -> None:
+    futures = [stub.ModelInfer.future(raw_request(UNIFORM.x[i : i + 1])) for i in range(50)]
+    for i, future in enumerate(futures):
+        found = raw_output(future.result(WAIT_S))
+        np.testing.assert_allclose(found, UNIFORM.y64[i : i + 1], rtol=1e-5, atol=1e-5)
+    for request, code in (
+        (raw_request(UNIFORM.x, "none"), grpc.StatusCode.NOT_FOUND),
+        (raw_request(UNIFORM.x[:, :3]), grpc.StatusCode.INVALID_ARGUMENT),
+    ):
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.ModelInfer(request)
+        assert refused.value.code() is code
+
+
+def test_this_grpcio_needs_no_threads(repository: Path) -> None:
+    assert arrivals.SUPPORTED
+    with served(repository) as (_, stub):
+        stub.ModelInfer(raw_request(UNIFORM.x))
+        assert request_threads() == []
+
+
+def test_where_grpcio_is_another_calls_have_threads(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as changed:
+        changed.setattr(_server, "_status", lambda state: None)
+        assert not arrivals._is_supported()
+    with monkeypatch.context() as changed:
+        changed.delattr(_server, "_RECEIVE_MESSAGE_TOKEN")
+        assert not arrivals._is_supported()
+    monkeypatch.setattr(arrivals, "SUPPORTED", False)
+    with served(repository) as (_, stub):
+        stub.ModelInfer(raw_request(UNIFORM.x))
+        assert request_threads()
+
+
+@pytest.mark.parametrize(
+    ("messages", "code"),
+    [
+        pytest.param([], {"UNIMPLEMENTED"}, id="none"),
+        pytest.param([b"\xff\xff"], {"INVALID_ARGUMENT"}, id="no message"),
+        pytest.param([b""], {"NOT_FOUND"}, id="empty"),
+    ],
+)
+def test_calls_of_another_kind_are_answered(
+    repository: Path, messages: list[bytes], code: set[str]
+) -> None:
+    with served(repository) as (server, stub), grpc.insecure_channel(server.address) as channel:
+        call: Any = channel.stream_unary(METHOD)
+        with pytest.raises(grpc.RpcError) as refused:
+            call(iter(messages), timeout=WAIT_S)
+        assert {refused.value.code().name} == code
+        assert raw_output(stub.ModelInfer(raw_request(UNIFORM.x[:1]))).shape == (1, 3)
+
+
+def test_calls_that_never_send_or_go_away_leave_their_places(repository: Path) -> None:
+    with served(repository, max_requests=4) as (server, stub):
+        for end in ("cancel", "close"):
+            with grpc.insecure_channel(server.address) as channel:
+                hold = threading.Event()
+
+                def silent(hold: threading.Event = hold) -> Iterator[bytes]:
+                    hold.wait(WAIT_S)
+                    yield from ()
+
+                method: Any = channel.stream_unary(METHOD)
+                calls = [method.future(silent()) for _ in range(4)]
+                await_true(lambda: is_refused(stub))
+                if end == "cancel":
+                    for call in calls:
+                        call.cancel()
+                    await_true(lambda: not is_refused(stub))
+                hold.set()
+            await_true(lambda: not is_refused(stub))
+
+
+def is_refused(stub: GRPCInferenceServiceStub) -> bool:
+    error = stub.ModelInfer.future(raw_request(UNIFORM.x[:1])).exception(WAIT_S)
+    assert error is None or error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    return error is not None
+
+
+def test_what_fails_unforeseen_ends_the_call_and_not_the_server(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(repository) as (server, stub):
+        handlers: Any = server._handlers._requests
+        with monkeypatch.context() as broken:
+            broken.setattr(handlers, "_begin", lambda raw, arrival: 1 / 0)
+            with pytest.raises(grpc.RpcError) as failed:
+                stub.ModelInfer(raw_request(UNIFORM.x))
+        assert failed.value.code() is grpc.StatusCode.INTERNAL
+        assert "division" not in str(failed.value.details())
+        stub.ModelInfer(raw_request(UNIFORM.x))
+
+
+def test_an_answer_too_large_for_a_message_is_an_error_of_ours(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(message: Any) -> bytes:
+        raise ValueError("Message exceeds maximum protobuf size of 2GB")
+
+    with served(repository) as (_, stub):
+        with monkeypatch.context() as broken:
+            broken.setattr("serving.service.encode_outputs", lambda *_: fail(None))
+            with pytest.raises(grpc.RpcError) as failed:
+                stub.ModelInfer(raw_request(UNIFORM.x))
+        assert failed.value.code() is grpc.StatusCode.INTERNAL
+        assert raw_output(stub.ModelInfer(raw_request(UNIFORM.x[:1]))).shape == (1, 3)
+
+
+def test_every_private_name_that_is_used_is_looked_at() -> None:
+    source = inspect.getsource(arrivals)
+    used = set(re.findall(r"_server\.(_\w+)", source))
+    assert {"_status", "_receive_message", "_Context"} <= used
+    assert all(f'"{name}"' in source for name in used)
