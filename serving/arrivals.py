@@ -100,6 +100,16 @@ class Arrival:
         self._on_end()
 
 
+def _arrival(
+    rpc_event: Any, state: Any, request_deserializer: Any, on_end: Callable[[], None]
+) -> Arrival:
+    return Arrival(
+        _server._Context(rpc_event, state, request_deserializer),
+        lambda content: _server._status(rpc_event, state, content),
+        on_end,
+    )
+
+
 class _Ended:
     """As much of a future as grpcio asks of one: to be told the end.
 
@@ -111,6 +121,24 @@ class _Ended:
 
     def tell(self) -> None:
         self._callback(self)
+
+
+class Refusals(ThreadPoolExecutor):
+    """What ends calls as soon as they come, before their messages are read.
+
+    Args:
+        refuse: Ends a call; called in gRPC's own thread.
+    """
+
+    def __init__(self, refuse: Callable[[Arrival], None]) -> None:
+        super().__init__(1)  # which starts no thread
+        self._refuse = refuse
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """End a call, in place of running `_unary_response_in_pool`."""
+        _, rpc_event, state, _, _, request_deserializer, _ = args
+        self._refuse(_arrival(rpc_event, state, request_deserializer, lambda: None))
+        return None  # as grpcio does for calls that it refuses itself
 
 
 class Arrivals(ThreadPoolExecutor):
@@ -152,11 +180,7 @@ class Arrivals(ThreadPoolExecutor):
             with state.condition:
                 message, state.request = state.request, None
                 is_missing = message is None and state.client is _server._CLOSED
-            arrival = Arrival(
-                _server._Context(rpc_event, state, request_deserializer),
-                lambda content: _server._status(rpc_event, state, content),
-                on_end,
-            )
+            arrival = _arrival(rpc_event, state, request_deserializer, on_end)
             if message is not None:
                 self._try_to_begin(message, arrival)
             elif is_missing:

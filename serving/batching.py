@@ -19,6 +19,8 @@ from typing import Generic, NamedTuple, TypeVar
 _FORGETTING = 1 / 64
 """The weight of the newest run in what is learned."""
 
+_FULL = 0.95
+
 _TOGETHER_S = 5e-4
 """How long a run may become by taking in requests that need not wait for it. What a run costs
 beside its rows, some 50 us of Python, is nothing to a longer one, and who is in a run gets an
@@ -185,6 +187,15 @@ class Lane(Generic[AnyItem]):
     def rows(self) -> int:
         """Rows in line."""
         return self._rows
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is hardly any room left."""
+        limits = self.limits
+        return (
+            self._rows >= _FULL * limits.max_queue_rows
+            or self._size_bytes >= _FULL * limits.max_queue_bytes
+        )
 
     @property
     def seconds(self) -> float:

@@ -5,7 +5,7 @@ so that nobody ever sees half of a change; a version that a request has found st
 request has its answer. This module knows no folders, no engines and no gRPC.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -50,6 +50,7 @@ class Repository:
     def __init__(self) -> None:
         self._models: Mapping[str, Versions] = MappingProxyType({})
         self._newest: Mapping[str, LoadedModel] = MappingProxyType({})
+        self._served: Sequence[LoadedModel] = ()
 
     @property
     def models(self) -> Mapping[str, Versions]:
@@ -57,9 +58,9 @@ class Repository:
         return self._models
 
     @property
-    def served(self) -> list[LoadedModel]:
+    def served(self) -> Sequence[LoadedModel]:
         """List every version that answers requests."""
-        return [v.model for versions in self._models.values() for v in versions.values() if v.model]
+        return self._served
 
     def replace(self, name: str, versions: Versions) -> None:
         """Replace all that is known of a model at once; with no versions it is unknown.
@@ -75,6 +76,7 @@ class Repository:
         if served:
             newest[name] = served[max(served)]
         self._models, self._newest = MappingProxyType(models), MappingProxyType(newest)
+        self._served = tuple(v.model for of in models.values() for v in of.values() if v.model)
 
     def find(self, name: str, version: str) -> LoadedModel:
         """Find the version that answers a request.

@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from protos import inference_pb2 as pb
 from serving import arrivals
-from serving.arrivals import Arrival, Arrivals
+from serving.arrivals import Arrival, Arrivals, Refusals
 from serving.errors import (
     ControlRefused,
     Expired,
@@ -65,6 +65,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
         counters: Told how every call ended.
         max_requests: Most requests in the server at a time, beside those of streams.
         max_streams: Most streams open at a time.
+        is_full: Tells whether requests are to be refused before they are read.
         retry_after_s: Tells when there will be room again, in seconds.
     """
 
@@ -74,10 +75,12 @@ class RpcHandlers(grpc.GenericRpcHandler):
         counters: Counters,
         max_requests: int,
         max_streams: int,
+        is_full: Callable[[], bool],
         retry_after_s: Callable[[], float],
     ) -> None:
         self._service = service
         self._counters = counters
+        self._is_full = is_full
         self._retry_after_s = retry_after_s
         self._requests: Arrivals | CountingPool = (
             Arrivals(self._begin, max_requests)
@@ -99,15 +102,20 @@ class RpcHandlers(grpc.GenericRpcHandler):
             _Behavior(self._stream, self._streams, experimental_non_blocking=True),
             response_serializer=pb.ModelStreamInferResponse.SerializeToString,
         )
-        # As a stream: before the behavior of a single message gRPC would read the message.
-        self._refusal: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(
-            _Behavior(self._refuse, _Inline())
+        self._refusal: grpc.RpcMethodHandler[Any, Any] = (
+            grpc.unary_unary_rpc_method_handler(_Behavior(None, Refusals(self._refuse)))
+            if arrivals.SUPPORTED
+            # As a stream: before the behavior of a single message gRPC would read the message.
+            else grpc.stream_unary_rpc_method_handler(_Behavior(self._abort, _Inline()))
         )
 
     def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Find what handles a call; called in gRPC's own thread when a call arrives."""
         method = details.method
-        if (method == _INFER and self._requests.full) or (method == _STREAM and self._streams.full):
+        if method == _INFER:
+            if self._requests.full or self._is_full():
+                return self._refusal
+        elif method == _STREAM and self._streams.full:
             return self._refusal
         return self._handlers.get(method)
 
@@ -211,9 +219,16 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self._counters.count_call("ModelStreamInfer", "OK")
         return pb.ModelStreamInferResponse(infer_response=answer)
 
-    def _refuse(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
+    def _refuse(self, arrival: Arrival) -> None:
+        failure = self._no_room()
+        arrival.fail(failure.code, failure.details, failure.trailing)
+
+    def _abort(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
+        self._no_room().end(context)
+
+    def _no_room(self) -> "_Failure":
         error = Overloaded("the server has no room for another call", self._retry_after_s())
-        self._failure("refused", None, error).end(context)
+        return self._failure("refused", None, error)
 
     def _failure(self, method: str, request: Any, error: Exception) -> "_Failure":
         """Find the status of an error, log what the client is not told, and count it."""
@@ -284,14 +299,14 @@ class _Behavior:
     """What a handler calls, with the attributes that gRPC reads: where it runs, and how.
 
     Args:
-        call: The behavior itself.
+        call: The behavior itself; None if the pool does without.
         pool: Where it runs.
         experimental_non_blocking: Whether it sends its responses itself.
     """
 
     def __init__(
         self,
-        call: Callable[..., Any],
+        call: Callable[..., Any] | None,
         pool: ThreadPoolExecutor,
         *,
         experimental_non_blocking: bool = False,
@@ -301,6 +316,7 @@ class _Behavior:
         self.experimental_non_blocking = experimental_non_blocking
 
     def __call__(self, *arguments: Any) -> Any:
+        assert self._call is not None
         return self._call(*arguments)
 
 

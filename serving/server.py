@@ -157,8 +157,19 @@ def running(
             is_ready=lambda: readiness.ready,
             max_message_bytes=loader.max_message_bytes,
         )
+
+        def is_full() -> bool:
+            # Whose requests they are is not known before they are read.
+            served = repository.served
+            return bool(served) and all(model.lane.is_full for model in served)
+
         handlers = RpcHandlers(
-            service, counters, settings.max_requests, settings.max_streams, dispatcher.seconds
+            service,
+            counters,
+            settings.max_requests,
+            settings.max_streams,
+            is_full,
+            dispatcher.seconds,
         )
         cleanup.callback(handlers.shutdown)
         reflection_service = reflection.Reflection((SERVICE, health.SERVICE, reflection.SERVICE))
