@@ -54,12 +54,14 @@ class Target:
         wire: How.
         payload: A file with the message.
         answer_bytes: How long every answer must be; 0 for any length.
+        path: Of the URL, over HTTP.
     """
 
     address: str
     wire: Wire
     payload: str
     answer_bytes: int
+    path: str = HTTP_PATH
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def closed_loop(target: Target, connections: int, seconds: int, cpu: int) -> Clo
         else:
             body.write_bytes(message)
             options = ["--h1", "-H", "content-type: application/octet-stream"]
-            url, size = HTTP_PATH, target.answer_bytes
+            url, size = target.path, target.answer_bytes
         command = ["taskset", "-c", str(cpu), "h2load", "-c", str(connections), "-m", "1"]
         command += [*options, "-d", str(body), f"http://{target.address}{url}", "-D"]
         _h2load([*command, str(_WARM_UP_S)], _WARM_UP_S)  # its own warm-up spoils its sums
@@ -260,7 +262,11 @@ class Unanswered(Exception):
 
 
 def transport(
-    address: str, wire: Wire, payload: bytes, channel: grpc.Channel | None = None
+    address: str,
+    wire: Wire,
+    payload: bytes,
+    channel: grpc.Channel | None = None,
+    path: str = HTTP_PATH,
 ) -> Callable[[], bytes]:
     """Make what asks once and gives the answer, or raises Unanswered.
 
@@ -269,6 +275,7 @@ def transport(
         wire: How to ask.
         payload: The message.
         channel: For gRPC, the connection to take; by default one of its own.
+        path: Of the URL, over HTTP.
     """
     if wire == "grpc":
         call: Any = (channel or connected(address)).unary_unary(METHOD)
@@ -286,7 +293,7 @@ def transport(
     def ask_http() -> bytes:
         headers = {"content-type": "application/octet-stream"}
         try:
-            connection.request("POST", HTTP_PATH, payload, headers)
+            connection.request("POST", path, payload, headers)
             response = connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -320,7 +327,8 @@ def _run(
     count = connections if target.wire == "grpc" else 0
     channels = itertools.cycle([connected(target.address) for _ in range(count)] or [None])
     askers = [
-        transport(target.address, target.wire, payload, next(channels)) for _ in range(threads)
+        transport(target.address, target.wire, payload, next(channels), target.path)
+        for _ in range(threads)
     ]
     for ask in askers[:connections]:
         with suppress(Unanswered):

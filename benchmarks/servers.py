@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.load import Target, Unanswered, Wire, transport
+from benchmarks.load import HTTP_PATH, Target, Unanswered, Wire, transport
 from protos import inference_pb2 as pb
-from serving.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 _RIVALS = Path(__file__).parent / "rivals"
-_ECHOES = ("echo", "echo asyncio")
+_ECHOES = ("echo", "echo 4 threads", "echo asyncio")
 _START_S = 120.0
 _END_S = 30.0
 _LOOK_S = 0.01
@@ -96,6 +95,7 @@ class Contender:
         environment: Its folder at the repository's root; None for our own.
         arguments: What comes after the interpreter.
         rival: Whether it is somebody else's.
+        path: Of the URL, over HTTP.
     """
 
     name: str
@@ -104,6 +104,7 @@ class Contender:
     environment: str | None
     arguments: Callable[[Place], list[str]]
     rival: bool = True
+    path: str = HTTP_PATH
 
     @property
     def python(self) -> Path:
@@ -147,11 +148,19 @@ CONTENDERS: Mapping[str, Contender] = {
     for contender in (
         Contender(
             "echo",
-            "a bare grpcio server, synchronous with as many threads, which parses nothing and "
-            "answers every request with the same bytes: what gRPC in Python costs anyway",
+            "a bare grpcio server, synchronous, with a thread for each connection, which parses "
+            "nothing and answers every request with the same bytes: what gRPC in Python costs",
             "grpc",
             None,
-            _echo("--threads", str(Settings.model_fields["max_requests"].default)),
+            _echo("--threads", "16"),
+            rival=False,
+        ),
+        Contender(
+            "echo 4 threads",
+            "the same with four threads, its fastest",
+            "grpc",
+            None,
+            _echo("--threads", "4"),
             rival=False,
         ),
         Contender(
@@ -181,7 +190,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             "Triton",
             "Triton's own binary with its Python backend, as nvidia-pytriton brings them: CPU, "
-            "gRPC, onnxruntime in the backend",
+            "gRPC, onnxruntime in the backend's process",
             "grpc",
             ".venv-rival-triton",
             _script("triton"),
@@ -195,14 +204,17 @@ CONTENDERS: Mapping[str, Contender] = {
         ),
         Contender(
             "TorchServe",
-            "TorchServe with a handler around onnxruntime",
-            "grpc",
+            "TorchServe with a handler around onnxruntime, HTTP with raw bytes: its gRPC takes "
+            "typed contents alone",
+            "http",
             ".venv-rival-torchserve",
             _script("torchserve"),
+            path="/predictions/digits",
         ),
         Contender(
             "Ray Serve",
-            "Ray Serve's gRPC proxy with our protocol and a deployment around onnxruntime",
+            "Ray Serve with our protocol's servicer around onnxruntime, the replica answering gRPC "
+            "itself",
             "grpc",
             ".venv-rival-ray",
             _script("ray"),
@@ -279,7 +291,7 @@ def started(
         )
         try:
             address = f"127.0.0.1:{place.port}"
-            answer = _await_answer(process, address, contender.wire, payload.read_bytes())
+            answer = _await_answer(process, contender, address, payload.read_bytes())
             start_s = time.perf_counter() - begun
             if answer is None or not (
                 contender.name in _ECHOES or question.is_answered_by(answer, contender.wire)
@@ -287,44 +299,50 @@ def started(
                 log.seek(0)
                 wrong = "no answer" if answer is None else "a wrong answer"
                 raise NotStarted(f"{contender.name} gives {wrong}: {log.read()[-500:]!r}")
-            target = Target(address, contender.wire, str(payload), len(answer))
+            target = Target(address, contender.wire, str(payload), len(answer), contender.path)
             yield Running(target, start_s, process.pid)
         finally:
             _end(process)
 
 
 def _await_answer(
-    process: "subprocess.Popen[bytes]", address: str, wire: Wire, payload: bytes
+    process: "subprocess.Popen[bytes]", contender: Contender, address: str, payload: bytes
 ) -> bytes | None:
     """Ask until there is an answer."""
     end = time.perf_counter() + _START_S
     while time.perf_counter() < end and process.poll() is None:
         with suppress(Unanswered):
-            return transport(address, wire, payload)()
+            return transport(address, contender.wire, payload, path=contender.path)()
         time.sleep(_LOOK_S)
     return None
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Ask a server to end, and make sure that nothing of it is left."""
+    members = _members(process.pid)
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(_END_S)
-    for pid in _members(process.pid):
+    for pid in {*members, *_members(process.pid)}:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def _members(session: int) -> list[int]:
-    """List the processes of a session: those of a server, wherever it put them."""
-    found = []
+def _members(leader: int) -> list[int]:
+    """List the processes of a server: of its session, and whatever those have started."""
+    parents: dict[int, int] = {}
+    found: set[int] = set()
     for entry in Path("/proc").iterdir():
         with suppress(OSError, ValueError):
             pid = int(entry.name)
-            if os.getsid(pid) == session:
-                found.append(pid)
-    return found
+            # The name, in brackets, may hold anything; the parent comes second after it.
+            parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if os.getsid(pid) == leader:
+                found.add(pid)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found)
 
 
 def _pss_kb(pid: int) -> int:

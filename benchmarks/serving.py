@@ -40,6 +40,7 @@ QUICK = Settings(
 )
 """A run of a minute, to see that it runs."""
 
+MODEL = "digits"  # as the rivals call theirs
 _SATURATED = 0.9  # of what was offered
 
 
@@ -51,10 +52,12 @@ def export_model(settings: Settings, folder: Path, seed: int = 0) -> Path:
     """
     torch.manual_seed(seed)
     network = KAN(list(settings.widths), grid_size=settings.grid)
-    torch.save(network.state_dict(), folder / "kan.pt")
+    torch.save(network.state_dict(), folder / f"{MODEL}.pt")
     quiet = Report(Console(file=(folder / "export.log").open("w")))
-    export_checkpoint(folder / "kan.pt", output=folder / "models", activation="silu", report=quiet)
-    return folder / "models" / "kan" / "1"
+    export_checkpoint(
+        folder / f"{MODEL}.pt", output=folder / "models", activation="silu", report=quiet
+    )
+    return folder / "models" / MODEL / "1"
 
 
 def make_question(bundle: Path, columns: int, rows: int) -> Question:

@@ -48,7 +48,7 @@ from benchmarks.servers import (
     kanserve,
     started,
 )
-from benchmarks.serving import export_model, make_question
+from benchmarks.serving import MODEL, export_model, make_question
 from benchmarks.serving_report import Settings, table
 from kan_bundle.manifest import read_manifest, write_manifest
 from protos import inference_pb2 as pb
@@ -144,7 +144,7 @@ def swaps(console: Console, seconds: int, count: int) -> list[str]:
     Returns:
         Lines of Markdown.
     """
-    flags = ["--model-control", "explicit", "--load-models", '["kan"]']
+    flags = ["--model-control", "explicit", "--load-models", json.dumps([MODEL])]
     contender = replace(CONTENDERS["kanserve"], arguments=kanserve(*flags))
     settings = Settings()
     total_s = seconds + 1.5 * _SWAP_EVERY_S * count
@@ -173,7 +173,7 @@ def swaps(console: Console, seconds: int, count: int) -> list[str]:
             ):
                 begun = time.monotonic()
                 (aside / str(version)).rename(first.parent / str(version))
-                stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="kan"))
+                stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=MODEL))
                 windows.append((begun, time.monotonic()))
                 shutil.rmtree(first.parent / str(version - 1))
                 time.sleep(max(0.0, begun + _SWAP_EVERY_S - time.monotonic()))
@@ -244,7 +244,7 @@ class _Tally:
     wrong: int = 0
 
     def ask(self, stub: GRPCInferenceServiceStub, stop: threading.Event) -> None:
-        request = pb.ModelInferRequest.FromString(self.question.message("kan", "grpc"))
+        request = pb.ModelInferRequest.FromString(self.question.message(MODEL, "grpc"))
         while not stop.is_set():
             try:
                 answer = stub.ModelInfer(request)

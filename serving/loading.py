@@ -1,9 +1,15 @@
 """From a folder to a model that is ready: verified, loaded, its golden probes replayed.
 
-This module knows bundles and engines, not gRPC.
+Requests are answered meanwhile, and much of this holds the interpreter's lock, onnxruntime's part
+for a millisecond or two. So it is done in steps, between which requests have the lock, and within
+them Python gives it away as soon as somebody waits for it. This module knows bundles and engines,
+not gRPC.
 """
 
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +22,9 @@ from serving.batching import Lane, Limits
 from serving.dispatch import Arrays, Request
 from serving.engine import Engine
 from serving.grid import Grid
+
+_SWITCH_S = 1e-4
+_BREATH_S = 2e-3  # longer than a request takes
 
 EngineMaker = Callable[[bytes, Manifest, Path], Engine]
 """Makes an engine from verified bytes, what they are, and the folder of the rest."""
@@ -65,7 +74,34 @@ def load_bundle(
             ones.
         EngineError: The model does not run.
     """
+    with _giving_way():
+        return _load(folder, make_engine, limits, count)
+
+
+def breathe() -> None:
+    """Let requests go on for a moment, between two steps of loading."""
+    time.sleep(_BREATH_S)
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """Have threads that wait for the interpreter's lock wait a fiftieth of what they usually do."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _SWITCH_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _load(
+    folder: BundleFolder,
+    make_engine: EngineMaker,
+    limits: Limits,
+    count: Callable[[int, int], None],
+) -> LoadedModel:
     manifest = read_manifest(folder.path)
+    breathe()
     if (manifest.name, manifest.version) != (folder.name, folder.version):
         raise IntegrityError(
             f"{folder.path}: the manifest says model {manifest.name!r} version "
@@ -76,9 +112,11 @@ def load_bundle(
             check_file(folder.path / name, record)
     model = read_checked(folder.path / MODEL_FILE, manifest.files[MODEL_FILE])
     content = read_checked(folder.path / GOLDEN_FILE, manifest.files[GOLDEN_FILE])
+    breathe()
     engine = make_engine(model, manifest, folder.path)
-
+    breathe()
     golden = read_golden(content, manifest.inputs)
+    breathe()
     found = side_by_side(engine.run(golden.inputs))
     if found.shape != golden.outputs.shape:
         raise IntegrityError(

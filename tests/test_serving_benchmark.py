@@ -34,7 +34,7 @@ def test_only_the_models_answer_is_an_answer() -> None:
 
 def test_our_server_and_the_floor_start_and_answer(repository: Path) -> None:
     bundle = repository / UNIFORM.name / "1"
-    for name in ("echo", "echo asyncio", "kanserve", "kanserve standard"):
+    for name in ("echo", "echo 4 threads", "echo asyncio", "kanserve", "kanserve standard"):
         with started(CONTENDERS[name], bundle, QUESTION, "0") as server:
             assert server.start_s > 0
             assert server.memory_mb() > 10
@@ -118,7 +118,7 @@ def test_tables_and_plot_say_what_was_measured(tmp_path: Path) -> None:
     results = Results({"cpu": "one"}, settings, found, {1: 9000.0})
     text = serving_report.render(results)
     assert "| echo | 5,000 (2) |" in text  # the median of the rounds
-    assert "0.90 of the echo server's requests, 0.50 of the engine's 9,000 rows" in text
+    assert "0.90 of echo, 0.50 of the engine's 9,000 rows" in text
     assert "3.0 times MLServer" in text
     assert "| kanserve | 1 / 2 / 3 |" in text
     assert "- Triton: it is not installed" in text
