@@ -50,6 +50,8 @@ _METHODS = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_nam
 _INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
 _CONTROL = ("RepositoryModelLoad", "RepositoryModelUnload")
 _PROBE_THREADS = 2
+_READER_THREADS = 2
+_LARGE_BYTES = 2**17  # of a message that takes a millisecond to read, which is long for one thread
 
 _log = structlog.get_logger()
 
@@ -88,6 +90,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
             else CountingPool(max_requests, "request")
         )
         self._streams = CountingPool(max_streams, "stream")
+        self._readers = ThreadPoolExecutor(_READER_THREADS, "reader")
         self._probes = ThreadPoolExecutor(_PROBE_THREADS, "service")
         self._control = ThreadPoolExecutor(1, "control")
         self._open: set[_Stream] = set()
@@ -129,7 +132,13 @@ class RpcHandlers(grpc.GenericRpcHandler):
 
     def shutdown(self) -> None:
         """Start no more calls."""
-        for pool in (self._requests, self._streams, self._probes, self._control):
+        for pool in (
+            self._requests,
+            self._readers,
+            self._streams,
+            self._probes,
+            self._control,
+        ):
             pool.shutdown(wait=False)
 
     def _unary(self, name: str) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -155,7 +164,13 @@ class RpcHandlers(grpc.GenericRpcHandler):
         )
 
     def _begin(self, raw: bytes, arrival: Arrival) -> None:
-        """Take a request in, without waiting for its answer."""
+        """Take a request in, without holding up gRPC's own thread."""
+        if len(raw) < _LARGE_BYTES:
+            self._start(raw, arrival)
+        else:
+            self._readers.submit(self._start, raw, arrival)
+
+    def _start(self, raw: bytes, arrival: Arrival) -> None:
         request = None
 
         def tell(found: pb.ModelInferResponse | Exception) -> None:

@@ -13,7 +13,7 @@ import pytest
 from grpc import _server
 
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving import arrivals
+from serving import arrivals, service
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
@@ -129,6 +129,24 @@ def test_what_fails_unforeseen_ends_the_call_and_not_the_server(
         assert failed.value.code() is grpc.StatusCode.INTERNAL
         assert "division" not in str(failed.value.details())
         stub.ModelInfer(raw_request(UNIFORM.x))
+
+
+def test_large_messages_do_not_hold_up_grpcs_own_thread(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[str] = []
+    decode = service.decode_inputs
+
+    def watched(request: Any, expected: Any) -> Any:
+        readers.append(threading.current_thread().name)
+        return decode(request, expected)
+
+    monkeypatch.setattr(service, "decode_inputs", watched)
+    with served(repository) as (_, stub):
+        for rows in (1, 2**16):
+            answer = stub.ModelInfer(raw_request(np.zeros((rows, 4), np.float32)))
+            assert raw_output(answer).shape == (rows, 3)
+    assert [name.startswith("reader") for name in readers] == [False, True]
 
 
 def test_an_answer_too_large_for_a_message_is_an_error_of_ours(
