@@ -10,7 +10,7 @@ the message of a `VisibleError`; of anything else it learns only that it was not
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -32,6 +32,7 @@ from serving.errors import (
     VisibleError,
 )
 from serving.metrics import Counters
+from serving.pools import Behavior, CountingPool, Inline
 from serving.service import SERVICE, InferenceService
 
 _STATUS: dict[type[VisibleError], grpc.StatusCode] = {
@@ -102,14 +103,14 @@ class RpcHandlers(grpc.GenericRpcHandler):
             if not method.client_streaming
         }
         self._handlers[_STREAM] = grpc.stream_stream_rpc_method_handler(
-            _Behavior(self._stream, self._streams, experimental_non_blocking=True),
+            Behavior(self._stream, self._streams, experimental_non_blocking=True),
             response_serializer=pb.ModelStreamInferResponse.SerializeToString,
         )
         self._refusal: grpc.RpcMethodHandler[Any, Any] = (
-            grpc.unary_unary_rpc_method_handler(_Behavior(None, Refusals(self._refuse)))
+            grpc.unary_unary_rpc_method_handler(Behavior(None, Refusals(self._refuse)))
             if arrivals.SUPPORTED
             # As a stream: before the behavior of a single message gRPC would read the message.
-            else grpc.stream_unary_rpc_method_handler(_Behavior(self._abort, _Inline()))
+            else grpc.stream_unary_rpc_method_handler(Behavior(self._abort, Inline()))
         )
 
     def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
@@ -159,7 +160,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
 
         pool = self._requests if with_call else self._probes
         return grpc.unary_unary_rpc_method_handler(
-            _Behavior(behavior, self._control if name in _CONTROL else pool),
+            Behavior(behavior, self._control if name in _CONTROL else pool),
             response_serializer=response_type.SerializeToString,
         )
 
@@ -261,78 +262,6 @@ class RpcHandlers(grpc.GenericRpcHandler):
             code, details = grpc.StatusCode.INTERNAL, "internal error; the server's log says more"
         self._counters.count_call(method, code.name)
         return _Failure(code, details, retry_after_s)
-
-
-class CountingPool(ThreadPoolExecutor):
-    """Threads for calls that never wait for one.
-
-    Args:
-        size: How many.
-        name: Of the threads.
-    """
-
-    def __init__(self, size: int, name: str) -> None:
-        super().__init__(size, name)
-        self._size = size
-        self._taken = 0
-        self._lock = threading.Lock()
-
-    @property
-    def full(self) -> bool:
-        """Whether all threads are taken."""
-        return self._taken >= self._size
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Run a call in a thread."""
-        with self._lock:
-            self._taken += 1
-        future = super().submit(fn, *args, **kwargs)
-        future.add_done_callback(self._give_back)
-        return future
-
-    def _give_back(self, _: "Future[Any]") -> None:
-        with self._lock:
-            self._taken -= 1
-
-
-class _Inline(ThreadPoolExecutor):
-    """Runs a call at once, in the thread that it arrives in, which for a refusal is the fastest.
-
-    gRPC takes no other kind of executor.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(1)
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-class _Behavior:
-    """What a handler calls, with the attributes that gRPC reads: where it runs, and how.
-
-    Args:
-        call: The behavior itself; None if the pool does without.
-        pool: Where it runs.
-        experimental_non_blocking: Whether it sends its responses itself.
-    """
-
-    def __init__(
-        self,
-        call: Callable[..., Any] | None,
-        pool: ThreadPoolExecutor,
-        *,
-        experimental_non_blocking: bool = False,
-    ) -> None:
-        self._call = call
-        self.experimental_thread_pool = pool
-        self.experimental_non_blocking = experimental_non_blocking
-
-    def __call__(self, *arguments: Any) -> Any:
-        assert self._call is not None
-        return self._call(*arguments)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server
+from tests.bundles import publish
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, Gate, await_true, gate, served
 from tests.wire import raw_output, raw_request
@@ -85,6 +86,40 @@ def test_what_has_no_room_in_the_queue_is_refused(
         assert all(pushback_ms(error) >= 1 for error in failed)
         assert len(failed) == 4
         assert len(gate.runs) == 5
+
+
+def test_a_full_queue_refuses_before_messages_are_read(
+    repository: Path, tmp_path: Path, gate: Gate
+) -> None:
+    publish(repository / UNIFORM.name / "1", tmp_path / UNIFORM.name, 1)
+    limits = {"max_queue_rows": 1, "max_message_bytes": 2**16}
+    with served(tmp_path, engine_slots=1, **limits) as (server, stub):
+        running = stub.ModelInfer.future(ROW)
+        gate.await_run()
+        waiting = stub.ModelInfer.future(ROW)
+        await_queue(server, rows=1)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.ModelInfer(raw_request(np.zeros((2**13, 4), np.float32)), timeout=WAIT_S)
+        assert pushback_ms(refused.value) >= 1  # who reads it says that it is too large
+        gate.opened.set()
+        for future in (running, waiting):
+            future.result(WAIT_S)
+
+
+def test_a_full_queue_of_one_model_leaves_the_others_theirs(repository: Path, gate: Gate) -> None:
+    other = STATE_DICTS[1]
+    with served(repository, engine_slots=1, max_queue_rows=1) as (server, stub):
+        running = stub.ModelInfer.future(ROW)
+        gate.await_run()
+        waiting = stub.ModelInfer.future(ROW)
+        await_queue(server, rows=1)
+        second = stub.ModelInfer.future(raw_request(other.x[:1], other.name))
+        assert stub.ModelInfer.future(ROW).exception(WAIT_S) is not None
+        gate.opened.set()
+        found = raw_output(second.result(WAIT_S))
+        np.testing.assert_allclose(found, other.y64[:1], **CLOSE)
+        for future in (running, waiting):
+            future.result(WAIT_S)
 
 
 def await_done(futures: list[Any], count: int) -> None:
