@@ -13,7 +13,8 @@ import pytest
 from grpc import _server
 
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving import arrivals, service
+from serving import arrivals
+from serving.tensors import decode_inputs
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
@@ -135,13 +136,12 @@ def test_large_messages_do_not_hold_up_grpcs_own_thread(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers: list[str] = []
-    decode = service.decode_inputs
 
     def watched(request: Any, expected: Any) -> Any:
         readers.append(threading.current_thread().name)
-        return decode(request, expected)
+        return decode_inputs(request, expected)
 
-    monkeypatch.setattr(service, "decode_inputs", watched)
+    monkeypatch.setattr("serving.service.decode_inputs", watched)
     with served(repository) as (_, stub):
         for rows in (1, 2**16):
             answer = stub.ModelInfer(raw_request(np.zeros((rows, 4), np.float32)))
