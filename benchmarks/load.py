@@ -157,7 +157,7 @@ def closed_loop(target: Target, connections: int, seconds: int, cpu: int) -> Clo
         _h2load([*command, str(_WARM_UP_S)], _WARM_UP_S)  # its own warm-up spoils its sums
         done = _h2load([*command, str(seconds), "--log-file", str(log)], seconds)
         requests, data = (
-            re.search(r"(\d+) succeeded", done.stdout),
+            re.search(r"(\d+) done,", done.stdout),
             re.search(r"\((\d+)\) data", done.stdout),
         )
         if not requests or not data or not int(requests[1]):
@@ -252,7 +252,7 @@ def opened(trace: Trace, seconds: float) -> Opened:
     return Opened(
         offered_per_s=len(trace.codes) / seconds,
         per_s=len(ok_ms) / took_s,
-        codes=Counter(trace.codes),
+        codes=dict(Counter(trace.codes)),  # which asdict could not copy
         latencies=latencies_of(ok_ms) if ok_ms else None,
     )
 

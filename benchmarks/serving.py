@@ -119,7 +119,7 @@ def _measure_one(
 
 
 def run(settings: Settings, output: Path, console: Console) -> Results:
-    """Measure, and write serving.json, serving.md and the plot.
+    """Measure, and write serving.json after every server, serving.md and the plot at the end.
 
     Args:
         settings: What to measure.
@@ -129,13 +129,15 @@ def run(settings: Settings, output: Path, console: Console) -> Results:
     machine = describe_machine(1) | {"client": "h2load, grpcio"}
     with tempfile.TemporaryDirectory() as folder:
         bundle = export_model(settings, Path(folder))
-        measured = list(measure(settings, bundle, console))
         engine = {
             rows: rows_per_s(bundle, rows, settings.seconds, settings.server_cpus)
             for rows in settings.rows
         }
-    results = Results(machine, settings, measured, engine)
-    (output / "serving.json").write_text(json.dumps(asdict(results), indent=1) + "\n")
+        measured: list[Measured] = []
+        for one in measure(settings, bundle, console):
+            measured.append(one)
+            results = Results(machine, settings, measured, engine)
+            (output / "serving.json").write_text(json.dumps(asdict(results), indent=1) + "\n")
     (output / "serving.md").write_text(report.render(results) + "\n")
     report.draw(results, output)
     return results
