@@ -159,6 +159,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, line, *rows)]
 
 
+def _counted(rows: int) -> str:
+    return f"{rows:,} row{'s' * (rows > 1)}"
+
+
 def _closed_table(results: Results) -> list[str]:
     def cell(name: str, rows: int) -> str:
         per_s = results.per_s(name, rows)
@@ -166,7 +170,7 @@ def _closed_table(results: Results) -> list[str]:
         return f"{per_s:,.0f} ({p99:.3g})"
 
     sizes = results.settings.rows
-    head = ["server", *(f"{rows:,} row{'s' * (rows > 1)}" for rows in sizes)]
+    head = ["server", *map(_counted, sizes)]
     return table(head, [[name, *(cell(name, rows) for rows in sizes)] for name in results.names])
 
 
@@ -188,7 +192,7 @@ def _ratios(results: Results) -> list[str]:
                 facts.append(f"{ours / echo:.2f} of {floor}")
         facts.append(f"{ours * rows / engine:.2f} of the engine's {engine:,.0f} rows")
         facts += [f"{ours / per_s:.1f} times {name}" for name, per_s in rivals.items()]
-        lines.append(f"- kanserve, {rows:,} rows: {', '.join(facts)}")
+        lines.append(f"- kanserve, {_counted(rows)}: {', '.join(facts)}")
     return lines
 
 
@@ -257,7 +261,6 @@ def draw(results: Results, output: Path) -> None:
     )
     right.set_xticks(results.settings.rows, map(str, results.settings.rows))
     right.minorticks_off()
-    right.legend(loc="lower right", frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
