@@ -25,7 +25,8 @@ benchmark: $(VENV)/benchmarks
 	$(BIN)/python -m benchmarks.engine --output build/benchmark $(BENCHMARK)
 
 # Our server beside others, each in an environment of its own; needs taskset and h2load (Debian's
-# util-linux and nghttp2-client), and two CPUs. BENCHMARK=--quick takes a minute and no others.
+# util-linux and nghttp2-client), Java 17 for TorchServe, and two CPUs. BENCHMARK=--quick takes a
+# minute and no others.
 benchmark-serving: $(VENV)/benchmarks $(if $(findstring --quick,$(BENCHMARK)),,$(RIVALS:%=%/installed))
 	$(BIN)/python -m benchmarks.serving --output build/benchmark $(BENCHMARK)
 
