@@ -45,7 +45,7 @@ def test_who_comes_when_every_place_is_taken_is_refused_at_the_door(
         gate.opened.set()
         for future in taken:
             np.testing.assert_allclose(raw_output(future.result(WAIT_S)), UNIFORM.y64[:1], **CLOSE)
-        assert len(gate.runs) == 2  # what was refused was never run
+        assert sum(map(len, gate.runs)) == 2  # what was refused was never run
         await_true(lambda: stub.ModelInfer.future(ROW).exception(WAIT_S) is None)
 
 
