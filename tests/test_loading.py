@@ -223,7 +223,7 @@ def test_the_newest_version_that_is_ready_answers(tmp_path: Path) -> None:
 
 def test_nothing_ready_is_not_ready(folder: BundleFolder) -> None:
     (folder.path / "manifest.json").unlink()
-    assert everything(folder.path.parent.parent).served == []
+    assert not everything(folder.path.parent.parent).served
 
 
 def test_a_version_folder_without_a_bundle_is_known_and_refused(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ def test_what_is_no_number_makes_the_row_nan(
 
 
 def test_the_closed_form_is_for_equal_steps_and_the_recursion_for_others() -> None:
-    assert choose_form(make_layer()).form == "cardinal"
+    torch.manual_seed(0)
+    # Steps of 1 are exact in float32, so the closed form is far from its limit on any processor.
+    assert choose_form(KANLinear(4, 3, grid_size=4, grid_range=(-2.0, 2.0))).form == "cardinal"
     assert choose_form(make_layer(knots="steps", features=2)).form == "cardinal"
     assert choose_form(make_layer(knots="adapted")).form == "recursion"
     assert choose_form(make_layer(0)).form == "recursion"  # a staircase is exact at its knots
