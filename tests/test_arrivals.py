@@ -93,6 +93,7 @@ def test_calls_of_another_kind_are_answered(
 
 def test_calls_that_never_send_or_go_away_leave_their_places(repository: Path) -> None:
     with served(repository, max_requests=4) as (server, stub):
+        places: Any = server._handlers._requests
         for end in ("cancel", "close"):
             with grpc.insecure_channel(server.address) as channel:
                 hold = threading.Event()
@@ -103,13 +104,15 @@ def test_calls_that_never_send_or_go_away_leave_their_places(repository: Path) -
 
                 method: Any = channel.stream_unary(METHOD)
                 calls = [method.future(silent()) for _ in range(4)]
-                await_true(lambda: is_refused(stub))
+                await_true(lambda: places.full)  # asking would take a place from one of them
+                assert is_refused(stub)
                 if end == "cancel":
                     for call in calls:
                         call.cancel()
-                    await_true(lambda: not is_refused(stub))
+                    await_true(lambda: not places.full)
                 hold.set()
-            await_true(lambda: not is_refused(stub))
+            await_true(lambda: not places.full)
+            assert not is_refused(stub)
 
 
 def is_refused(stub: GRPCInferenceServiceStub) -> bool:
