@@ -1,7 +1,8 @@
 """The dispatcher with real threads, and engines that wait until they are told to go on."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +47,13 @@ class Doubler:
 class Client:
     """Sends requests; each ends in a future."""
 
-    def __init__(self, engine: Doubler, slots: int = 1, **limits: Any) -> None:
+    def __init__(
+        self,
+        engine: Doubler,
+        slots: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        **limits: Any,
+    ) -> None:
         wanted: dict[str, Any] = {
             "max_batch_rows": 4,
             "max_wait_s": 0.0,
@@ -54,7 +61,7 @@ class Client:
             "max_queue_bytes": 10**9,
         }
         self.engine = engine
-        self.dispatcher = Dispatcher(slots)
+        self.dispatcher = Dispatcher(slots, clock)
         self.lane: Lane[Request] = Lane(Limits(**(wanted | limits)))
         self.requests: dict[int, Request] = {}
 
@@ -119,7 +126,7 @@ def test_requests_that_wait_for_company_run_together(engine: Doubler) -> None:
 
 
 def test_requests_that_are_there_together_run_together(engine: Doubler) -> None:
-    with Client(engine) as client:
+    with Client(engine, clock=lambda: 0.0) as client:  # where every run is a short one
         first = client.send(0)
         assert engine.started.acquire(timeout=WAIT_S)
         futures = [client.send(i) for i in range(1, 4)]

@@ -85,7 +85,7 @@ def test_what_has_no_room_in_the_queue_is_refused(
         assert {error.code() for error in failed} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert all(pushback_ms(error) >= 1 for error in failed)
         assert len(failed) == 4
-        assert len(gate.runs) == 5
+        assert sum(map(len, gate.runs)) == 5
 
 
 def test_a_full_queue_refuses_before_messages_are_read(
