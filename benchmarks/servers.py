@@ -24,6 +24,7 @@ from protos import inference_pb2 as pb
 
 ROOT = Path(__file__).parent.parent
 _RIVALS = Path(__file__).parent / "rivals"
+TWO_WORKERS = "kanserve 2 workers"
 _ECHOES = ("echo", "echo 4 threads", "echo asyncio")
 _START_S = 120.0
 _END_S = 30.0
@@ -185,6 +186,14 @@ CONTENDERS: Mapping[str, Contender] = {
             "grpc",
             None,
             kanserve("--fused", "off"),
+            rival=False,
+        ),
+        Contender(
+            TWO_WORKERS,
+            "the same as kanserve with --workers 2",
+            "grpc",
+            None,
+            kanserve("--workers", "2"),
             rival=False,
         ),
         Contender(

@@ -181,6 +181,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`make benchmark-serving` installs the others first, each in its own environment.",
     )
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--widths", nargs="+", type=int, metavar="N", help="of the network")
+    parser.add_argument("--server-cpus", metavar="LIST", help="where servers run, e.g. 0,2-3")
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="rows in a request")
     parser.add_argument(
         "--rates", nargs="+", type=float, metavar="N", help="requests a second, ascending"

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.load import Closed, Opened
-from benchmarks.servers import CONTENDERS
+from benchmarks.servers import CONTENDERS, TWO_WORKERS
 
 # Okabe and Ito's colours, told apart by the colour-blind too; ours is nobody else's.
 STYLES: dict[str, dict[str, object]] = {
@@ -16,6 +16,7 @@ STYLES: dict[str, dict[str, object]] = {
     "echo asyncio": {"color": "#BBBBBB", "linestyle": ":", "marker": None},
     "kanserve": {"color": "#D55E00", "marker": "*", "markersize": 11, "linewidth": 4.0},
     "kanserve standard": {"color": "#D55E00", "marker": "o", "linestyle": ":"},
+    TWO_WORKERS: {"color": "#D55E00", "marker": "d", "linestyle": "--"},
     "Triton": {"color": "#009E73", "marker": "s"},
     "MLServer": {"color": "#0072B2", "marker": "^"},
     "TorchServe": {"color": "#E69F00", "marker": "v"},
@@ -45,7 +46,8 @@ class Settings:
 
     widths: tuple[int, ...] = (64, 64, 64, 10)
     grid: int = 5
-    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    # Two workers on one CPU are one too many.
+    contenders: tuple[str, ...] = tuple(name for name in CONTENDERS if name != TWO_WORKERS)
     rows: tuple[int, ...] = (1, 16, 256, 1024)
     rates: tuple[float, ...] = (250.0, 500.0, 1000.0, 1500.0, 2000.0, 3000.0)
     connections: int = 16

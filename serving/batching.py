@@ -24,7 +24,10 @@ _FULL = 0.95
 _TOGETHER_S = 5e-4
 """How long a run may become by taking in requests that need not wait for it. What a run costs
 beside its rows, some 50 us of Python, is nothing to a longer one, and who is in a run gets an
-answer only when all do."""
+answer only when all do.
+
+It is also how short runs may be that need no second slot: threads that come out of such runs all
+the time wait for Python's lock more than they gain."""
 
 
 class QueueFull(Exception):
@@ -110,6 +113,8 @@ class Batch(Generic[AnyItem]):
 
     lane: "Lane[AnyItem]"
     parts: Sequence[Part[AnyItem]]
+    is_short: bool
+    """Whether it is known to end soon."""
 
     @property
     def rows(self) -> int:
@@ -265,6 +270,7 @@ class Queue(Generic[AnyItem]):
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._free = slots
+        self._short = 0  # runs that will end soon
         self._lanes: deque[Lane[AnyItem]] = deque()  # with somebody in line; the next to take first
 
     @property
@@ -275,6 +281,16 @@ class Queue(Generic[AnyItem]):
     def __bool__(self) -> bool:
         """Whether anybody is in line."""
         return bool(self._lanes)
+
+    @property
+    def is_worth_a_slot(self) -> bool:
+        """Whether another slot should be taken, if there is one, for what is in line.
+
+        It should not where a run that soon ends can be followed by all of it, soon done as well.
+        """
+        return bool(self._lanes) and (
+            not self._short or sum(lane.seconds for lane in self._lanes) > _TOGETHER_S
+        )
 
     def admit(self, lane: Lane[AnyItem], item: AnyItem) -> None:
         """Take in a request that arrives now.
@@ -303,11 +319,14 @@ class Queue(Generic[AnyItem]):
             self._lanes.rotate(-1)
             parts, due = lane.next_parts(now)
             if parts and due <= now:
-                self._free -= 1
                 for part in parts:
                     self._leave(lane, part.item)
                     part.item.started = part.stop
-                return Batch(lane, parts)
+                expected_s = lane.pace.expect(sum(part.rows for part in parts))
+                batch = Batch(lane, parts, is_short=0 < expected_s <= _TOGETHER_S)
+                self._free -= 1
+                self._short += batch.is_short
+                return batch
         return None
 
     def next_due(self, now: float) -> tuple[AnyItem, float] | None:
@@ -329,6 +348,7 @@ class Queue(Generic[AnyItem]):
             seconds: How long it ran; None if it did not.
         """
         self._free += 1
+        self._short -= batch.is_short
         if seconds is not None:
             batch.lane.pace.learn(batch.rows, seconds)
         for part in batch.parts:

@@ -129,7 +129,7 @@ class Dispatcher:
         request = Request(len(inputs[0]), size_bytes, now, deadline, inputs, run, tell)
         with self._news:
             self._queue.admit(lane, request)
-            if self._idle:
+            if self._idle and self._queue.is_worth_a_slot:
                 self._news.notify()
         return request
 
@@ -165,7 +165,7 @@ class Dispatcher:
                 now = self._clock()
                 batch = self._queue.take(now)
                 if batch is not None:
-                    if self._idle and self._queue:
+                    if self._idle and self._queue.is_worth_a_slot:
                         self._news.notify()
                     return batch
                 waiting = self._queue.next_due(now)
@@ -200,9 +200,10 @@ class Dispatcher:
                 if part.stop == request.rows:
                     settled.append((request, _outcome(request)))
                     request.told = True
-            self._queue.end(batch, ended - started if parts else None)
         for request, end in settled:
             request.tell(end)
+        with self._lock:
+            self._queue.end(batch, ended - started if parts else None)
 
 
 def _run(parts: Sequence[Part[Request]]) -> list[Arrays | Exception]:

@@ -132,6 +132,36 @@ def test_slots_bound_what_runs() -> None:
     assert shown(queue.take(1)) == [(b, 0, 1)]
 
 
+def test_what_follows_a_short_run_soon_is_not_worth_another_slot() -> None:
+    queue, lane = Queue[Item](3), Lane[Item](limits(max_batch_rows=100))
+    for rows in (1, 2):
+        lane.pace.learn(rows, 1e-4 + 5e-5 * rows)
+    admitted(queue, lane, item(1))
+    assert queue.is_worth_a_slot  # nothing runs
+    short = queue.take(0)
+    assert short is not None
+    assert not queue.is_worth_a_slot  # nobody is in line
+    admitted(queue, lane, item(1))
+    assert not queue.is_worth_a_slot
+    admitted(queue, lane, item(8))  # together more than half a millisecond
+    assert queue.is_worth_a_slot
+    others = queue.take(0), queue.take(0)
+    admitted(queue, lane, item(1))
+    assert not queue.is_worth_a_slot  # the line is short again
+    for batch in (short, *others):
+        assert batch is not None
+        queue.end(batch, 1e-4)
+    assert queue.is_worth_a_slot
+
+
+def test_what_follows_a_run_of_unknown_length_is_worth_another_slot() -> None:
+    queue, lane = Queue[Item](2), Lane[Item](limits())
+    admitted(queue, lane, item(1))
+    queue.take(0)
+    admitted(queue, lane, item(1))
+    assert queue.is_worth_a_slot
+
+
 def test_lanes_take_turns_and_never_share_a_run() -> None:
     queue, busy, quiet = Queue[Item](1), of_long_runs(), of_long_runs()
     many, one = [item(1) for _ in range(3)], item(1)
