@@ -12,7 +12,7 @@ CPP := $(wildcard kan_ops/*/*.cpp kan_ops/*/*.h kan_ops/*/*.inl)
 OTHER_VENVS := .venv-tritonclient .venv-protobuf7
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo benchmark benchmark-serving test test-full-size fuzz lint format protos clean
+.PHONY: demo benchmark benchmark-serving test test-full-size fuzz fuzz-wire lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -45,6 +45,11 @@ fuzz: $(VENV)/installed
 	$(BIN)/cmake --build build/fuzz --target kan_ops_fuzz --parallel
 	build/fuzz/kan_ops_fuzz $(FUZZ_S)
 
+# A million good and malformed requests, mixed, at a server in a process of its own.
+REQUESTS ?= 1000000
+fuzz-wire: $(VENV)/installed
+	$(BIN)/python -m tests.fuzzing --requests $(REQUESTS)
+
 lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/ruff format --check .
@@ -62,7 +67,7 @@ protos: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt kan_ops/CMakeLists.txt $(CPP)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,examples,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,examples,otel,dev]'
 	@$(BIN)/python -m kan_ops || true
 	touch $@
 

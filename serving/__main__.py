@@ -1,7 +1,7 @@
 """`python -m serving --model-repository DIR`: the command line of the server.
 
-Exit codes: 0 stopped by a signal, 1 refused to start, 2 wrong usage. stdout stays empty; stderr has
-one JSON object a line.
+Exit codes: 0 stopped by a signal, 1 refused to start, 2 wrong usage. stdout stays empty but for
+`--print-config`; stderr has one JSON object a line.
 """
 
 import os
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    given = sys.argv[1:] if argv is None else argv
     listening, stop, stop_now = threading.Event(), threading.Event(), threading.Event()
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
@@ -48,14 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     import structlog
 
     from kan_bundle.errors import BundleError
+    from serving.configuration import as_toml, read_settings
     from serving.errors import StartupError, WrongSetting
     from serving.logs import configure_logging
-    from serving.settings import read_settings
+    from serving.settings import Settings
 
     configure_logging("info")
     log = structlog.get_logger()
     try:
-        settings = read_settings(sys.argv[1:] if argv is None else argv)
+        settings = read_settings(Settings, given)
+        if settings.print_config:
+            print(as_toml(settings, given), end="")
+            return 0
         configure_logging(settings.log_level)
         with _chosen(settings) as server:
             listening.set()

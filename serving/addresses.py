@@ -37,22 +37,23 @@ def joined(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def cannot_listen(host: str, port: int) -> StartupError:
-    """Say that the port for gRPC cannot be had."""
+def cannot_listen(host: str, port: int, use: str) -> StartupError:
+    """Say that the port `--USE-port` cannot be had."""
     return StartupError(
         f"cannot listen on {host}:{port}: the port is taken or the address is not this machine's; "
-        "choose another --grpc-port (0 takes a free one) or --host"
+        f"choose another --{use}-port (0 takes a free one) or --host"
     )
 
 
 @contextmanager
-def held_port(host: str, address: str, port: int) -> Iterator[int]:
+def held_port(host: str, address: str, port: int, use: str) -> Iterator[int]:
     """Hold a port for processes that listen on it together, without listening.
 
     Args:
         host: As it was asked for, to name it in an error.
         address: Its numeric address.
         port: 0 takes a free one.
+        use: What it is for: grpc or health.
 
     Yields:
         The port taken.
@@ -71,7 +72,7 @@ def held_port(host: str, address: str, port: int) -> Iterator[int]:
             shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             shared.bind((address, port))
         except OSError as error:
-            raise cannot_listen(host, port) from error
+            raise cannot_listen(host, port, use) from error
         yield port
 
 
@@ -80,7 +81,7 @@ def announce(settings: Settings, **found: Any) -> None:
 
     Args:
         settings: Of the server.
-        found: The addresses `grpc` and `metrics`, and more for the log.
+        found: The addresses `grpc`, `metrics` and `health`, and more for the log.
 
     Raises:
         StartupError: The file cannot be written.
@@ -88,7 +89,7 @@ def announce(settings: Settings, **found: Any) -> None:
     file = settings.address_file
     if file is not None:
         try:
-            taken = {name: found[name] for name in ("grpc", "metrics")}
+            taken = {name: found[name] for name in ("grpc", "metrics", "health") if found[name]}
             _write_whole(file, json.dumps(taken) + "\n")
         except OSError as error:
             raise StartupError(

@@ -113,6 +113,8 @@ class Batch(Generic[AnyItem]):
 
     lane: "Lane[AnyItem]"
     parts: Sequence[Part[AnyItem]]
+    ready: float
+    """From when on nobody else was waited for, only a slot."""
     is_short: bool
     """Whether it is known to end soon."""
 
@@ -323,7 +325,10 @@ class Queue(Generic[AnyItem]):
                     self._leave(lane, part.item)
                     part.item.started = part.stop
                 expected_s = lane.pace.expect(sum(part.rows for part in parts))
-                batch = Batch(lane, parts, is_short=0 < expected_s <= _TOGETHER_S)
+                ready = -math.inf
+                if lane.limits.max_wait_s:  # if not due, then full, with the last that came
+                    ready = max(due, max(part.item.arrived for part in parts))
+                batch = Batch(lane, parts, ready, is_short=0 < expected_s <= _TOGETHER_S)
                 self._free -= 1
                 self._short += batch.is_short
                 return batch

@@ -35,12 +35,14 @@ class Outcome(NamedTuple):
         outputs: One array per output.
         batch_rows: Rows in the run; in the largest, if there were several.
         queue_s: From arrival to the start of the first run, in seconds.
+        batch_wait_s: Of that, waiting for others to run with.
         compute_s: All runs, in seconds.
     """
 
     outputs: Arrays
     batch_rows: int
     queue_s: float
+    batch_wait_s: float
     compute_s: float
 
 
@@ -61,6 +63,7 @@ class Request(Item):
     told: bool = field(default=False, init=False)
     answers: list[Arrays] = field(default_factory=list, init=False)  # of its parts, in order
     first_run: float = field(default=0.0, init=False)
+    batch_wait_s: float = field(default=0.0, init=False)
     compute_s: float = field(default=0.0, init=False)
     batch_rows: int = field(default=0, init=False)
 
@@ -193,7 +196,9 @@ class Dispatcher:
                     settled.append((request, answer))
                     request.told = True
                     continue
-                request.first_run = request.first_run or started
+                if not request.answers:
+                    request.first_run = started
+                    request.batch_wait_s = max(0.0, batch.ready - request.arrived)
                 request.compute_s += ended - started
                 request.batch_rows = max(request.batch_rows, rows)
                 request.answers.append(answer)
@@ -245,5 +250,6 @@ def _outcome(request: Request) -> Outcome:
         else [np.concatenate(arrays) for arrays in zip(*answers, strict=True)],
         batch_rows=request.batch_rows,
         queue_s=request.first_run - request.arrived,
+        batch_wait_s=request.batch_wait_s,
         compute_s=request.compute_s,
     )

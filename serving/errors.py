@@ -7,11 +7,14 @@ ServingError
 │   ├── ModelNotFound       the caller's: no such model or version
 │   ├── ModelNotReady       the operator's: the model is known and is not served
 │   ├── ControlRefused      the operator's: models are not loaded and unloaded so here
+│   ├── Unauthenticated     the caller's: it has not said who it is, or nobody knows it
+│   ├── Forbidden           the caller's: it is known, and may not do this
 │   ├── Overloaded          more is asked than can be done; says when to ask again
-│   └── Expired             the answer would come after the time the caller gave it
+│   ├── Expired             the answer would come after the time the caller gave it
+│   └── Cancelled           the caller waits no longer
 ├── EngineError           ours, while running; for the log
 └── StartupError          the operator's: the server refuses to start; for the log
-└── WrongSetting        a flag or an environment variable has no usable value
+    └── WrongSetting        a setting has no usable value
 """
 
 
@@ -39,6 +42,14 @@ class ControlRefused(VisibleError):
     """A model cannot be loaded or unloaded, or not in this way."""
 
 
+class Unauthenticated(VisibleError):
+    """A caller has not said who it is, or is not known."""
+
+
+class Forbidden(VisibleError):
+    """A caller is known, and may not do this."""
+
+
 class Overloaded(VisibleError):
     """There is no room for another request.
 
@@ -53,7 +64,11 @@ class Overloaded(VisibleError):
 
 
 class Expired(VisibleError):
-    """The answer would come after the time that the caller gave it, or nobody waits for it."""
+    """The answer would come after the time that the caller gave it."""
+
+
+class Cancelled(VisibleError):
+    """Nobody waits for the answer any longer."""
 
 
 class EngineError(ServingError):
@@ -65,4 +80,4 @@ class StartupError(ServingError):
 
 
 class WrongSetting(StartupError):
-    """A flag or an environment variable has no usable value."""
+    """A setting has no usable value."""

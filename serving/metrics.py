@@ -1,38 +1,126 @@
 """What is counted for Prometheus. This module knows models and their engines, not gRPC."""
 
 import threading
-from collections import Counter
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serving.repository import Repository
 
+REASONS = ("shed", "expired", "cancelled", "invalid", "unavailable", "unauthorised", "failed")
+"""Why a call has no answer."""
+
+_SECONDS = tuple(base * 10**power for power in (-5, -4, -3, -2, -1) for base in (1.0, 2.5, 5.0)) + (
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+_ROWS = tuple(float(4**power) for power in range(9))
+
+
+class Spent(NamedTuple):
+    """What one request took, in seconds.
+
+    Args:
+        request: From the message's arrival to the answer, serialised.
+        queue: Before its first run: with batch_wait, and until there was a slot.
+        batch_wait: Of that, waiting for others to run with.
+        compute: All its runs.
+        serialise: Writing the answer.
+    """
+
+    request: float
+    queue: float
+    batch_wait: float
+    compute: float
+    serialise: float
+
+
+_SPENT = {
+    "request": "Time from the arrival of a request's message to its answer, serialised.",
+    "queue": "Time from the arrival of a request to its first run.",
+    "batch_wait": "Of that, time in which it waited for others to run with.",
+    "compute": "Time in which a request ran, with all that ran with it.",
+    "serialise": "Time in which an answer was written.",
+}
+
+
+class _Histogram:
+    """How many values fell between bounds. prometheus_client's takes ten times as long."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Give what HistogramMetricFamily takes: counts up to each bound, and the sum."""
+        total, found = 0, []
+        bounds = [*(format(bound, "g") for bound in self._bounds), "+Inf"]
+        for bound, count in zip(bounds, self._counts, strict=True):
+            total += count
+            found.append((bound, float(total)))
+        return found, self._sum
+
+
+class _Taken:
+    """The histograms of one model."""
+
+    def __init__(self) -> None:
+        self.rows = _Histogram(_ROWS)
+        self.seconds = [_Histogram(_SECONDS) for _ in Spent._fields]
+
 
 class Counters(Collector):
     """What is counted as it happens, several times in every request: so it is numbers in tables.
 
-    prometheus_client's own counters take ten times as long.
+    prometheus_client's own counters take ten times as long. Nothing that a client names is a label
+    before it is known to exist.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._calls: Counter[tuple[str, str]] = Counter()
+        self._refusals: Counter[str] = Counter()
         self._rows: Counter[str] = Counter()
         self._outside: Counter[str] = Counter()
+        self._taken: defaultdict[str, _Taken] = defaultdict(_Taken)
 
-    def count_call(self, method: str, code: str) -> None:
-        """Count a call by how it ended."""
+    def count_call(self, method: str, code: str, refusal: str | None = None) -> None:
+        """Count a call by how it ended, and why it was refused if it was."""
         with self._lock:
             self._calls[method, code] += 1
+            if refusal is not None:
+                self._refusals[refusal] += 1
 
     def count_rows(self, model: str, rows: int, outside: int) -> None:
         """Count rows that were run, and those of them outside of the model's grid."""
         with self._lock:
             self._rows[model] += rows
             self._outside[model] += outside
+
+    def count_answer(self, method: str, model: str, rows: int, spent: Spent) -> None:
+        """Count a request that was answered."""
+        with self._lock:
+            self._calls[method, "OK"] += 1
+            taken = self._taken[model]
+            taken.rows.add(rows)
+            for histogram, seconds in zip(taken.seconds, spent, strict=True):
+                histogram.add(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """List what Prometheus reads."""
@@ -42,6 +130,12 @@ class Counters(Collector):
             "those refused before they were read have the method `refused`.",
             labels=["method", "code"],
         )
+        refusals = CounterMetricFamily(
+            "kanserve_refusals",
+            "Calls without an answer, by reason: shed (no room), expired, cancelled, invalid, "
+            "unavailable, unauthorised, failed.",
+            labels=["reason"],
+        )
         rows = CounterMetricFamily("kanserve_rows", "Rows that were run.", labels=["model"])
         outside = CounterMetricFamily(
             "kanserve_out_of_grid_rows",
@@ -49,13 +143,26 @@ class Counters(Collector):
             "where its splines are zero.",
             labels=["model"],
         )
+        of_rows = HistogramMetricFamily(
+            "kanserve_request_rows", "Rows in a request that was answered.", labels=["model"]
+        )
+        of_seconds = [
+            HistogramMetricFamily(f"kanserve_{name}_seconds", _SPENT[name], labels=["model"])
+            for name in Spent._fields
+        ]
         with self._lock:
             for labels, count in self._calls.items():
                 calls.add_metric(labels, count)
+            for reason in REASONS:
+                refusals.add_metric([reason], self._refusals[reason])
             for family, counts in ((rows, self._rows), (outside, self._outside)):
                 for model, count in counts.items():
                     family.add_metric([model], count)
-        yield from (calls, rows, outside)
+            for model, taken in self._taken.items():
+                of_rows.add_metric([model], *taken.rows.buckets())
+                for histograms, histogram in zip(of_seconds, taken.seconds, strict=True):
+                    histograms.add_metric([model], *histogram.buckets())
+        yield from (calls, refusals, rows, outside, of_rows, *of_seconds)
 
 
 class ModelCollector(Collector):
@@ -63,10 +170,12 @@ class ModelCollector(Collector):
 
     Args:
         repository: What is served.
+        is_ready: Whether the server takes requests.
     """
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, is_ready: Callable[[], bool]) -> None:
         self._repository = repository
+        self._is_ready = is_ready
 
     def collect(self) -> Iterator[Metric]:
         """List what Prometheus reads."""
@@ -85,7 +194,16 @@ class ModelCollector(Collector):
             "1 for the state that a model version is in: READY, LOADING or UNAVAILABLE.",
             labels=["model", "version", "state", "reason"],
         )
+        waiting = GaugeMetricFamily(
+            "kanserve_queue_rows", "Rows that wait to be run.", labels=["model"]
+        )
+        ready = GaugeMetricFamily(
+            "kanserve_ready", "1 if the server takes requests, 0 before that and while it drains."
+        )
+        ready.add_metric([], float(self._is_ready()))
         for name, versions in self._repository.models.items():
+            served = [version.model for version in versions.values() if version.model is not None]
+            waiting.add_metric([name], sum(model.lane.rows for model in served))
             for number, version in versions.items():
                 states.add_metric([name, str(number), version.state, version.reason], 1)
                 if version.model is not None:
@@ -95,4 +213,4 @@ class ModelCollector(Collector):
                     layers.add_metric([name, str(number), "standard"], standard)
                     for provider, count in version.model.engine.placement.items():
                         nodes.add_metric([name, str(number), provider], count)
-        yield from (layers, nodes, states)
+        yield from (layers, nodes, states, waiting, ready)

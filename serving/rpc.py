@@ -1,60 +1,43 @@
-"""gRPC's side of the service: which thread answers what, and errors to status codes.
+"""gRPC's side of the service: which thread answers what, and who gets no answer.
 
 Requests to run a model have no threads (see arrivals.py), streams have one each. Who comes when
-there are too many is refused at the door: in gRPC's own thread, before the message is read. What
-must be answered however busy the server is has threads of its own.
-
-This is where errors become gRPC status codes, in one table and one place. What a client is told is
-the message of a `VisibleError`; of anything else it learns only that it was not its fault.
+there are too many, or may not come, is refused at the door: in gRPC's own thread, before the
+message is read. What must be answered however busy the server is has threads of its own.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
-import structlog
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from protos import inference_pb2 as pb
 from serving import arrivals
+from serving.access import NOT_ALLOWED, UNKNOWN_CALLER, Access, Group
 from serving.arrivals import Arrival, Arrivals, Refusals
-from serving.errors import (
-    ControlRefused,
-    Expired,
-    InvalidRequest,
-    ModelNotFound,
-    ModelNotReady,
-    Overloaded,
-    VisibleError,
-)
-from serving.metrics import Counters
+from serving.errors import Forbidden, Overloaded, Unauthenticated, VisibleError
+from serving.failures import Failure, failure_of
 from serving.pools import Behavior, CountingPool, Inline
-from serving.service import SERVICE, InferenceService
+from serving.service import SERVICE, Answer, InferenceService
+from serving.telemetry import Record, Telemetry
 
-_STATUS: dict[type[VisibleError], grpc.StatusCode] = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    ModelNotFound: grpc.StatusCode.NOT_FOUND,
-    ModelNotReady: grpc.StatusCode.UNAVAILABLE,
-    ControlRefused: grpc.StatusCode.FAILED_PRECONDITION,
-    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Expired: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-_PUSHBACK = "grpc-retry-pushback-ms"  # when gRPC's own retries are to try again
-_LONGEST_PUSHBACK_MS = 60_000
 _STRICT = ("triton_grpc_error", "true")  # a stream is to end with a status at the first error
 
 _METHODS = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
 _INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
 _CONTROL = ("RepositoryModelLoad", "RepositoryModelUnload")
+_OPEN = ("ServerLive", "ServerReady")  # to everybody, as health is
+_AUTHORIZATION = "authorization"
+_NAMES = ("x509_common_name", "x509_subject_alternative_name")  # in a certificate
 _PROBE_THREADS = 2
 _READER_THREADS = 2
 _LARGE_BYTES = 2**17  # of a message that takes a millisecond to read, which is long for one thread
-
-_log = structlog.get_logger()
 
 
 class RpcHandlers(grpc.GenericRpcHandler):
@@ -65,7 +48,8 @@ class RpcHandlers(grpc.GenericRpcHandler):
 
     Args:
         service: What answers.
-        counters: Told how every call ended.
+        telemetry: Told how every call ended.
+        access: Who may call what; None if everybody may call everything.
         max_requests: Most requests in the server at a time, beside those of streams.
         max_streams: Most streams open at a time.
         is_full: Tells whether requests are to be refused before they are read.
@@ -75,16 +59,22 @@ class RpcHandlers(grpc.GenericRpcHandler):
     def __init__(
         self,
         service: InferenceService,
-        counters: Counters,
+        telemetry: Telemetry,
+        access: Access | None,
         max_requests: int,
         max_streams: int,
         is_full: Callable[[], bool],
         retry_after_s: Callable[[], float],
     ) -> None:
         self._service = service
-        self._counters = counters
+        self._telemetry = telemetry
+        self._access = access
+        self._groups: dict[str, Group] = {
+            f"/{SERVICE}/{name}": "admin" if name in _CONTROL else "inference"
+            for name in _METHODS
+            if name not in _OPEN
+        }
         self._is_full = is_full
-        self._retry_after_s = retry_after_s
         self._requests: Arrivals | CountingPool = (
             Arrivals(self._begin, max_requests)
             if arrivals.SUPPORTED
@@ -100,27 +90,34 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self._handlers = {
             f"/{SERVICE}/{name}": self._unary(name)
             for name, method in _METHODS.items()
-            if not method.client_streaming
+            if not method.client_streaming and name != "ModelInfer"
         }
+        self._handlers[_INFER] = grpc.unary_unary_rpc_method_handler(
+            Behavior(self._infer, self._requests)
+        )
         self._handlers[_STREAM] = grpc.stream_stream_rpc_method_handler(
-            Behavior(self._stream, self._streams, experimental_non_blocking=True),
-            response_serializer=pb.ModelStreamInferResponse.SerializeToString,
+            Behavior(self._stream, self._streams, experimental_non_blocking=True)
         )
-        self._refusal: grpc.RpcMethodHandler[Any, Any] = (
-            grpc.unary_unary_rpc_method_handler(Behavior(None, Refusals(self._refuse)))
-            if arrivals.SUPPORTED
-            # As a stream: before the behavior of a single message gRPC would read the message.
-            else grpc.stream_unary_rpc_method_handler(Behavior(self._abort, Inline()))
+        self._no_room = self._refusing(
+            lambda: Overloaded("the server has no room for another call", retry_after_s())
         )
+        self._not_allowed: dict[type[VisibleError], grpc.RpcMethodHandler[Any, Any]] = {
+            kind: self._refusing(partial(kind, message))
+            for kind, message in ((Unauthenticated, UNKNOWN_CALLER), (Forbidden, NOT_ALLOWED))
+        }
 
     def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Find what handles a call; called in gRPC's own thread when a call arrives."""
         method = details.method
+        if self._access is not None and not self._access.asks_for_certificates:
+            error = self._refusal(method, details.invocation_metadata, frozenset())
+            if error is not None:
+                return self._not_allowed[type(error)]
         if method == _INFER:
             if self._requests.full or self._is_full():
-                return self._refusal
+                return self._no_room
         elif method == _STREAM and self._streams.full:
-            return self._refusal
+            return self._no_room
         return self._handlers.get(method)
 
     def close(self) -> None:
@@ -146,59 +143,83 @@ class RpcHandlers(grpc.GenericRpcHandler):
         request_type = GetMessageClass(_METHODS[name].input_type)
         response_type = GetMessageClass(_METHODS[name].output_type)
         method = getattr(self._service, name)
-        with_call = name == "ModelInfer"
+        counters = self._telemetry.counters
 
         def behavior(raw: bytes, context: grpc.ServicerContext) -> Message:
             request = None
             try:
+                self._admit(name, context)
                 request = request_type.FromString(raw)
-                response: Message = method(request, context) if with_call else method(request)
+                response: Message = method(request)
             except Exception as error:
-                self._failure(name, request, error).end(context)
-            self._counters.count_call(name, "OK")
+                failure = failure_of(name, request, error)
+                counters.count_call(name, failure.code.name, failure.reason)
+                failure.end(context)
+            counters.count_call(name, "OK")
             return response
 
-        pool = self._requests if with_call else self._probes
         return grpc.unary_unary_rpc_method_handler(
-            Behavior(behavior, self._control if name in _CONTROL else pool),
+            Behavior(behavior, self._control if name in _CONTROL else self._probes),
             response_serializer=response_type.SerializeToString,
         )
 
     def _begin(self, raw: bytes, arrival: Arrival) -> None:
         """Take a request in, without holding up gRPC's own thread."""
+        record = self._telemetry.begin("ModelInfer", arrival.context)
         if len(raw) < _LARGE_BYTES:
-            self._start(raw, arrival)
+            self._start(raw, arrival, record)
         else:
-            self._readers.submit(self._start, raw, arrival)
+            self._readers.submit(self._start, raw, arrival, record)
 
-    def _start(self, raw: bytes, arrival: Arrival) -> None:
+    def _start(self, raw: bytes, arrival: Arrival, record: Record) -> None:
         request = None
 
-        def tell(found: pb.ModelInferResponse | Exception) -> None:
+        def tell(found: Answer | Exception) -> None:
             try:
                 if not isinstance(found, Exception):
-                    content = found.SerializeToString()
-                    self._counters.count_call("ModelInfer", "OK")
-                    arrival.answer(content)
+                    arrival.answer(_written(found, record))
                     return
             except Exception as error:  # an answer of more than 2 GB
                 found = error
-            failure = self._failure("ModelInfer", request, found)
+            failure = failure_of("ModelInfer", request, found)
+            record.failed(failure, request)
             arrival.fail(failure.code, failure.details, failure.trailing)
 
         try:
+            self._admit("ModelInfer", arrival.context)
             request = pb.ModelInferRequest.FromString(raw)
             self._service.start_infer(request, arrival, tell)
         except Exception as error:
             tell(error)
 
+    def _infer(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
+        """Answer a request in a thread of its own."""
+        record = self._telemetry.begin("ModelInfer", context)
+        request = None
+        try:
+            self._admit("ModelInfer", context)
+            request = pb.ModelInferRequest.FromString(raw)
+            return _written(self._service.infer(request, context), record)
+        except Exception as error:
+            failure = failure_of("ModelInfer", request, error)
+            record.failed(failure, request)
+            failure.end(context)
+
     def _stream(
         self,
         requests: Iterator[bytes],
         context: grpc.ServicerContext,
-        send: Callable[[Message | None], None],
+        send: Callable[[bytes | None], None],
     ) -> None:
         """Answer the requests of a stream one by one; gRPC reads none before it is asked for."""
+        try:
+            self._admit("ModelStreamInfer", context)
+        except VisibleError as error:
+            failure = failure_of("ModelStreamInfer", None, error)
+            self._telemetry.counters.count_call(
+                "ModelStreamInfer", failure.code.name, failure.reason
+            )
+            failure.end(context)
         strict = _STRICT in {(key, value) for key, value in context.invocation_metadata()}
         stream = _Stream(context, send)
         with self._lock:
@@ -219,71 +240,81 @@ class RpcHandlers(grpc.GenericRpcHandler):
             with self._lock:
                 self._open.discard(stream)
 
-    def _stream_response(
-        self, raw: bytes, stream: "_Stream", *, strict: bool
-    ) -> pb.ModelStreamInferResponse:
+    def _stream_response(self, raw: bytes, stream: "_Stream", *, strict: bool) -> bytes:
+        record = self._telemetry.begin("ModelStreamInfer", stream.context)
         request = None
         try:
             request = pb.ModelInferRequest.FromString(raw)
-            answer = self._service.ModelInfer(request, stream)
+            return _written(self._service.infer(request, stream), record, in_stream=True)
         except Exception as error:
-            failure = self._failure("ModelStreamInfer", request, error)
+            failure = failure_of("ModelStreamInfer", request, error)
+            record.failed(failure, request)
             if strict:
                 failure.end(stream.context)
-            answer = pb.ModelInferResponse(id=request.id if request else "")
-            return pb.ModelStreamInferResponse(error_message=failure.details, infer_response=answer)
-        self._counters.count_call("ModelStreamInfer", "OK")
-        return pb.ModelStreamInferResponse(infer_response=answer)
+            empty = pb.ModelInferResponse(id=request.id if request else "")
+            return pb.ModelStreamInferResponse(
+                error_message=failure.details, infer_response=empty
+            ).SerializeToString()
 
-    def _refuse(self, arrival: Arrival) -> None:
-        failure = self._no_room()
-        arrival.fail(failure.code, failure.details, failure.trailing)
+    def _admit(self, name: str, context: grpc.ServicerContext) -> None:
+        """Let a caller in; the door has not seen its certificate.
 
-    def _abort(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
-        self._no_room().end(context)
+        Raises:
+            Unauthenticated: It has not said who it is, or is not known.
+            Forbidden: It may not call this.
+        """
+        if self._access is None:
+            return
+        found: Any = context.auth_context()  # lists of bytes by key, whatever its types say
+        names = {name.decode(errors="replace") for key in _NAMES for name in found.get(key, ())}
+        error = self._refusal(f"/{SERVICE}/{name}", context.invocation_metadata(), names)
+        if error is not None:
+            raise error
 
-    def _no_room(self) -> "_Failure":
-        error = Overloaded("the server has no room for another call", self._retry_after_s())
-        return self._failure("refused", None, error)
+    def _refusal(
+        self, method: str, metadata: Iterable[tuple[str, Any]], names: Set[str]
+    ) -> VisibleError | None:
+        """Tell why a caller is not let in; None if it is."""
+        group = self._groups.get(method)
+        if self._access is None or group is None:
+            return None
+        sent = [value for key, value in metadata if key == _AUTHORIZATION]
+        return self._access.refusal(group, sent[0] if len(sent) == 1 else None, names)
 
-    def _failure(self, method: str, request: Any, error: Exception) -> "_Failure":
-        """Find the status of an error, log what the client is not told, and count it."""
-        retry_after_s = None
-        if isinstance(error, DecodeError):
-            code = grpc.StatusCode.INVALID_ARGUMENT
-            expected = _METHODS[method].input_type.full_name
-            details = f"expected {expected}, found no such message"
-        elif isinstance(error, VisibleError):
-            code, details = _STATUS[type(error)], str(error)
-            if isinstance(error, Overloaded):
-                retry_after_s = error.retry_after_s
-        else:
-            _log.error("request_failed", method=method, **_identity(request), exc_info=error)
-            code, details = grpc.StatusCode.INTERNAL, "internal error; the server's log says more"
-        self._counters.count_call(method, code.name)
-        return _Failure(code, details, retry_after_s)
+    def _refusing(self, error: Callable[[], VisibleError]) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Make a handler that ends every call before its message is read.
+
+        Args:
+            error: Makes what it ends with.
+        """
+
+        def failure() -> Failure:
+            found = failure_of("refused", None, error())
+            self._telemetry.counters.count_call("refused", found.code.name, found.reason)
+            return found
+
+        def refuse(arrival: Arrival) -> None:
+            found = failure()
+            arrival.fail(found.code, found.details, found.trailing)
+
+        def abort(requests: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
+            failure().end(context)
+
+        if arrivals.SUPPORTED:
+            return grpc.unary_unary_rpc_method_handler(Behavior(None, Refusals(refuse)))
+        # As a stream: before the behavior of a single message gRPC would read the message.
+        return grpc.stream_unary_rpc_method_handler(Behavior(abort, Inline()))
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """How a call ends that has no answer."""
-
-    code: grpc.StatusCode
-    details: str
-    retry_after_s: float | None
-
-    @property
-    def trailing(self) -> tuple[tuple[str, str], ...]:
-        """Metadata to go with it."""
-        if self.retry_after_s is None:
-            return ()
-        pushback = min(max(1, round(self.retry_after_s * 1000)), _LONGEST_PUSHBACK_MS)
-        return ((_PUSHBACK, str(pushback)),)
-
-    def end(self, context: grpc.ServicerContext) -> NoReturn:
-        context.set_trailing_metadata(self.trailing)
-        context.abort(self.code, self.details)
-        raise AssertionError("abort returned")  # it never does
+def _written(answer: Answer, record: Record, *, in_stream: bool = False) -> bytes:
+    """Write an answer, and tell that a request has it."""
+    start = time.perf_counter()
+    message: Message = answer.response
+    if in_stream:
+        message = pb.ModelStreamInferResponse(infer_response=answer.response)
+    content = message.SerializeToString()
+    record.answered(answer, time.perf_counter() - start)
+    return content
 
 
 @dataclass(eq=False)
@@ -291,7 +322,7 @@ class _Stream:
     """A stream that is open, and the `Call` of each of its requests in turn."""
 
     context: grpc.ServicerContext
-    send: Callable[[Message | None], None]
+    send: Callable[[bytes | None], None]
     busy: threading.Lock = field(default_factory=threading.Lock)
     ended: bool = False
     given_up: Callable[[], None] | None = None
@@ -318,10 +349,3 @@ class _Stream:
                     self.send(None)
             finally:
                 self.busy.release()
-
-
-def _identity(request: Any) -> dict[str, str]:
-    """Say which request it was, for the log."""
-    if not isinstance(request, pb.ModelInferRequest):
-        return {}
-    return {"model": request.model_name, "version": request.model_version, "id": request.id[:128]}

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import grpc
+import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
@@ -22,6 +23,7 @@ from kan_bundle.errors import IntegrityError
 from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest
 from serving import addresses, exposition, health, metrics, reflection, runtime
+from serving.access import Access
 from serving.control import Keeper, polling
 from serving.dispatch import Dispatcher
 from serving.engine import Engine, EngineOptions
@@ -38,9 +40,15 @@ from serving.service import (
     fitting_message_bytes,
     fitting_rows,
 )
-from serving.settings import Settings
+from serving.settings import Settings, is_own
+from serving.telemetry import Telemetry
+from serving.tls import server_credentials
+from serving.tracing import Tracing
+
+_log = structlog.get_logger()
 
 _LOOK_S = 0.05
+_SIGN_OF_LIFE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Server:
     Attributes:
         address: Host and port taken.
         metrics_address: The same, for Prometheus; empty in a worker, which is asked otherwise.
+        health_address: The same, for health alone; empty if that has no port of its own.
         repository: What is served.
         keeper: Loads and unloads it.
         registry: What there is to be scraped.
@@ -58,6 +67,7 @@ class Server:
 
     address: str
     metrics_address: str
+    health_address: str
     repository: Repository
     keeper: Keeper
     registry: CollectorRegistry
@@ -78,6 +88,7 @@ class Server:
             self._settings,
             grpc=self.address,
             metrics=self.metrics_address,
+            health=self.health_address,
             ready=self.readiness.ready,
         )
 
@@ -123,6 +134,7 @@ def running(
     """
     runtime.prepare(settings.provider)
     address = addresses.resolve(settings.host)
+    access = None if settings.access is None else Access(settings.access)
     with ExitStack() as cleanup:
         repository = Repository()
         readiness = readiness or Readiness()
@@ -146,7 +158,7 @@ def running(
             )
 
         registry = CollectorRegistry()
-        registry.register(metrics.ModelCollector(repository))
+        registry.register(metrics.ModelCollector(repository, lambda: readiness.ready))
         registry.register(counters)
         dispatcher = cleanup.enter_context(Dispatcher(_slots(settings)))
         service = InferenceService(
@@ -163,9 +175,16 @@ def running(
             served = repository.served
             return bool(served) and all(model.lane.is_full for model in served)
 
+        if access is not None and settings.tls_cert is None and not is_own(settings.host):
+            _log.warning("tokens_in_clear", remedy="--tls-cert and --tls-key, or a proxy with TLS")
+        tracing = None
+        if settings.otlp_endpoint is not None:
+            tracing = Tracing(settings.otlp_endpoint, settings.trace_share)
+            cleanup.callback(tracing.close)
         handlers = RpcHandlers(
             service,
-            counters,
+            Telemetry(counters, tracing, log_requests=settings.log_requests == "on"),
+            access,
             settings.max_requests,
             settings.max_streams,
             is_full,
@@ -178,20 +197,17 @@ def running(
         grpc_server = grpc.server(
             ThreadPoolExecutor(1, "other"),  # every handler of ours brings its own
             handlers=[handlers],
-            options=[
-                ("grpc.max_receive_message_length", loader.max_message_bytes),
-                ("grpc.max_send_message_length", -1),
-                # Of one process, a port in use is an error, not a port shared.
-                ("grpc.so_reuseport", int(several)),
-            ],
+            options=_options(settings, loader.max_message_bytes),
         )
         health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection_service, grpc_server)
+        health_address = cleanup.enter_context(_plain_health(health_service, address, settings))
         server = Server(
             _bind(grpc_server, address, settings),
             ""
             if several
             else cleanup.enter_context(exposition.served(registry, address, settings.metrics_port)),
+            health_address,
             repository,
             keeper,
             registry,
@@ -279,10 +295,63 @@ def _load_at_start(settings: Settings, keeper: Keeper) -> None:
     keeper.refresh()
 
 
+def _options(settings: Settings, max_message_bytes: int) -> list[tuple[str, int]]:
+    """Write limits as gRPC takes them."""
+    options = {
+        "grpc.max_receive_message_length": max_message_bytes,
+        "grpc.max_send_message_length": -1,
+        # Of one process, a port in use is an error, not a port shared.
+        "grpc.so_reuseport": int(settings.workers > 1),
+        "grpc.max_concurrent_streams": settings.max_connection_calls,
+        "grpc.max_metadata_size": settings.max_metadata_bytes,
+        "grpc.absolute_max_metadata_size": settings.max_metadata_bytes,
+        "grpc.max_connection_idle_ms": _ms(settings.max_connection_idle_s),
+        "grpc.keepalive_time_ms": _ms(settings.keepalive_s),
+        "grpc.keepalive_timeout_ms": _ms(_SIGN_OF_LIFE_S),
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.http2.min_ping_interval_without_data_ms": _ms(settings.min_ping_interval_s),
+    }
+    if settings.max_connection_age_s is not None:
+        options["grpc.max_connection_age_ms"] = _ms(settings.max_connection_age_s)
+        options["grpc.max_connection_age_grace_ms"] = _ms(settings.grace_s)
+    return list(options.items())
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+@contextmanager
+def _plain_health(service: health.HealthService, address: str, settings: Settings) -> Iterator[str]:
+    """Answer health alone at a port without TLS, if there is to be one; give where."""
+    if settings.health_port is None:
+        yield ""
+        return
+    options = [("grpc.so_reuseport", int(settings.workers > 1))]
+    server = grpc.server(ThreadPoolExecutor(1, "other"), options=options)
+    health_pb2_grpc.add_HealthServicer_to_server(service, server)
+    try:
+        port = server.add_insecure_port(addresses.joined(address, settings.health_port))
+    except RuntimeError as error:
+        raise addresses.cannot_listen(settings.host, settings.health_port, "health") from error
+    server.start()
+    try:
+        yield addresses.joined(address, port)
+    finally:
+        server.stop(None).wait()
+
+
 def _bind(grpc_server: grpc.Server, address: str, settings: Settings) -> str:
     """Take the port for gRPC."""
+    where = addresses.joined(address, settings.grpc_port)
     try:
-        port = grpc_server.add_insecure_port(addresses.joined(address, settings.grpc_port))
+        if settings.tls_cert is None or settings.tls_key is None:
+            port = grpc_server.add_insecure_port(where)
+        else:
+            credentials = server_credentials(
+                settings.tls_cert, settings.tls_key, settings.tls_client_ca
+            )
+            port = grpc_server.add_secure_port(where, credentials)
     except RuntimeError as error:
-        raise addresses.cannot_listen(settings.host, settings.grpc_port) from error
+        raise addresses.cannot_listen(settings.host, settings.grpc_port, "grpc") from error
     return addresses.joined(address, port)

@@ -6,7 +6,7 @@ wanted; what goes wrong is raised as an error of serving/errors.py.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kan_bundle import __version__
 from kan_bundle.layout import MODEL_FILE
@@ -16,6 +16,7 @@ from protos import model_config_pb2 as config_pb
 from serving.batching import QueueFull, TooLate
 from serving.dispatch import Abandoned, Dispatcher, Outcome
 from serving.errors import (
+    Cancelled,
     ControlRefused,
     Expired,
     InvalidRequest,
@@ -54,6 +55,24 @@ class Call(Protocol):
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         """Have something called when the call has ended; tell whether it has not yet."""
+
+
+class Answer(NamedTuple):
+    """The answer to a request, and how it came about.
+
+    Args:
+        response: What the client is sent.
+        model: Name of the model.
+        version: Of the model.
+        rows: Of the request.
+        outcome: Of its runs.
+    """
+
+    response: pb.ModelInferResponse
+    model: str
+    version: int
+    rows: int
+    outcome: Outcome
 
 
 class ModelControl(Protocol):
@@ -154,11 +173,11 @@ class InferenceService:
             )
         return pb.ModelConfigResponse(config=config)
 
-    def ModelInfer(self, request: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
-        """Run some rows, and wait for the answer."""
-        end: Future[pb.ModelInferResponse] = Future()
+    def infer(self, request: pb.ModelInferRequest, call: Call) -> Answer:
+        """Run some rows, and wait for the answer; `start_infer` does not wait."""
+        end: Future[Answer] = Future()
 
-        def tell(found: pb.ModelInferResponse | Exception) -> None:
+        def tell(found: Answer | Exception) -> None:
             if isinstance(found, Exception):
                 end.set_exception(found)
             else:
@@ -171,9 +190,9 @@ class InferenceService:
         self,
         request: pb.ModelInferRequest,
         call: Call,
-        tell: Callable[[pb.ModelInferResponse | Exception], None],
+        tell: Callable[[Answer | Exception], None],
     ) -> None:
-        """Have some rows run.
+        """Have some rows run, as ModelInfer does.
 
         Args:
             request: As it came.
@@ -188,7 +207,7 @@ class InferenceService:
         chosen = choose_outputs(request, model.manifest.outputs)
         details = _wants_details(request)
 
-        def respond(outcome: Outcome) -> pb.ModelInferResponse:
+        def respond(outcome: Outcome) -> Answer:
             manifest = model.manifest
             response = pb.ModelInferResponse(
                 model_name=manifest.name, model_version=str(manifest.version), id=request.id
@@ -200,13 +219,15 @@ class InferenceService:
                 if model.grid is not None:
                     outside = model.grid.count_outside(inputs)
                     response.parameters["out_of_grid_rows"].int64_param = outside
-            return response
+            return Answer(response, manifest.name, manifest.version, len(inputs[0]), outcome)
 
         def end(found: Outcome | Exception) -> None:
             if isinstance(found, Abandoned):
-                tell(Expired("the deadline has passed, or the call was cancelled"))
+                left_s = call.time_remaining()
+                late = left_s is not None and left_s <= 0
+                tell(Expired("the deadline has passed") if late else Cancelled("cancelled"))
                 return
-            told: pb.ModelInferResponse | Exception
+            told: Answer | Exception
             try:
                 told = respond(found) if isinstance(found, Outcome) else found
             except Exception as error:  # ours; it must not end the thread that runs everything

@@ -1,18 +1,23 @@
-"""Every setting of the server, once: flags and environment variables derive from this class.
+"""Every setting of the server, once: flags, environment and file derive from this class.
 
-A flag `--grpc-port` is also `KANSERVE_GRPC_PORT`; a flag wins over the environment, which wins
-over the default. Units are in the names.
+A flag `--grpc-port` is also `KANSERVE_GRPC_PORT` and `grpc_port` in a TOML file. Units are in the
+names. configuration.py reads them.
 """
 
-from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from serving.batching import Limits
-from serving.errors import WrongSetting
+from serving.configuration import PREFIX, ConfigFile
 from serving.policy import Control, parse_policy
 from serving.runtime import Fused, Provider
 
@@ -51,7 +56,7 @@ class Settings(BaseSettings):
     """Serve every bundle of a model repository over gRPC."""
 
     model_config = SettingsConfigDict(
-        env_prefix="KANSERVE_",
+        env_prefix=PREFIX,
         cli_prog_name="python -m serving",
         cli_kebab_case=True,
         cli_hide_none_type=True,
@@ -62,6 +67,14 @@ class Settings(BaseSettings):
         extra="forbid",
     )
 
+    config: Path | None = Field(
+        None,
+        description="TOML file of settings, named as in the environment, in lower case and without "
+        "the prefix; flags and environment win over it",
+    )
+    print_config: CliImplicitFlag[bool] = Field(
+        False, description="print every setting as TOML, with where it comes from, and end"
+    )
     model_repository: Path = Field(description="folder of MODEL/VERSION/ bundles")
     version_policy: Annotated[str, AfterValidator(_policy)] = Field(
         "latest:1",
@@ -85,6 +98,25 @@ class Settings(BaseSettings):
     )
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         8002, description="port for Prometheus, at /metrics; 0 takes a free one"
+    )
+    health_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None,
+        description="another port for grpc.health.v1 alone, never with TLS, for probes that know "
+        "none; 0 takes a free one",
+    )
+    tls_cert: Path | None = Field(
+        None,
+        description="certificate chain of the server, PEM; with it and tls_key, gRPC is TLS alone. "
+        "All three files are read again when they change",
+    )
+    tls_key: Path | None = Field(None, description="its private key, PEM")
+    tls_client_ca: Path | None = Field(
+        None, description="certificates, PEM, one of which must have signed a client's"
+    )
+    access: Path | None = Field(
+        None,
+        description="TOML file of who may call what: tables [inference] and [admin] with "
+        "tokens_sha256, certificates or anyone; read again when it changes",
     )
     provider: Provider = Field("cpu", description="where models run")
     fused: Fused = Field(
@@ -122,6 +154,27 @@ class Settings(BaseSettings):
     max_streams: Annotated[int, Field(ge=1, le=4096)] = Field(
         64, description="streams open at a time, each in a thread of its own"
     )
+    max_connection_calls: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
+        1024, description="calls under way on one connection; a client keeps more to itself"
+    )
+    max_metadata_bytes: Annotated[int, Field(ge=1024, le=2**24)] = Field(
+        16_384, description="largest metadata of a call"
+    )
+    max_connection_age_s: Annotated[float, Field(gt=0, le=_DAY_S)] | None = Field(
+        None,
+        description="ask clients to connect anew after so long, give or take a tenth, so that they "
+        "find servers that have come since; never by default",
+    )
+    max_connection_idle_s: Annotated[float, Field(gt=0, le=_DAY_S)] = Field(
+        3600.0, description="close a connection without calls after so long"
+    )
+    keepalive_s: Annotated[float, Field(ge=1, le=_DAY_S)] = Field(
+        60.0, description="ask a silent connection for a sign of life after so long"
+    )
+    min_ping_interval_s: Annotated[float, Field(ge=0.01, le=_DAY_S)] = Field(
+        20.0,
+        description="clients may ask so often; who does more often is cut off",
+    )
     engine_threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         1, description="threads that one run of a model may use"
     )
@@ -148,6 +201,15 @@ class Settings(BaseSettings):
         description="other limits for a model, as JSON: "
         '\'{"digits": {"max_batch_rows": 256, "max_wait_ms": 2}}\'',
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="where traces are sent, by OTLP over gRPC: http://HOST:4317, https for TLS; "
+        "none are by default",
+    )
+    trace_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        description="share of requests that are traced when their caller does not say whether",
+    )
     drain_s: Annotated[float, Field(ge=0, le=_DAY_S)] = Field(
         0.5,
         description="after SIGTERM, seconds between turning readiness off and taking no more "
@@ -160,6 +222,35 @@ class Settings(BaseSettings):
         "info", description="least severe event that is logged"
     )
 
+    log_requests: Switch = Field(
+        "off", description="log every request: id, model, rows, status, where its time went"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Name where values come from, the strongest first; flags come before all."""
+        return init_settings, env_settings, ConfigFile(settings_cls)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key: expected both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca: expected --tls-cert and --tls-key with it")
+        if self.model_control == "explicit" and self.access is None and not is_own(self.host):
+            raise ValueError(
+                "--model-control explicit lets clients load and unload models: where others reach "
+                f"it ({self.host}), it needs --access with a table [admin]"
+            )
+        return self
+
     def limits_of(self, model: str) -> Limits:
         """Tell what the requests of a model may ask for."""
         own = self.model_limits.get(model, ModelLimits())
@@ -171,28 +262,9 @@ class Settings(BaseSettings):
         return Limits(rows, wait_ms / 1000, queue_rows, queue_bytes)
 
 
-def read_settings(argv: Sequence[str]) -> Settings:
-    """Take the settings from flags and environment.
-
-    Args:
-        argv: Arguments after the program's name.
-
-    Raises:
-        WrongSetting: A value is missing or wrong; the message names it.
-        SystemExit: A flag is unknown, or help was asked for.
-    """
+def is_own(host: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
-        return Settings(_cli_parse_args=list(argv))
-    except ValidationError as error:
-        faults = [
-            f"{_both_names(fault['loc'])}: {fault['msg']}"
-            for fault in error.errors(include_url=False, include_input=False)
-        ]
-        raise WrongSetting("; ".join(faults)) from error
-    except SettingsError as error:
-        raise WrongSetting(str(error)) from error
-
-
-def _both_names(location: tuple[int | str, ...]) -> str:
-    field = str(location[0]) if location else "settings"
-    return f"--{field.replace('_', '-')} (KANSERVE_{field.upper()})"
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

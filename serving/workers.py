@@ -240,15 +240,22 @@ class KeptServer:
         workers: They serve.
         address: Host and port taken.
         metrics_address: The same, for Prometheus.
+        health_address: The same, for health alone; empty if that has no port of its own.
     """
 
     def __init__(
-        self, settings: Settings, workers: Workers, address: str, metrics_address: str
+        self,
+        settings: Settings,
+        workers: Workers,
+        address: str,
+        metrics_address: str,
+        health_address: str,
     ) -> None:
         self._settings = settings
         self._workers = workers
         self.address = address
         self.metrics_address = metrics_address
+        self.health_address = health_address
         self.drain = workers.drain
         self.stop = workers.stop
 
@@ -262,6 +269,7 @@ class KeptServer:
             self._settings,
             grpc=self.address,
             metrics=self.metrics_address,
+            health=self.health_address,
             ready=self._workers.ready,
             workers=self._settings.workers,
         )
@@ -277,13 +285,20 @@ def keeping(settings: Settings) -> Iterator[KeptServer]:
     address = addresses.resolve(settings.host)
     with ExitStack() as cleanup:
         port = cleanup.enter_context(
-            addresses.held_port(settings.host, address, settings.grpc_port)
+            addresses.held_port(settings.host, address, settings.grpc_port, "grpc")
         )
+        health_port = None
+        if settings.health_port is not None:
+            health_port = cleanup.enter_context(
+                addresses.held_port(settings.host, address, settings.health_port, "health")
+            )
         registry = CollectorRegistry()
         deaths = Counter(
             "kanserve_worker_deaths", "Workers that ended by themselves.", registry=registry
         )
-        own = settings.model_copy(update={"grpc_port": port, "address_file": None})
+        own = settings.model_copy(
+            update={"grpc_port": port, "health_port": health_port, "address_file": None}
+        )
         workers = Workers(own, deaths)
         registry.register(_Collector(workers))
         metrics_address = cleanup.enter_context(
@@ -292,7 +307,13 @@ def keeping(settings: Settings) -> Iterator[KeptServer]:
         cleanup.callback(addresses.withdraw, settings)
         cleanup.callback(workers.close)
         workers.start()
-        yield KeptServer(settings, workers, addresses.joined(address, port), metrics_address)
+        yield KeptServer(
+            settings,
+            workers,
+            addresses.joined(address, port),
+            metrics_address,
+            "" if health_port is None else addresses.joined(address, health_port),
+        )
 
 
 class _SharedControl:

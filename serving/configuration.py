@@ -1,0 +1,136 @@
+"""Where settings come from: flags, environment, a TOML file, defaults; the former win.
+
+This module knows no single setting: settings.py has them.
+"""
+
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
+
+from serving.errors import WrongSetting
+
+Source = Literal["flag", "environment", "file", "default"]
+
+PREFIX = "KANSERVE_"
+"""Of environment variables."""
+
+_NOT_IN_A_FILE = ("config", "print_config")
+
+
+class ConfigFile(PydanticBaseSettingsSource):
+    """The values of the file that `config` names, if flags or environment name one."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Not asked: all values are given at once."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        """Read it.
+
+        Raises:
+            SettingsError: It cannot be read, or is no TOML.
+        """
+        path = self.current_state.get("config")
+        if path is None:
+            return {}
+        try:
+            with Path(path).open("rb") as file:
+                values = tomllib.load(file)
+        except OSError as error:
+            raise SettingsError(f"--config {path}: cannot be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(f"--config {path}: expected TOML: {error}") from error
+        for name in _NOT_IN_A_FILE:
+            if name in values:
+                raise SettingsError(f"--config {path}: {name} cannot be set in a file")
+        return values
+
+
+AnySettings = TypeVar("AnySettings", bound=BaseSettings)
+
+
+def read_settings(kind: type[AnySettings], argv: Sequence[str]) -> AnySettings:
+    """Take settings from where they are given.
+
+    Args:
+        kind: Their class.
+        argv: Arguments after the program's name.
+
+    Raises:
+        WrongSetting: A value is missing or wrong; the message names it and where it was given.
+        SystemExit: A flag is unknown, or help was asked for.
+    """
+    try:
+        return kind(_cli_parse_args=list(argv))
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors(include_url=False, include_input=False):
+            text = fault["msg"].removeprefix("Value error, ")
+            if not fault["loc"]:  # of several settings, which the message names
+                faults.append(text)
+                continue
+            field, *inner = (str(part) for part in fault["loc"])
+            given = fault["type"] != "missing" or inner
+            place = "".join(f".{part}" for part in inner)
+            where = f", {_given(_source(field, argv))}" if given else ""
+            faults.append(f"{_both_names(field)}{place}{where}: {text}")
+        raise WrongSetting("; ".join(faults)) from error
+    except SettingsError as error:
+        raise WrongSetting(str(error)) from error
+
+
+def as_toml(settings: BaseSettings, argv: Sequence[str]) -> str:
+    """Write settings as a file that `--config` takes, each with where it comes from.
+
+    Args:
+        settings: All of them.
+        argv: The arguments that they were read from.
+    """
+    lines, tables = [], []
+    for name in type(settings).model_fields:
+        if name in _NOT_IN_A_FILE:
+            continue
+        value = settings.model_dump(mode="json", include={name}, exclude_none=True).get(name)
+        source = _source(name, argv) if name in settings.model_fields_set else "default"
+        if value is None:
+            lines.append(f"# {name} is not set")
+        elif isinstance(value, dict):
+            tables.append(tomli_w.dumps({name: value}) if value else f"# {name} is empty\n")
+        else:
+            lines.append(f"{tomli_w.dumps({name: value}).rstrip()}  # {source}")
+    return "\n".join([*lines, *tables])
+
+
+def _source(field: str, argv: Sequence[str]) -> Source:
+    """Tell where a setting was given that was given somewhere."""
+    flag = _flag(field)
+    if any(arg == flag or arg.startswith((f"{flag}=", f"{flag}.")) for arg in argv):
+        return "flag"
+    return "environment" if os.environ.get(_variable(field)) else "file"
+
+
+def _given(source: Source) -> str:
+    return {
+        "flag": "as a flag",
+        "environment": "in the environment",
+        "file": "in the file of --config",
+    }[source]
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _variable(field: str) -> str:
+    return f"{PREFIX}{field.upper()}"
+
+
+def _both_names(field: str) -> str:
+    return f"{_flag(field)} ({_variable(field)})"

@@ -1,0 +1,115 @@
+"""What is told of each request when it ends: counted always, logged and traced if wanted."""
+
+import time
+import uuid
+from typing import Any
+
+import grpc
+import structlog
+
+from protos import inference_pb2 as pb
+from serving.failures import Failure
+from serving.metrics import Counters, Spent
+from serving.service import Answer
+from serving.tracing import Tracing
+
+_REQUEST_ID = "x-request-id"
+_MOST_OF_AN_ID = 128
+
+_log = structlog.get_logger()
+
+
+class Telemetry:
+    """Told of every request.
+
+    Args:
+        counters: Count it.
+        tracing: Makes a span of it; None for none.
+        log_requests: Whether it is logged.
+    """
+
+    def __init__(self, counters: Counters, tracing: Tracing | None, *, log_requests: bool) -> None:
+        self.counters = counters
+        self.tracing = tracing
+        self.log_requests = log_requests
+
+    def begin(self, method: str, context: grpc.ServicerContext) -> "Record":
+        """Take the time at which a message has arrived.
+
+        Args:
+            method: Which was called.
+            context: Of the call.
+        """
+        return Record(self, method, context)
+
+
+class Record:
+    """One request, from its arrival to its end, which is told once."""
+
+    __slots__ = ("_context", "_method", "_span", "_started", "_telemetry")
+
+    def __init__(self, telemetry: Telemetry, method: str, context: grpc.ServicerContext) -> None:
+        self._telemetry = telemetry
+        self._method = method
+        self._context = context
+        self._started = time.perf_counter()
+        tracing = telemetry.tracing
+        metadata = context.invocation_metadata()
+        self._span = None if tracing is None else tracing.begin(method, metadata)
+
+    def answered(self, answer: Answer, serialise_s: float) -> None:
+        """Tell that it has its answer.
+
+        Args:
+            answer: Which.
+            serialise_s: What writing it took.
+        """
+        outcome = answer.outcome
+        spent = Spent(
+            time.perf_counter() - self._started,
+            outcome.queue_s,
+            outcome.batch_wait_s,
+            outcome.compute_s,
+            serialise_s,
+        )
+        self._telemetry.counters.count_answer(self._method, answer.model, answer.rows, spent)
+        if self._span is not None:
+            self._span.answered(answer, spent)
+        if self._telemetry.log_requests:
+            self._log(
+                answer.response.id,
+                "OK",
+                model=answer.model,
+                version=answer.version,
+                rows=answer.rows,
+                batch_rows=outcome.batch_rows,
+                **{f"{name}_us": round(s * 1e6) for name, s in spent._asdict().items()},
+            )
+
+    def failed(self, failure: Failure, request: Any) -> None:
+        """Tell that it has none.
+
+        Args:
+            failure: Why.
+            request: Its message, if it was one.
+        """
+        code = failure.code.name
+        self._telemetry.counters.count_call(self._method, code, failure.reason)
+        if self._span is not None:
+            self._span.failed(failure.code)
+        if self._telemetry.log_requests:
+            known = isinstance(request, pb.ModelInferRequest)
+            asked = {"model": request.model_name[:_MOST_OF_AN_ID]} if known else {}
+            self._log(request.id if known else "", code, reason=failure.details, **asked)
+
+    def _log(self, own_id: str, code: str, **facts: Any) -> None:
+        if self._span is not None:
+            facts["trace_id"] = self._span.trace_id
+        _log.info("request", id=self._id(own_id), method=self._method, code=code, **facts)
+
+    def _id(self, own_id: str) -> str:
+        """Name the request: as its message does, or its metadata; else by chance."""
+        if not own_id:
+            metadata = dict(self._context.invocation_metadata())
+            own_id = str(metadata.get(_REQUEST_ID) or uuid.uuid4().hex)
+        return own_id[:_MOST_OF_AN_ID]

@@ -1,0 +1,203 @@
+"""Who may call what, seen from the wire."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving import arrivals
+from serving.access import Access
+from serving.errors import Forbidden, StartupError, Unauthenticated
+from serving.watched import Watched
+from tests.conftest import STATE_DICTS, run_module
+from tests.security import Authority, bearer, write_access
+from tests.servers import WAIT_S, await_true, served
+from tests.wire import raw_request
+
+UNIFORM = STATE_DICTS[0]
+ROW = raw_request(UNIFORM.x[:1])
+LOAD = pb.RepositoryModelLoadRequest(model_name=UNIFORM.name)
+HEALTH = health_pb2.HealthCheckResponse
+TOKENS = {"inference": ["reader"], "admin": ["operator"]}
+
+Call = Callable[[GRPCInferenceServiceStub, Any], Any]
+
+
+def infer(stub: GRPCInferenceServiceStub, metadata: Any) -> Any:
+    return stub.ModelInfer(ROW, metadata=metadata, timeout=WAIT_S)
+
+
+def stream(stub: GRPCInferenceServiceStub, metadata: Any) -> Any:
+    return next(stub.ModelStreamInfer(iter([ROW]), metadata=metadata, timeout=WAIT_S))
+
+
+def index(stub: GRPCInferenceServiceStub, metadata: Any) -> Any:
+    request = pb.RepositoryIndexRequest()
+    return stub.RepositoryIndex(request, metadata=metadata, timeout=WAIT_S)
+
+
+def load(stub: GRPCInferenceServiceStub, metadata: Any) -> Any:
+    return stub.RepositoryModelLoad(LOAD, metadata=metadata, timeout=WAIT_S)
+
+
+def status(call: Call, stub: GRPCInferenceServiceStub, metadata: Any = None) -> grpc.StatusCode:
+    try:
+        call(stub, metadata)
+    except grpc.RpcError as error:
+        code: grpc.StatusCode = error.code()
+        return code
+    return grpc.StatusCode.OK
+
+
+@pytest.fixture(params=["without threads", "with threads"])
+def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals, "SUPPORTED", request.param == "without threads")
+
+
+@pytest.mark.usefixtures("_either_way")
+def test_tokens_open_their_group_alone(repository: Path, tmp_path: Path) -> None:
+    access = write_access(tmp_path / "access.toml", tokens=TOKENS)
+    with served(
+        repository, access=access, model_control="explicit", load_models=(UNIFORM.name,)
+    ) as (server, stub):
+        for call in (infer, stream, index, load):
+            assert status(call, stub) is grpc.StatusCode.UNAUTHENTICATED
+            for wrong in (bearer("nobody"), bearer(""), (("authorization", "reader"),),
+                          (*bearer("reader"), *bearer("operator"))):  # fmt: skip
+                assert status(call, stub, wrong) is grpc.StatusCode.UNAUTHENTICATED
+        for call in (infer, stream, index):
+            assert status(call, stub, bearer("reader")) is grpc.StatusCode.OK
+            assert status(call, stub, bearer("operator")) is grpc.StatusCode.PERMISSION_DENIED
+        assert status(load, stub, bearer("reader")) is grpc.StatusCode.PERMISSION_DENIED
+        assert status(load, stub, bearer("operator")) is grpc.StatusCode.OK
+        # Whoever asks whether the server is well needs no token.
+        assert stub.ServerReady(pb.ServerReadyRequest()).ready
+        with grpc.insecure_channel(server.address) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert check.status == HEALTH.SERVING
+
+
+def test_a_group_may_be_open_to_anyone(repository: Path, tmp_path: Path) -> None:
+    access = write_access(
+        tmp_path / "access.toml", tokens={"admin": ["operator"]}, anyone=["inference"]
+    )
+    with served(
+        repository, access=access, model_control="explicit", load_models=(UNIFORM.name,)
+    ) as (_, stub):
+        assert status(infer, stub) is grpc.StatusCode.OK
+        assert status(load, stub) is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_group_without_a_table_is_closed(repository: Path, tmp_path: Path) -> None:
+    access = write_access(tmp_path / "access.toml", tokens={"inference": ["reader"]})
+    with served(
+        repository, access=access, model_control="explicit", load_models=(UNIFORM.name,)
+    ) as (_, stub):
+        assert status(load, stub, bearer("reader")) is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_tokens_change_while_the_server_runs(repository: Path, tmp_path: Path) -> None:
+    access = write_access(tmp_path / "access.toml", tokens={"inference": ["old"]})
+    with served(repository, access=access) as (_, stub):
+        assert status(infer, stub, bearer("old")) is grpc.StatusCode.OK
+        write_access(access, tokens={"inference": ["new"]})
+        await_true(lambda: status(infer, stub, bearer("new")) is grpc.StatusCode.OK)
+        assert status(infer, stub, bearer("old")) is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.usefixtures("_either_way")
+def test_certificates_open_their_group_alone(repository: Path, tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "ca")
+    access = write_access(
+        tmp_path / "access.toml",
+        tokens={"inference": ["reader"]},
+        certificates={"inference": ["client.example"], "admin": ["operator.example"]},
+    )
+    with served(
+        repository,
+        access=access,
+        model_control="explicit",
+        load_models=(UNIFORM.name,),
+        **authority.settings(mutual=True),
+    ) as (server, _):
+        for name, to_infer, to_load in (
+            ("client.example", grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED),
+            ("operator.example", grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.OK),
+            ("other.example", grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.PERMISSION_DENIED),
+        ):
+            with authority.channel(server.address, name) as channel:
+                stub = GRPCInferenceServiceStub(channel)
+                assert status(infer, stub) is to_infer
+                assert status(stream, stub) is to_infer
+                assert status(load, stub) is to_load
+        with authority.channel(server.address, "other.example") as channel:
+            assert status(infer, GRPCInferenceServiceStub(channel), bearer("reader")) is (
+                grpc.StatusCode.OK
+            )
+
+
+def test_every_verified_certificate_may_be_let_in(tmp_path: Path) -> None:
+    access = Access(write_access(tmp_path / "a.toml", certificates={"inference": ["*"]}))
+    assert access.refusal("inference", None, {"anybody"}) is None
+    assert isinstance(access.refusal("inference", None, set()), Unauthenticated)
+    assert isinstance(access.refusal("admin", None, {"anybody"}), Forbidden)
+
+
+def test_refusals_are_counted(repository: Path, tmp_path: Path) -> None:
+    access = write_access(tmp_path / "access.toml", tokens=TOKENS)
+    with served(repository, access=access) as (server, stub):
+        status(infer, stub)
+        status(infer, stub, bearer("operator"))
+        found = server.registry.get_sample_value(
+            "kanserve_refusals_total", {"reason": "unauthorised"}
+        )
+        assert found == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[inference", "expected TOML"),
+        ("[reader]", "reader: Extra inputs are not permitted"),
+        ('[inference]\ntokens_sha256 = ["secret"]', "inference.tokens_sha256.0: String should"),
+        ("[inference]\ntoken = 1", "inference.token: Extra inputs"),
+    ],
+)
+def test_what_is_no_rule_is_refused_at_the_start(
+    repository: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "access.toml"
+    file.write_text(text)
+    done = run_module("serving", "--model-repository", repository, "--access", file)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert message in json.loads(line)["reason"]
+    assert "secret" not in line
+
+
+def test_a_file_that_cannot_be_used_any_longer_is_told_once_and_not_used(tmp_path: Path) -> None:
+    file, now, reads = tmp_path / "file", [0.0], 0
+
+    def read() -> str:
+        nonlocal reads
+        reads += 1
+        if file.read_text() == "bad":
+            raise StartupError("bad")
+        return file.read_text()
+
+    file.write_text("one")
+    watched = Watched([file], read, pause_s=1, clock=lambda: now[0])
+    file.write_text("second")
+    assert watched.get() == "one"  # it has been looked at just now
+    now[0] = 1
+    assert watched.get() == "second"
+    file.write_text("bad")
+    for now[0] in (2, 3, 4):
+        assert watched.get() == "second"
+    assert reads == 3
