@@ -13,17 +13,16 @@ from prometheus_client.core import (
 )
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from serving.repository import Repository
 
 REASONS = ("shed", "expired", "cancelled", "invalid", "unavailable", "unauthorised", "failed")
 """Why a call has no answer."""
 
-_SECONDS = tuple(base * 10**power for power in (-5, -4, -3, -2, -1) for base in (1.0, 2.5, 5.0)) + (
-    1.0,
-    2.5,
-    5.0,
-    10.0,
+_SECONDS = (
+    *(base * 10**power for power in (-5, -4, -3, -2, -1) for base in (1.0, 2.5, 5.0)),
+    *(1.0, 2.5, 5.0, 10.0),
 )
 _ROWS = tuple(float(4**power) for power in range(9))
 
@@ -70,7 +69,7 @@ class _Histogram:
     def buckets(self) -> tuple[list[tuple[str, float]], float]:
         """Give what HistogramMetricFamily takes: counts up to each bound, and the sum."""
         total, found = 0, []
-        bounds = [*(format(bound, "g") for bound in self._bounds), "+Inf"]
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
         for bound, count in zip(bounds, self._counts, strict=True):
             total += count
             found.append((bound, float(total)))

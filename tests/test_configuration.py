@@ -90,7 +90,7 @@ def test_a_flag_changes_one_limit_of_a_model_and_keeps_the_others(file: Path) ->
         pytest.param("\xe9", "FILE: expected TOML", id="no text"),
         pytest.param('config = "other"', "FILE: config cannot be set in a file", id="config"),
         pytest.param('tls_cert = "a"', "--tls-cert and --tls-key: expected both", id="together"),
-        pytest.param('model_control = "explicit"\nhost = "0.0.0.0"', "it needs --access", id="open"),
+        pytest.param('model_control = "explicit"\nhost = "0.0.0.0"', "needs --access", id="open"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_file_is_told_in_one_line(

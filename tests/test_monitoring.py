@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real server; its alerts, and every query of the dashboard, are tried."""
+"""A real Prometheus scrapes a real server; alerts, and every query of the dashboard, are tried."""
 
 import json
 import shutil
@@ -53,36 +53,38 @@ class Prometheus:
 def prometheus(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """One that has scraped a server of two workers, whose clients did this and that."""
     folder = tmp_path_factory.mktemp("prometheus")
-    with serving("--model-repository", repository, "--workers", "2") as process:
-        with grpc.insecure_channel(process.address) as channel:
-            stub = GRPCInferenceServiceStub(channel)
-            _use(stub)
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            metrics = process.events[-1]["metrics"]
-            (folder / "prometheus.yml").write_text(
-                "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
-                f"rule_files: ['{MONITORING}/alerts.yml']\n"
-                "scrape_configs: [{job_name: kanserve, static_configs: "
-                f"[{{targets: ['{metrics}']}}]}}]\n"
-            )
-            command = [
-                "prometheus", f"--config.file={folder}/prometheus.yml",
-                f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}",
-            ]  # fmt: skip
-            with subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            ) as popen:
-                try:
-                    found = Prometheus(f"127.0.0.1:{port}")
-                    await_true(lambda: _answers(found))
-                    before = found.value("sum(kanserve_rows_total)")
-                    _use(stub)  # between two scrapes, so that there are rates
-                    await_true(lambda: found.value("sum(kanserve_rows_total)") > before)
-                    yield found
-                finally:
-                    popen.kill()
+    with (
+        serving("--model-repository", repository, "--workers", "2") as process,
+        grpc.insecure_channel(process.address) as channel,
+    ):
+        stub = GRPCInferenceServiceStub(channel)
+        _use(stub)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        metrics = process.events[-1]["metrics"]
+        (folder / "prometheus.yml").write_text(
+            "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
+            f"rule_files: ['{MONITORING}/alerts.yml']\n"
+            "scrape_configs: [{job_name: kanserve, static_configs: "
+            f"[{{targets: ['{metrics}']}}]}}]\n"
+        )
+        command = [
+            "prometheus", f"--config.file={folder}/prometheus.yml",
+            f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}",
+        ]  # fmt: skip
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as popen:
+            try:
+                found = Prometheus(f"127.0.0.1:{port}")
+                await_true(lambda: _answers(found))
+                before = found.value("sum(kanserve_rows_total)")
+                _use(stub)  # between two scrapes, so that there are rates
+                await_true(lambda: found.value("sum(kanserve_rows_total)") > before)
+                yield found
+            finally:
+                popen.kill()
 
 
 def _use(stub: GRPCInferenceServiceStub) -> None:

@@ -1,4 +1,4 @@
-"""What is told of requests: numbers, lines in the log, and spans, as those who read them see them."""
+"""What is told of requests: numbers, lines in the log, spans, as those who read them see them."""
 
 import math
 import threading

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -26,12 +27,13 @@ def authority(tmp_path: Path) -> Authority:
 
 
 def answers(channel: grpc.Channel, timeout: float = WAIT_S) -> bool:
+    """Whether there is an answer; if not, there is no connection."""
     with channel:
-        try:
-            response = GRPCInferenceServiceStub(channel).ModelInfer(ROW, timeout=timeout)
-        except grpc.RpcError as error:
-            assert error.code() is grpc.StatusCode.UNAVAILABLE
+        call: Any = GRPCInferenceServiceStub(channel).ModelInfer.future(ROW, timeout=timeout)
+        if call.exception() is not None:
+            assert call.code() is grpc.StatusCode.UNAVAILABLE
             return False
+        response = call.result()
     np.testing.assert_allclose(raw_output(response), UNIFORM.y64[:1], rtol=1e-5, atol=1e-5)
     return True
 
@@ -92,19 +94,21 @@ def test_certificates_are_renewed_without_a_restart(
 
 
 def test_health_has_a_port_of_its_own_without_tls(repository: Path, authority: Authority) -> None:
-    with served(repository, health_port=0, **authority.settings(mutual=True)) as (server, _):
-        with grpc.insecure_channel(server.health_address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            request = health_pb2.HealthCheckRequest()
-            found = stub.Check(request, timeout=WAIT_S)
-            assert found.status == health_pb2.HealthCheckResponse.SERVING
-            with pytest.raises(grpc.RpcError) as error:
-                GRPCInferenceServiceStub(channel).ModelInfer(ROW, timeout=WAIT_S)
-            assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
-            changes = stub.Watch(request, timeout=WAIT_S)
-            next(changes)
-            server.drain()
-            assert next(changes).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    with (
+        served(repository, health_port=0, **authority.settings(mutual=True)) as (server, _),
+        grpc.insecure_channel(server.health_address) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        found = stub.Check(request, timeout=WAIT_S)
+        assert found.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as error:
+            GRPCInferenceServiceStub(channel).ModelInfer(ROW, timeout=WAIT_S)
+        assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        changes = stub.Watch(request, timeout=WAIT_S)
+        next(changes)
+        server.drain()
+        assert next(changes).status == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def test_workers_share_certificates_and_the_port_for_health(
