@@ -11,10 +11,11 @@ import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import ConnectionTerminated, Event
+from hyperframe.frame import Frame, GoAwayFrame, RstStreamFrame
 
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server
+from serving.settings import Settings
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, served
 from tests.wire import raw_output, raw_request
@@ -29,6 +30,7 @@ HEADERS = [
     ("te", "trailers"),
     ("content-type", "application/grpc"),
 ]
+_HEADER_BYTES = 9  # of a frame
 
 
 class Rude:
@@ -44,13 +46,19 @@ class Rude:
     def flush(self) -> None:
         self.socket.sendall(self.h2.data_to_send())
 
-    def until_the_end(self) -> list[Event]:
-        """Read until the server closes the connection."""
-        events: list[Event] = []
+    def frames(self) -> Iterator[Frame]:
+        """Every frame that comes until the server closes the connection."""
+        data = b""
         with suppress(ConnectionResetError):
-            while data := self.socket.recv(65536):
-                events += self.h2.receive_data(data)
-        return events
+            while more := self.socket.recv(65536):
+                data += more
+                while len(data) >= _HEADER_BYTES:
+                    frame, length = Frame.parse_frame_header(memoryview(data[:_HEADER_BYTES]))
+                    if len(data) < _HEADER_BYTES + length:
+                        break
+                    frame.parse_body(memoryview(data[_HEADER_BYTES : _HEADER_BYTES + length]))
+                    data = data[_HEADER_BYTES + length :]
+                    yield frame
 
 
 @contextmanager
@@ -73,8 +81,8 @@ def test_who_pings_without_end_is_cut_off(server: Server, stub: GRPCInferenceSer
             for number in range(100):
                 client.h2.ping(number.to_bytes(8))
                 client.flush()
-        (end,) = [e for e in client.until_the_end() if isinstance(e, ConnectionTerminated)]
-        assert end.error_code == ErrorCodes.ENHANCE_YOUR_CALM
+        ends = [frame for frame in client.frames() if isinstance(frame, GoAwayFrame)]
+        assert [end.error_code for end in ends] == [ErrorCodes.ENHANCE_YOUR_CALM]
         answer(stub)
     answer(stub)
 
@@ -82,14 +90,19 @@ def test_who_pings_without_end_is_cut_off(server: Server, stub: GRPCInferenceSer
 def test_who_opens_and_resets_without_end_holds_nobody_up(
     server: Server, stub: GRPCInferenceServiceStub
 ) -> None:
-    with rude(server.address) as client, suppress(BrokenPipeError, ConnectionResetError):
-        for number in range(5000):
+    calls = Settings.model_fields["max_connection_calls"].default
+    with rude(server.address) as client:
+        for number in range(5 * calls):
             stream = client.h2.get_next_available_stream_id()
             client.h2.send_headers(stream, HEADERS)
             client.h2.reset_stream(stream, ErrorCodes.CANCEL)
             client.flush()
             if number % 500 == 0:
                 answer(stub)
+        client.socket.shutdown(socket.SHUT_WR)
+        resets = [frame for frame in client.frames() if isinstance(frame, RstStreamFrame)]
+    # It has had as many calls as one connection may have; the others never came to anything.
+    assert [frame.error_code for frame in resets] == [ErrorCodes.ENHANCE_YOUR_CALM] * 4 * calls
     answer(stub)
 
 
@@ -115,6 +128,6 @@ def test_a_connection_that_is_old_is_asked_to_come_anew(repository: Path) -> Non
         served(repository, max_connection_age_s=0.2, grace_s=10) as (server, stub),
         rude(server.address) as client,
     ):
-        (end, *_) = [e for e in client.until_the_end() if isinstance(e, ConnectionTerminated)]
+        end = next(frame for frame in client.frames() if isinstance(frame, GoAwayFrame))
         assert end.error_code == ErrorCodes.NO_ERROR
         answer(stub)

@@ -4,8 +4,10 @@ from itertools import islice
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
+from protos import inference_pb2 as pb
 from tests import fuzzing
 from tests.processes import serving
 
@@ -37,6 +39,9 @@ def test_every_kind_of_request_is_sent(found: fuzzing.Found) -> None:
 def test_an_answer_that_is_wrong_is_a_fault() -> None:
     found = fuzzing.Found()
     kind, case = next((k, c) for k, c in fuzzing.cases(2) if k == "raw" and len(c.content) > 100)
-    found.add(kind, case, b"", grpc.StatusCode.OK)
+    tensor = pb.ModelInferResponse.InferOutputTensor(name="output", datatype="FP32", shape=[1, 3])
+    wrong = np.full((1, 3), 9, np.float32).tobytes()
+    other = pb.ModelInferResponse(outputs=[tensor], raw_output_contents=[wrong])
+    found.add(kind, case, other.SerializeToString(), grpc.StatusCode.OK)
     found.add(kind, case, None, grpc.StatusCode.INTERNAL)
     assert len(found.faults) == 2
