@@ -224,7 +224,8 @@ class Settings(BaseSettings):
 
     log_requests: Switch = Field(
         "off",
-        description="log every request that is let in: id, model, rows, status, where its time went",
+        description="log every request that is let in: id, model, rows, status, where its time "
+        "went",
     )
 
     @classmethod
