@@ -24,6 +24,7 @@ export class Chart {
    *   title: what is shown.
    *   read(point): a Map from a line's name to its value; null if that is not known yet, undefined
    *     if it never will be.
+   *   note: what the large text is of, if that is not all of it.
    *   headline(lines): the large text, from such a Map.
    *   format(value): a value in words.
    *   style(name): the class of a line, which gives its colour and its dashes.
@@ -37,7 +38,9 @@ export class Chart {
     this.node = element("figure", "chart");
     const caption = element("figcaption");
     this.headline = element("p", "headline", "–");
-    caption.append(element("h3", "", spec.title), this.headline);
+    const title = element("h3", "", spec.title);
+    if (spec.note) title.append(" ", element("span", "note", spec.note));
+    caption.append(title, this.headline);
     const plot = element("div", "plot");
     this.svg = svg("svg", {
       viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
@@ -69,8 +72,11 @@ export class Chart {
     const { spec } = this;
     const read = (point) => (point && !point.missed ? spec.read(point) : null);
     const all = points.map((point) => ({ time: point.time, lines: read(point) }));
-    const names = [...new Set(all.flatMap(({ lines }) => [...(lines?.keys() ?? [])]))].sort(this.#inOrder);
-    const known = read(points.findLast(({ missed }) => !missed)) !== undefined;
+    const names = [...new Set(all.flatMap(({ lines }) => [...(lines?.keys() ?? [])]))].sort(
+      this.#inOrder,
+    );
+    const last = points.findLast(({ missed }) => !missed);
+    const known = read(last) !== undefined;
     const lines = (names.length ? names : [""]).map((name) => ({
       name,
       values: all.map(({ lines }) => (lines ? (lines.get(name) ?? 0) : NaN)),
@@ -84,14 +90,21 @@ export class Chart {
       svg("line", { class: "grid", x1: 0, x2: WIDTH, y1: share * HEIGHT, y2: share * HEIGHT }),
     );
     for (const { name, values } of lines) {
-      const d = path(values.map((value, i) => [x(all[i].time), y(value)]));
-      drawn.push(svg("path", { class: `line ${spec.style(name)}`, d }));
+      const style = spec.style(name);
+      const places = values.map((value, i) => [x(all[i].time), y(value)]);
+      const parts = split(places, ([, height]) => Number.isFinite(height)).map(path);
+      if (style === "good") {
+        const areas = parts.map(({ d, from, to }) => `${d}L${to} ${HEIGHT}L${from} ${HEIGHT}Z`);
+        drawn.push(svg("path", { class: "area", d: areas.join("") }));
+      }
+      drawn.push(svg("path", { class: `line ${style}`, d: parts.map(({ d }) => d).join("") }));
     }
-    if (at) drawn.push(svg("line", { class: "at", x1: x(at.time), x2: x(at.time), y1: 0, y2: HEIGHT }));
+    if (at)
+      drawn.push(svg("line", { class: "at", x1: x(at.time), x2: x(at.time), y1: 0, y2: HEIGHT }));
     this.svg.replaceChildren(...drawn);
     say(this.top, known ? spec.format(top) : "");
 
-    const values = read(at ?? points.at(-1));
+    const values = read(at ?? last);
     this.node.classList.toggle("absent", !known);
     say(this.headline, values ? spec.headline(values) : known ? "–" : spec.absent);
     this.#tell(names, (name) => (values ? spec.format(values.get(name) ?? 0) : "–"));
@@ -140,25 +153,34 @@ function svg(tag, attributes) {
   return made;
 }
 
-/** The end of an axis: 1, 2 or 5 times a power of ten. */
+/** The end of an axis: a short number. */
 function roundUp(highest) {
   if (!(highest > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(highest));
-  return ([1, 2, 5].find((step) => step * power >= highest) ?? 10) * power;
+  const steps = [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8];
+  return (steps.find((step) => step * power >= highest) ?? 10) * power;
 }
 
-/** Lines through points, with a gap where there is none to draw. */
+/** Part a list where something does not hold, which is left out. */
+function split(list, holds) {
+  const parts = [[]];
+  for (const one of list) {
+    if (holds(one)) parts.at(-1).push(one);
+    else parts.push([]);
+  }
+  return parts.filter((part) => part.length);
+}
+
+/** A line through points, as SVG writes it, and where on the axis it starts and ends. */
 function path(points) {
-  let drawing = false;
-  const parts = points.map(([x, y]) => {
-    if (!Number.isFinite(y)) {
-      drawing = false;
-      return "";
-    }
-    const place = `${x.toFixed(1)} ${y.toFixed(1)}`;
-    const part = drawing ? `L${place}` : `M${place}h0`; // h0: one point alone is a dot
-    drawing = true;
-    return part;
-  });
-  return parts.join("");
+  const places = points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`);
+  const [from, to] = [points[0], points.at(-1)].map(([x]) => x.toFixed(1));
+  return {
+    d: `M${places[0]}h0${places
+      .slice(1)
+      .map((place) => `L${place}`)
+      .join("")}`,
+    from,
+    to,
+  };
 }

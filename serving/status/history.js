@@ -1,8 +1,9 @@
-// What the page remembers: what was added to counters from one scrape to the next, and the points of
-// its charts. This module knows no page, and time is an argument, in seconds.
+// What the page remembers: what was added to counters from one scrape to the next, and the points
+// of its charts. This module knows no page, and time is an argument, in seconds.
 //
-// A point is {time, codes, rows, outside, refusals, median, slowest, queue, failed}, or {time, missed}
-// where there was no answer. Null is not known yet; undefined is what the server does not measure.
+// A point is {time, codes, rows, outside, refusals, median, slowest, queue, failed}, or
+// {time, missed} where there was no answer. Null is not known yet; undefined is what the server
+// does not measure.
 
 import { quantile, sum, sumBy } from "/prometheus.js";
 
@@ -33,8 +34,10 @@ export class History {
   /** Take in what `parse` gave of a scrape. */
   add(time, { samples, families }) {
     const added = this.#added(samples);
-    this.steps.push({ time, seconds: this.last === null ? 0 : time - this.last, added });
-    this.steps = this.steps.filter((step) => step.time > time - this.windowS);
+    const step = { time, seconds: this.last === null ? 0 : time - this.last, added };
+    // By their middles: where a step ends is a hair before or after the window as clocks have it.
+    const isRecent = (one) => one.time - one.seconds / 2 > time - this.windowS;
+    this.steps = [...this.steps.filter(isRecent), step];
     this.last = time;
     const failed = sumBy(added, "kanserve_calls_total", "code").get("INTERNAL") ?? 0;
     this.#keep({ ...this.#point(samples, families), time, failed });
@@ -69,7 +72,7 @@ export class History {
       this.seen.set(sample.series, sample.value);
       let value = 0;
       if (before === undefined) {
-        // Counters appear with the first thing they count; all of a worker's appear with the worker.
+        // Counters appear with the first thing they count, but a worker brings all of its own.
         if (this.workers.has(worker)) value = sample.value;
       } else {
         value = sample.value < before ? sample.value : sample.value - before; // started anew

@@ -1,7 +1,7 @@
 // The models of a server: what is known of each version, and how it is shown.
 //
-// Processes of one server tell the same of a version, each under its own `worker`; what describes it
-// is taken once, and where they differ in its state all of it is shown.
+// Processes of one server tell the same of a version, each under its own `worker`; what describes
+// it is taken once, and where they differ in its state all of it is shown.
 
 import { element, say } from "/chart.js";
 import { count, duration, percent, several } from "/words.js";
@@ -42,7 +42,9 @@ export function readModels({ samples }) {
     }
   }
   const sorted = [...models].sort(([one], [other]) => (one < other ? -1 : 1));
-  return new Map(sorted.map(([name, versions]) => [name, [...versions.values()].sort(newestFirst)]));
+  return new Map(
+    sorted.map(([name, versions]) => [name, [...versions.values()].sort(newestFirst)]),
+  );
 }
 
 function emptyVersion(model, version) {
@@ -83,10 +85,21 @@ export function modelFaults(models) {
       for (const { state, reason, workers } of states) {
         const where = states.length > 1 ? ` (${several(workers, "process", "processes")})` : "";
         if (isReady({ state }) && reason) {
-          faults.push({ model: name, text: `version ${version} serves, but what lies in its folder now does not${where}: ${reason}` });
+          faults.push({
+            model: name,
+            text:
+              `version ${version} serves, but what lies in its folder now does not${where}: ` +
+              reason,
+          });
         } else if (state === "UNAVAILABLE" && !isWanted({ state, reason })) {
           const instead = serving.length && !ready ? `; version ${serving.join(", ")} serves` : "";
-          faults.push({ model: name, text: `version ${version} is not served${where}: ${reason || "no reason is known"}${instead}` });
+          faults.push({
+            model: name,
+            text:
+              `version ${version} is not served${where}: ` +
+              (reason || "no reason is known") +
+              instead,
+          });
         }
       }
     }
@@ -121,7 +134,9 @@ export class Cards {
       if (!this.cards.has(name)) this.cards.set(name, makeCard(name));
       const { card, facts, versionsNode, ...kept } = this.cards.get(name);
       // What does not change is left alone: somebody may be reading or selecting it.
-      const told = JSON.stringify(versions, (_, value) => (value instanceof Map ? [...value] : value));
+      const told = JSON.stringify(versions, (_, value) =>
+        value instanceof Map ? [...value] : value,
+      );
       if (told !== kept.told) {
         this.cards.get(name).told = told;
         versionsNode.replaceChildren(...versionRows(name, versions));
@@ -150,7 +165,7 @@ function makeCard(name) {
     ["median", "median"],
     ["slowest", "99 %"],
     ["queue", "rows queued"],
-    ["outside", "out of grid, ever"],
+    ["outside", "out of grid since start"],
   ]) {
     const pair = element("div");
     facts[key] = element("dd", "", "–");
@@ -163,7 +178,15 @@ function makeCard(name) {
   return { card, facts, versionsNode, told: "" };
 }
 
-const COLUMNS = ["Version", "State", "KAN layers", "Graph nodes run on", "Parity at export", "Report"];
+const NOTHING = "–";
+const COLUMNS = [
+  "Version",
+  "State",
+  "KAN layers",
+  "Graph nodes run on",
+  "Parity at export",
+  "Report",
+];
 
 function versionRows(name, versions) {
   const shown = versions.filter((version) => !isQuiet(version));
@@ -191,8 +214,8 @@ function versionRows(name, versions) {
     byReason.set(reason, [...(byReason.get(reason) ?? []), version]);
   }
   for (const [reason, numbers] of byReason) {
-    const which = `${numbers.length === 1 ? "Version" : "Versions"} ${numbers.join(", ")} not served: `;
-    nodes.push(element("p", "quiet", which + reason));
+    const which = `${numbers.length === 1 ? "Version" : "Versions"} ${numbers.join(", ")}`;
+    nodes.push(element("p", "quiet", `${which} not served: ${reason}`));
   }
   return nodes;
 }
@@ -218,6 +241,7 @@ function versionRow(version) {
     cell.dataset.title = COLUMNS[i + 1];
     const inner = element("div");
     inner.append(...content);
+    if (inner.textContent === NOTHING) cell.classList.add("nothing");
     cell.append(inner);
     return cell;
   });
@@ -252,17 +276,20 @@ function stateCell({ states }) {
 
 function layersInWords(executions) {
   const parts = [...executions].filter(([, number]) => number > 0);
-  return parts.map(([execution, number]) => `${count(number)} ${execution}`).join(", ") || "–";
+  return parts.map(([execution, number]) => `${count(number)} ${execution}`).join(", ") || NOTHING;
 }
 
 function providersInWords(providers) {
   const parts = [...providers].filter(([, number]) => number > 0);
   const short = (provider) => provider.replace(/ExecutionProvider$/, "");
-  return parts.map(([provider, number]) => `${count(number)} on ${short(provider)}`).join(", ") || "–";
+  return (
+    parts.map(([provider, number]) => `${count(number)} on ${short(provider)}`).join(", ") ||
+    NOTHING
+  );
 }
 
 function parityCell(parity) {
-  if (!parity.size) return [element("span", "", "–")];
+  if (!parity.size) return [element("span", "", NOTHING)];
   const details = element("details");
   const worst = Math.max(...parity.values());
   details.append(element("summary", "", `${percent(worst)} of the error allowed`));
@@ -277,7 +304,7 @@ function parityCell(parity) {
 }
 
 function reportCell({ model, version, report }) {
-  if (!report) return element("span", "", "–");
+  if (!report) return element("span", "", NOTHING);
   const link = element("a", "", "Report");
   link.href = report;
   link.setAttribute("aria-label", `Report of ${model}, version ${version}`);

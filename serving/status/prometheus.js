@@ -1,8 +1,8 @@
 // Prometheus's text format, and what is computed from it. This module knows no page.
 //
-// A sample is {series, name, labels, value}: `series` is name and labels as they were written, which
-// a server does alike every time; `labels` is a Map. A sample of a counter whose value is what was
-// added meanwhile has the same shape.
+// A sample is {series, name, labels, value}: `series` is name and labels as they were written,
+// which a server does alike every time; `labels` is a Map. What was added to a counter meanwhile
+// has the same shape.
 
 const NAME = /[a-zA-Z_:][a-zA-Z0-9_:]*/y;
 const LABEL = /\s*([a-zA-Z_][a-zA-Z0-9_]*)\s*=\s*"((?:[^"\\]|\\.)*)"\s*(,|(?=\}))/sy;
@@ -47,7 +47,7 @@ function readSample(line) {
   if (!name) return null;
   const labels = new Map();
   if (take(OPENED)) {
-    for (let label; (label = take(LABEL)); ) labels.set(label[1], unescaped(label[2]));
+    for (let label; (label = take(LABEL));) labels.set(label[1], unescaped(label[2]));
     if (!take(CLOSED)) return null;
   }
   const series = line.slice(0, at);
@@ -84,9 +84,9 @@ export function sum(samples, name) {
 }
 
 /**
- * Estimate a quantile from a histogram's buckets, as Prometheus's histogram_quantile does: ranks lie
- * evenly between the bounds of a bucket, the lowest starts at 0, and what lies above the last bound
- * is told as that bound.
+ * Estimate a quantile from a histogram's buckets, as Prometheus's histogram_quantile does: ranks
+ * lie evenly between the bounds of a bucket, the lowest starts at 0, and what lies above the last
+ * bound is told as that bound.
  * @param {number} q From 0 to 1.
  * @param {Map<string, number>} buckets How many are at most `le`, by `le`.
  * @returns {number} NaN if nothing was counted, or the bucket +Inf is missing.

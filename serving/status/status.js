@@ -49,6 +49,7 @@ const CHARTS = [
             ["99 %", slowest],
             ["median", median],
           ]),
+    note: "99 % within",
     headline: (lines) => duration(lines.get("99 %")),
     format: duration,
     style: (name) => (name === "median" ? "good" : "orange"),
@@ -190,11 +191,17 @@ function serverFaults() {
   const faults = [];
   const deaths = sum(scrape.samples, "kanserve_worker_deaths_total");
   if (deaths > 0) {
-    faults.push({ text: `${several(deaths, "process", "processes")} ended and had to be started again, ever` });
+    faults.push({
+      text: `${several(deaths, "process", "processes")} ended and had to be started again, ever`,
+    });
   }
   const failed = history.points.reduce((total, point) => total + (point.failed ?? 0), 0);
   if (failed > 0) {
-    faults.push({ text: `${several(failed, "call")} failed in the last five minutes by the server's own fault (INTERNAL); its log says more` });
+    faults.push({
+      text:
+        `${several(failed, "call")} failed in the last five minutes by the server's own fault ` +
+        "(INTERNAL); its log says more",
+    });
   }
   return faults;
 }
