@@ -29,6 +29,7 @@ MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 TORCHSCRIPT_FILE = "model.ts"
 GOLDEN_FILE = "golden.npz"
+REPORT_FILE = "report.html"
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.pbtxt"
 

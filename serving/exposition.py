@@ -1,4 +1,4 @@
-"""The endpoint that Prometheus scrapes. This module knows neither models nor gRPC."""
+"""The port that Prometheus scrapes, and a browser shows. It knows neither models nor gRPC."""
 
 import socket
 import threading
@@ -9,19 +9,23 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import structlog
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry
 
 from serving.errors import StartupError
+from serving.status_page import ReadReport, make_app
 
 _log = structlog.get_logger()
 
 
 @contextmanager
-def served(registry: CollectorRegistry, host: str, port: int) -> Iterator[str]:
-    """Answer scrapes over HTTP at /metrics, in threads of their own.
+def served(
+    registry: CollectorRegistry, read_report: ReadReport, host: str, port: int
+) -> Iterator[str]:
+    """Answer scrapes over HTTP at /metrics, and people at /, in threads of their own.
 
     Args:
         registry: What is told.
+        read_report: Gives models' reports.
         host: Numeric address to listen on.
         port: 0 takes a free one.
 
@@ -39,7 +43,7 @@ def served(registry: CollectorRegistry, host: str, port: int) -> Iterator[str]:
             f"cannot listen on {host}:{port} for metrics: {error.strerror or error}; choose "
             "another --metrics-port (0 takes a free one) or --host"
         ) from error
-    server.set_app(make_wsgi_app(registry))
+    server.set_app(make_app(registry, read_report))
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     try:

@@ -40,6 +40,7 @@ class LoadedModel:
         lane: Where its requests wait.
         grid: Where it was trained; None if that cannot be told from its inputs.
         count: Told how many rows were run, and how many of them were outside of the grid.
+        folder: Where it was loaded from. What lies there may have changed since.
     """
 
     manifest: Manifest
@@ -47,6 +48,7 @@ class LoadedModel:
     lane: Lane[Request]
     grid: Grid | None
     count: Callable[[int, int], None]
+    folder: Path
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run some rows, of one request or of several, and count them."""
@@ -131,4 +133,4 @@ def _load(
             f"machine and provider{fused}; do not serve it: export again here and compare"
         )
     grid = Grid(manifest.input_range) if manifest.input_range else None
-    return LoadedModel(manifest, engine, Lane(limits), grid, count)
+    return LoadedModel(manifest, engine, Lane(limits), grid, count, folder.path)

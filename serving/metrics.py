@@ -15,6 +15,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from kan_bundle.layout import MODEL_FILE
+from serving.reports import report_path
 from serving.repository import Repository
 
 REASONS = ("shed", "expired", "cancelled", "invalid", "unavailable", "unauthorised", "failed")
@@ -200,16 +202,33 @@ class ModelCollector(Collector):
             "kanserve_ready", "1 if the server takes requests, 0 before that and while it drains."
         )
         ready.add_metric([], float(self._is_ready()))
+        infos = GaugeMetricFamily(
+            "kanserve_model_info",
+            "1 for a model version that is served, by the SHA-256 of its model.onnx and the path "
+            "of its report on this port, empty if it has none.",
+            labels=["model", "version", "sha256", "report"],
+        )
+        parity = GaugeMetricFamily(
+            "kanserve_model_parity",
+            "Largest error of a model version's files at export, as a share of what is allowed at "
+            "that output, by the runtime that ran them.",
+            labels=["model", "version", "runtime"],
+        )
         for name, versions in self._repository.models.items():
             served = [version.model for version in versions.values() if version.model is not None]
             waiting.add_metric([name], sum(model.lane.rows for model in served))
             for number, version in versions.items():
                 states.add_metric([name, str(number), version.state, version.reason], 1)
                 if version.model is not None:
+                    manifest = version.model.manifest
+                    sha256 = manifest.files[MODEL_FILE].sha256
+                    infos.add_metric([name, str(number), sha256, report_path(manifest)], 1)
+                    for record in manifest.parity:
+                        parity.add_metric([name, str(number), record.runtime], record.excess)
                     fused = version.model.engine.fused_layers
-                    standard = len(version.model.manifest.layers) - fused
+                    standard = len(manifest.layers) - fused
                     layers.add_metric([name, str(number), "fused"], fused)
                     layers.add_metric([name, str(number), "standard"], standard)
                     for provider, count in version.model.engine.placement.items():
                         nodes.add_metric([name, str(number), provider], count)
-        yield from (layers, nodes, states, waiting, ready)
+        yield from (layers, nodes, states, infos, parity, waiting, ready)

@@ -31,6 +31,7 @@ from serving.errors import ModelNotFound, StartupError
 from serving.loading import LoadedModel, load_bundle
 from serving.policy import parse_policy
 from serving.readiness import Readiness
+from serving.reports import read_report
 from serving.repository import Repository
 from serving.rpc import RpcHandlers
 from serving.service import (
@@ -206,7 +207,11 @@ def running(
             _bind(grpc_server, address, settings),
             ""
             if several
-            else cleanup.enter_context(exposition.served(registry, address, settings.metrics_port)),
+            else cleanup.enter_context(
+                exposition.served(
+                    registry, partial(read_report, repository), address, settings.metrics_port
+                )
+            ),
             health_address,
             repository,
             keeper,

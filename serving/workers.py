@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,7 +26,7 @@ from prometheus_client.registry import Collector
 
 from kan_bundle.errors import BundleError
 from serving import addresses, exposition
-from serving.errors import EngineError, StartupError
+from serving.errors import ControlRefused, EngineError, StartupError
 from serving.logs import configure_logging
 from serving.peers import Gone, Peer
 from serving.readiness import Readiness
@@ -115,6 +116,20 @@ class Workers:
             for index, future in asked.items()
             if future.done() and future.exception() is None
         }
+
+    def report(self, name: str, version: str) -> bytes:
+        """Ask one worker after the other for the report of a version.
+
+        Raises:
+            ModelNotFound: One says that there is none.
+            ControlRefused: One says that it cannot be had, or none answers.
+        """
+        with self._lock:
+            peers = list(self._peers.values())
+        for peer in peers:
+            with suppress(Gone, EngineError, TimeoutError):
+                return b64decode(peer.ask("report", [name, version]).result(_SCRAPE_S))
+        raise ControlRefused("no worker answers; the server's log says more")
 
     def _ask_all(self, what: str, argument: Any = None) -> list["Future[Any]"]:
         with self._lock:
@@ -302,7 +317,7 @@ def keeping(settings: Settings) -> Iterator[KeptServer]:
         workers = Workers(own, deaths)
         registry.register(_Collector(workers))
         metrics_address = cleanup.enter_context(
-            exposition.served(registry, address, settings.metrics_port)
+            exposition.served(registry, workers.report, address, settings.metrics_port)
         )
         cleanup.callback(addresses.withdraw, settings)
         cleanup.callback(workers.close)
@@ -363,6 +378,12 @@ def work(settings: Settings, index: int, connection: "Connection[Any, Any]") -> 
         now.set()
         stop.set()
 
+    def report(version: list[str]) -> str:
+        from serving.reports import read_report  # imports onnxruntime
+
+        repository = started.result().repository
+        return b64encode(read_report(repository, *version)).decode()
+
     answers: dict[str, Callable[[Any], Any]] = {
         "ready": lambda ready: readiness.hear(ready),
         "drain": lambda _: readiness.drain(),
@@ -373,6 +394,7 @@ def work(settings: Settings, index: int, connection: "Connection[Any, Any]") -> 
     tasks: dict[str, Callable[[Any], Any]] = {
         "load": lambda name: started.result().keeper.load(name),
         "unload": lambda name: started.result().keeper.unload(name),
+        "report": report,
     }
     keeper = Peer(connection, answers, tasks)
 
