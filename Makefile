@@ -67,7 +67,7 @@ protos: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt kan_ops/CMakeLists.txt $(CPP)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,examples,otel,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,signing,otel,examples,dev]'
 	@$(BIN)/python -m kan_ops || true
 	touch $@
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
-from export.errors import ExportError, InputError
+from export.errors import ExportError, InputError, SigningError
 from export.onnx_graph import DEFAULT_OPSET, OLDEST_OPSET, check_opset
 from export.pipeline import DEFAULT_ACTIVATION, export_checkpoint
 from export.precision import PRECISIONS
@@ -29,6 +29,7 @@ from kan_model.activations import NAMED
 _EXPORT_ONLY = (
     *("--model", "--input-shape", "--samples"),
     *("--name", "--version", "--opset", "--precision", "--inline", "--force"),
+    *("--sign-key", "--sign-password-file"),
 )
 _EXAMPLES = """\
 examples:
@@ -37,6 +38,7 @@ examples:
   python -m export runs/best.pt --name digits        models/digits, the next free version
   python -m export inspect model.pt                  what is in the file; nothing is exported
   python -m export model.pt --precision int8         a quarter of the size, nearly the same answers
+  python -m export model.pt --sign-key key.pem       signed, for --require-signature
   python -m export last.ckpt --prefix ema.           one of several KANs in a file
   python -m export head.pt --model nets:build --input-shape 3,224,224
                                                      a network of your own with KAN layers inside
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     if arguments.inspect and (strays := [flag for flag in _EXPORT_ONLY if _given(arguments, flag)]):
         parser.error(f"inspect exports nothing; leave out {', '.join(strays)}")
+    if arguments.sign_password_file and not arguments.sign_key:
+        parser.error("--sign-password-file is that of --sign-key; give both or neither")
     for stream in (sys.stdout, sys.stderr):  # names in a file may be anything
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -119,6 +123,8 @@ def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
         opset=arguments.opset or DEFAULT_OPSET,
         precision=arguments.precision or "fp32",
         inline=arguments.inline,
+        sign_key=arguments.sign_key,
+        sign_password=_read_password(arguments.sign_password_file),
         force=arguments.force,
         report=report,
     )
@@ -126,6 +132,18 @@ def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
     if arguments.json:
         return 0, json.dumps({"path": str(path), "manifest": asdict(manifest)})
     return 0, str(path)
+
+
+def _read_password(path: Path | None) -> str | None:
+    """Read a password: the first line of a file."""
+    if path is None:
+        return None
+    try:
+        return path.read_text().partition("\n")[0]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SigningError(
+            f"--sign-password-file: {path}: cannot be read: {getattr(error, 'strerror', error)}"
+        ) from error
 
 
 def _inspect(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
@@ -209,6 +227,19 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write KAN layers as standard operators alone, for runtimes that do not know "
         "model-local functions; such a file cannot run fused",
+    )
+    bundle.add_argument(
+        "--sign-key",
+        type=Path,
+        metavar="KEY.pem",
+        help="sign the version with this private key, in OpenSSF's model signing format, for "
+        "python -m serving --require-signature",
+    )
+    bundle.add_argument(
+        "--sign-password-file",
+        type=Path,
+        metavar="FILE",
+        help="the password of that key is the first line of this file",
     )
     bundle.add_argument("--force", action="store_true", help="replace an existing version")
 

@@ -4,7 +4,8 @@ ExportError
 ├── InputError        what the network takes is not known, or does not fit it
 ├── NetworkError      the network cannot be built, or its weights do not fit it
 ├── ConversionError   a file could not be written in the form that was asked for
-└── ParityError       the files do not compute what the checkpoint computes
+├── ParityError       the files do not compute what the checkpoint computes
+└── SigningError      the bundle cannot be signed with the key that was given
 """
 
 import traceback
@@ -31,6 +32,10 @@ class ConversionError(ExportError):
 
 class ParityError(ExportError):
     """The files as written do not compute what the checkpoint computes."""
+
+
+class SigningError(ExportError):
+    """The bundle cannot be signed with the key that was given."""
 
 
 def cause(error: BaseException) -> str:

@@ -26,6 +26,7 @@ from export.parity import Runner, choose_golden, measure, run_probes, swallow_na
 from export.precision import TOLERANCE, check_precision
 from export.reference import make_reference
 from export.report import Report
+from export.signing import Signer, read_signer
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
 from export.verdict import require_golden, require_parity
@@ -72,6 +73,7 @@ class _Options:
     opset: int
     precision: Precision
     inline: bool
+    signer: Signer | None
 
 
 def export_checkpoint(
@@ -89,6 +91,8 @@ def export_checkpoint(
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
     inline: bool = False,
+    sign_key: Path | str | None = None,
+    sign_password: str | None = None,
     force: bool = False,
     report: Report | None = None,
 ) -> Manifest:
@@ -112,6 +116,8 @@ def export_checkpoint(
             has its own tolerance (`export.precision`).
         inline: Write KANLinear layers as standard operators alone, for runtimes that do not know
             model-local functions.
+        sign_key: PEM file of the private key to sign the bundle with; None leaves it unsigned.
+        sign_password: What that file is encrypted with, if it is.
         force: Whether an existing version may be replaced.
         report: Is told each stage, the measurements and the warnings; None only warns.
 
@@ -126,12 +132,14 @@ def export_checkpoint(
         LayoutError: The name cannot be used or the version exists.
         ConversionError: A file could not be written as asked for, or not be run.
         ParityError: A file does not compute what the checkpoint computes.
+        SigningError: The key cannot be used.
         OSError: Something could not be written.
     """
     path = Path(checkpoint)
     report = report or Report.silent()
     target = _choose_target(Path(output), path.stem if name is None else name, version, force)
-    options = _Options(check_opset(opset), check_precision(precision), inline)
+    signer = _choose_signer(sign_key, sign_password)
+    options = _Options(check_opset(opset), check_precision(precision), inline, signer)
     inputs = read_inputs(input_shape, samples)
     with report.stage("read the checkpoint"):
         # Not kept: a large file is mapped, and its pages count until the last tensor lets go.
@@ -156,6 +164,8 @@ def export_module(
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
     inline: bool = False,
+    sign_key: Path | str | None = None,
+    sign_password: str | None = None,
     force: bool = False,
     report: Report | None = None,
 ) -> Manifest:
@@ -172,6 +182,8 @@ def export_module(
         opset: As above.
         precision: As above.
         inline: As above.
+        sign_key: As above.
+        sign_password: As above.
         force: As above.
         report: As above.
 
@@ -184,10 +196,12 @@ def export_module(
         LayoutError: The name cannot be used or the version exists.
         ConversionError: A file could not be written as asked for, or not be run.
         ParityError: A file does not compute what the network computes.
+        SigningError: The key cannot be used.
         OSError: Something could not be written.
     """
     target = _choose_target(Path(output), name, version, force)
-    options = _Options(check_opset(opset), check_precision(precision), inline)
+    signer = _choose_signer(sign_key, sign_password)
+    options = _Options(check_opset(opset), check_precision(precision), inline, signer)
     inputs = read_inputs(input_shape, samples)
     own = copy_module(module).cpu().eval()
     return _export(own, inputs, target, options, None, report or Report.silent())
@@ -199,6 +213,10 @@ def _choose_target(output: Path, name: str, version: int | None, force: bool) ->
     folder = BundleFolder(name, number, output / name / str(number))
     require_place(folder, force=force)
     return _Target(folder, force)
+
+
+def _choose_signer(key: Path | str | None, password: str | None) -> Signer | None:
+    return None if key is None else read_signer(Path(key), password)
 
 
 def _build(
@@ -350,6 +368,8 @@ def _export(
                 folder, source, network, layers, options.precision, reference, measured, files
             )
             write_manifest(manifest, place.path)
+            if options.signer is not None:
+                options.signer.sign(place.path)
             config = render_config(folder.name, manifest.inputs, manifest.outputs)
             config_kept = place.publish(config, force=target.force)
     if config_kept:

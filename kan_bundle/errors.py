@@ -3,7 +3,9 @@
 BundleError
 ├── LayoutError     a name, a version or a folder is not what the layout asks for
 ├── ManifestError   manifest.json is missing, damaged or of another format
-└── IntegrityError  a file is missing, or is not the one that was exported
+├── IntegrityError  a file is missing, or is not the one that was exported
+├── GraphError      a model file asks for what is not loaded
+└── SignatureError  a bundle is not signed by whom it must be, or a key is none
 """
 
 
@@ -21,3 +23,11 @@ class ManifestError(BundleError):
 
 class IntegrityError(BundleError):
     """A file of the bundle is missing, or is not the one that was exported."""
+
+
+class GraphError(BundleError):
+    """A model file is none, or asks for what is not loaded."""
+
+
+class SignatureError(BundleError):
+    """A bundle is not signed by whom it must be, or a key cannot be used."""

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from kan_bundle.errors import IntegrityError
 from kan_bundle.manifest import DATATYPES, TensorSpec
 
+_LARGEST = 2**29  # bytes; what is compressed may grow a thousandfold
+
 
 @dataclass(frozen=True)
 class Golden:
@@ -78,6 +80,9 @@ def read_golden(content: bytes, inputs: Sequence[TensorSpec]) -> Golden:
     """
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            size = sum(entry.file_size for entry in archive.zip.infolist())
+            if size > _LARGEST:
+                raise ValueError(f"it holds {size} bytes, expected at most {_LARGEST}")
             arrays = tuple(archive[f"input_{i}"] for i in range(len(inputs)))
             golden = Golden(arrays, archive["outputs"], archive["tolerance"])
     except Exception as error:  # a damaged archive makes the parser fail in any way there is

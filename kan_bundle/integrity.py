@@ -11,6 +11,8 @@ from kan_bundle.errors import IntegrityError
 from kan_bundle.layout import open_regular
 from kan_bundle.manifest import FileRecord
 
+_CHUNK = 2**20  # bytes
+
 
 def record_file(path: Path) -> FileRecord:
     """Take a file's size and SHA-256."""
@@ -39,6 +41,22 @@ def read_checked(path: Path, expected: FileRecord) -> bytes:
         content = file.read(expected.size_bytes)
         _require_digest(path, hashlib.sha256(content).hexdigest(), expected)
         return content
+
+
+def read_chunks(path: Path, expected: FileRecord) -> Iterator[bytes]:
+    """Read a file piece by piece, and after the last compare with its record what was read.
+
+    Raises:
+        IntegrityError: It is missing or differs.
+    """
+    digest = hashlib.sha256()
+    left = expected.size_bytes
+    with _opened(path, expected) as file:
+        while chunk := file.read(min(_CHUNK, left)):
+            left -= len(chunk)
+            digest.update(chunk)
+            yield chunk
+    _require_digest(path, digest.hexdigest(), expected)
 
 
 @contextmanager

@@ -6,6 +6,7 @@
         1/                one version, a positive integer: a bundle
           model.onnx, model.ts, golden.npz, manifest.json
           model.onnx.data   weights that do not fit into model.onnx
+          model.sig         who wrote it, if it is signed
 
 A version is written into a hidden folder inside the repository, so on the same file system, and
 renamed into place when it is complete. Readers pass over hidden folders.
@@ -31,6 +32,7 @@ TORCHSCRIPT_FILE = "model.ts"
 GOLDEN_FILE = "golden.npz"
 REPORT_FILE = "report.html"
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "model.sig"
 CONFIG_FILE = "config.pbtxt"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

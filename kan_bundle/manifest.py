@@ -2,7 +2,7 @@
 
 The file ends with a digest of its own bytes, taken with the digest left empty, so that a changed
 byte anywhere in it is noticed. The digest, like the hashes, guards against accidents, not against
-someone who can write to the repository.
+someone who can write to the repository: against that a bundle is signed (kan_bundle/signature.py).
 """
 
 import hashlib
@@ -175,7 +175,7 @@ class Manifest:
         outputs: Output tensors, in the network's order.
         reference: Precision of the answers that parity was measured against: the network's own in
             float64, or in float32 if it cannot run in float64.
-        files: Every file of the version folder but the manifest.
+        files: Every file of the version folder but the manifest and its signature.
         parity: One record per runtime.
         versions: Versions of the programs that took part, by name.
     """
@@ -216,14 +216,37 @@ def read_manifest(folder: Path) -> Manifest:
         ManifestError: It is missing, not byte for byte what was written, of another format, or
             lacks something.
     """
+    return parse_manifest(manifest_content(folder), folder)
+
+
+def manifest_content(folder: Path) -> bytes:
+    """Read the bytes of a version folder's manifest, or the first of too many.
+
+    Raises:
+        ManifestError: It cannot be read.
+    """
     path = folder / MANIFEST_FILE
     try:
         with open_regular(path) as file:
-            raw = file.read(_LARGEST + 1)
+            return file.read(_LARGEST + 1)
     except OSError as error:
         raise ManifestError(
             f"{path}: cannot be read: {error.strerror}; every version folder has one: export again"
         ) from error
+
+
+def parse_manifest(raw: bytes, folder: Path) -> Manifest:
+    """Check the bytes of a manifest.
+
+    Args:
+        raw: The bytes.
+        folder: Where they are from, for messages.
+
+    Raises:
+        ManifestError: They are not byte for byte what was written, of another format, or lack
+            something.
+    """
+    path = folder / MANIFEST_FILE
     found = _DIGEST.search(raw)
     if found is None or len(raw) > _LARGEST:
         raise ManifestError(

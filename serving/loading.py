@@ -1,5 +1,9 @@
 """From a folder to a model that is ready: verified, loaded, its golden probes replayed.
 
+The order is that of trust: who signed the manifest, where that is asked for; the manifest; the
+files it lists, by size and hash; the graph; and only then onnxruntime, with the very bytes that
+were checked, and at last the answers.
+
 Requests are answered meanwhile, and much of this holds the interpreter's lock, onnxruntime's part
 for a millisecond or two. So it is done in steps, between which requests have the lock, and within
 them Python gives it away as soon as somebody waits for it. This module knows bundles and engines,
@@ -7,20 +11,23 @@ not gRPC.
 """
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kan_bundle.errors import IntegrityError
 from kan_bundle.golden import excess, read_golden, side_by_side
-from kan_bundle.integrity import check_file, read_checked
-from kan_bundle.layout import GOLDEN_FILE, MODEL_FILE, BundleFolder
-from kan_bundle.manifest import Manifest, read_manifest
+from kan_bundle.integrity import check_file, read_checked, read_chunks
+from kan_bundle.layout import GOLDEN_FILE, MODEL_FILE, WEIGHTS_FILE, BundleFolder
+from kan_bundle.manifest import FileRecord, Manifest, manifest_content, parse_manifest
+from kan_bundle.signature import PublicKey, require_listed, signed_files
 from serving.batching import Lane, Limits
 from serving.dispatch import Arrays, Request
 from serving.engine import Engine
+from serving.graph import check_graph
 from serving.grid import Grid
 
 _SWITCH_S = 1e-4
@@ -28,6 +35,23 @@ _BREATH_S = 2e-3  # longer than a request takes
 
 EngineMaker = Callable[[bytes, Manifest, Path], Engine]
 """Makes an engine from verified bytes, what they are, and the folder of the rest."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a bundle must be before it is loaded.
+
+    Args:
+        max_file_bytes: Size of its largest file.
+        signer: Whose signature it must have; None asks for none.
+    """
+
+    max_file_bytes: int = 2**32
+    signer: PublicKey | None = None
+
+
+ANYBODYS = Admission()
+"""A bundle that nobody needs to have signed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +86,7 @@ def load_bundle(
     make_engine: EngineMaker,
     limits: Limits,
     count: Callable[[int, int], None] = lambda rows, outside: None,
+    admission: Admission = ANYBODYS,
 ) -> LoadedModel:
     """Verify one bundle and replay its golden probes.
 
@@ -70,14 +95,16 @@ def load_bundle(
         make_engine: Makes an engine from verified bytes.
         limits: Of its requests.
         count: Told of every row that is run later.
+        admission: What it must be.
 
     Raises:
-        BundleError: A file is missing, changed or unusable, or the answers are not the golden
+        BundleError: It is not signed as it must be, a file is missing, changed, too large or
+            unusable, the graph asks for what is not loaded, or the answers are not the golden
             ones.
         EngineError: The model does not run.
     """
     with _giving_way():
-        return _load(folder, make_engine, limits, count)
+        return _load(folder, make_engine, limits, count, admission)
 
 
 def breathe() -> None:
@@ -101,21 +128,34 @@ def _load(
     make_engine: EngineMaker,
     limits: Limits,
     count: Callable[[int, int], None],
+    admission: Admission,
 ) -> LoadedModel:
-    manifest = read_manifest(folder.path)
+    raw = manifest_content(folder.path)
+    signer = admission.signer
+    signed = None if signer is None else signed_files(folder.path, raw, signer)
+    manifest = parse_manifest(raw, folder.path)
+    if signed is not None:
+        require_listed(folder.path, manifest, signed)
     breathe()
     if (manifest.name, manifest.version) != (folder.name, folder.version):
         raise IntegrityError(
             f"{folder.path}: the manifest says model {manifest.name!r} version "
             f"{manifest.version}; a bundle cannot be renamed: export it again under this name"
         )
+    _require_sizes(folder.path, manifest, admission.max_file_bytes)
+    weights = manifest.files.get(WEIGHTS_FILE)
+    copied = signed is not None and weights is not None
     for name, record in manifest.files.items():
-        if name not in (MODEL_FILE, GOLDEN_FILE):  # those are hashed as they are read
+        # Some are hashed as they are read.
+        if name not in (MODEL_FILE, GOLDEN_FILE) and not (copied and name == WEIGHTS_FILE):
             check_file(folder.path / name, record)
     model = read_checked(folder.path / MODEL_FILE, manifest.files[MODEL_FILE])
     content = read_checked(folder.path / GOLDEN_FILE, manifest.files[GOLDEN_FILE])
     breathe()
-    engine = make_engine(model, manifest, folder.path)
+    check_graph(model, None if weights is None else weights.size_bytes)
+    breathe()
+    with _own_weights(folder.path, weights if copied else None) as place:
+        engine = make_engine(model, manifest, place)
     breathe()
     golden = read_golden(content, manifest.inputs)
     breathe()
@@ -134,3 +174,50 @@ def _load(
         )
     grid = Grid(manifest.input_range) if manifest.input_range else None
     return LoadedModel(manifest, engine, Lane(limits), grid, count, folder.path)
+
+
+def _require_sizes(folder: Path, manifest: Manifest, most: int) -> None:
+    """Refuse a file that is too large, before it is opened.
+
+    Raises:
+        IntegrityError: There is one.
+    """
+    for name, record in manifest.files.items():
+        if record.size_bytes > most:
+            raise IntegrityError(
+                f"{folder / name}: expected at most {most} bytes, found {record.size_bytes}; start "
+                "again with a larger --max-model-bytes if it is to be served"
+            )
+
+
+@contextmanager
+def _own_weights(folder: Path, record: FileRecord | None) -> Iterator[Path]:
+    """Give the folder for onnxruntime to read weights from, which nobody else can write to.
+
+    onnxruntime opens the file of the weights itself, after it was hashed, and goes on reading it
+    as long as the model is served. So where it matters who wrote a bundle, it gets a copy, which
+    leaves the disk when the model is unloaded.
+
+    Args:
+        folder: Of the version.
+        record: Of the file, if it is to be copied.
+
+    Raises:
+        IntegrityError: It is missing or differs, or there is no room for the copy.
+    """
+    if record is None:
+        yield folder
+        return
+    with ExitStack() as cleanup:
+        try:  # for this user alone
+            place = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kanserve-")))
+            with (place / WEIGHTS_FILE).open("xb") as copy:
+                for chunk in read_chunks(folder / WEIGHTS_FILE, record):
+                    copy.write(chunk)
+        except OSError as error:
+            raise IntegrityError(
+                f"{folder / WEIGHTS_FILE}: cannot be copied for this server alone: "
+                f"{error.strerror}; weights of a signed version are read from a copy: set TMPDIR "
+                f"to a folder with {record.size_bytes} bytes of room"
+            ) from error
+        yield place

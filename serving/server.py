@@ -22,13 +22,14 @@ from prometheus_client import CollectorRegistry
 from kan_bundle.errors import IntegrityError
 from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest
+from kan_bundle.signature import read_public_key
 from serving import addresses, exposition, health, metrics, reflection, runtime
 from serving.access import Access
 from serving.control import Keeper, polling
 from serving.dispatch import Dispatcher
 from serving.engine import Engine, EngineOptions
 from serving.errors import ModelNotFound, StartupError
-from serving.loading import LoadedModel, load_bundle
+from serving.loading import Admission, LoadedModel, load_bundle
 from serving.policy import parse_policy
 from serving.readiness import Readiness
 from serving.reports import read_report
@@ -132,6 +133,7 @@ def running(
     Raises:
         StartupError: It cannot serve what it was asked to, or not there.
         LayoutError: The model repository cannot be read.
+        SignatureError: The key whose signature is required cannot be used.
     """
     runtime.prepare(settings.provider)
     address = addresses.resolve(settings.host)
@@ -242,11 +244,14 @@ class _Loader:
         self._fused = fused
         self._counters = counters
         self.max_message_bytes = settings.max_message_bytes
+        key = settings.require_signature
+        signer = None if key is None else read_public_key(key)
+        self._admission = Admission(settings.max_model_bytes, signer)
 
     def __call__(self, folder: BundleFolder) -> LoadedModel:
         limits = self._settings.limits_of(folder.name)
         count = partial(self._counters.count_rows, folder.name)
-        model = load_bundle(folder, self._make_engine, limits, count)
+        model = load_bundle(folder, self._make_engine, limits, count, self._admission)
         limit = self.max_message_bytes
         if limit is not None and not fitting_rows(model.manifest, limit):
             raise IntegrityError(

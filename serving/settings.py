@@ -142,6 +142,16 @@ class Settings(BaseSettings):
         description="largest request accepted; by default 64 MiB, or 64 rows of the model with "
         "the largest rows if that is more",
     )
+    max_model_bytes: Annotated[int, Field(ge=1)] = Field(
+        4 * 2**30,
+        description="largest file of a version; a version with a larger one is refused before "
+        "any of it is loaded",
+    )
+    require_signature: Path | None = Field(
+        None,
+        description="serve only versions that are signed by the owner of this public key, a PEM "
+        "file; see python -m export --sign-key",
+    )
     workers: Annotated[int, Field(ge=1, le=256)] = Field(
         1,
         description="processes that share the port, each with models, threads and limits of its "

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from export import export_checkpoint
-from kan_bundle.errors import BundleError, IntegrityError
+from kan_bundle.errors import BundleError, GraphError, IntegrityError
 from kan_bundle.golden import Golden, read_golden, write_golden
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder, find_bundles
@@ -175,7 +175,7 @@ def test_what_no_check_has_foreseen_refuses_one_bundle_only(repository: Path) ->
 def test_a_file_that_is_no_model_is_not_served(folder: BundleFolder) -> None:
     (folder.path / "model.onnx").write_bytes(b"not a model")
     reseal(folder)
-    with pytest.raises(IntegrityError, match="onnxruntime cannot load the model"):
+    with pytest.raises(GraphError, match="expected an ONNX model, found wire type 6"):
         load(folder)
 
 

@@ -1,0 +1,598 @@
+"""Who wrote a bundle: signed here and by OpenSSF's tool, verified here and by it."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from rich.console import Console
+
+from export import SigningError, export_checkpoint, export_module, onnx_graph
+from export.report import Report
+from export.signing import Signer, read_signer
+from kan_bundle.errors import BundleError, SignatureError
+from kan_bundle.integrity import record_file
+from kan_bundle.layout import BundleFolder
+from kan_bundle.manifest import Manifest, read_manifest, write_manifest
+from kan_bundle.signature import read_public_key, read_signature
+from kan_model import KAN
+from protos import inference_pb2 as pb
+from serving.engine import Engine
+from serving.loading import Admission, LoadedModel, load_bundle
+from serving.server import running
+from serving.settings import Settings
+from tests.bundles import CLOSE, run_onnx
+from tests.conftest import GOLDENS, run_module
+from tests.servers import WAIT_S, served
+from tests.test_graph import LIMITS, make_engine
+from tests.wire import raw_output, raw_request
+
+MODEL = "uniform_4x8x3"
+PASSWORD = "correct horse"
+X = np.linspace(-0.9, 0.9, 12, dtype=np.float32).reshape(3, 4)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A pair of keys, as PEM files."""
+
+    private: Path
+    public: Path
+
+
+def write_keys(folder: Path, name: str, key: Any, password: str | None = None) -> Keys:
+    keys = Keys(folder / f"{name}.pem", folder / f"{name}.pub.pem")
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if password is not None:
+        encryption = serialization.BestAvailableEncryption(password.encode())
+    pem = serialization.Encoding.PEM
+    form = serialization.PrivateFormat.PKCS8
+    keys.private.write_bytes(key.private_bytes(pem, form, encryption))
+    public = serialization.PublicFormat.SubjectPublicKeyInfo
+    keys.public.write_bytes(key.public_key().public_bytes(pem, public))
+    return keys
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    """Those of who may sign."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    return write_keys(tmp_path_factory.mktemp("keys"), "key", key)
+
+
+@pytest.fixture(scope="session")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    """Those of somebody else."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    return write_keys(tmp_path_factory.mktemp("others"), "key", key)
+
+
+@pytest.fixture(scope="session")
+def signed(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Path:
+    """A version that was exported signed. Read only."""
+    root = tmp_path_factory.mktemp("signed")
+    report = Report(Console(file=io.StringIO()))
+    checkpoint = GOLDENS / f"{MODEL}.pt"
+    export_checkpoint(
+        checkpoint, output=root, activation="silu", sign_key=keys.private, report=report
+    )
+    return root / MODEL / "1"
+
+
+@pytest.fixture
+def folder(signed: Path, tmp_path: Path) -> BundleFolder:
+    """A copy of it, for an attacker."""
+    shutil.copytree(signed, tmp_path / MODEL / "1")
+    return BundleFolder(MODEL, 1, tmp_path / MODEL / "1")
+
+
+@pytest.fixture
+def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail the test if onnxruntime is given anything."""
+
+    def reached(*_: object, **__: object) -> None:
+        raise AssertionError("onnxruntime was reached")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", reached)
+
+
+def load(folder: BundleFolder, keys: Keys) -> LoadedModel:
+    admission = Admission(signer=read_public_key(keys.public))
+    return load_bundle(folder, make_engine, LIMITS, admission=admission)
+
+
+def openssf(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run OpenSSF's own tool."""
+    return subprocess.run(
+        [sys.executable, "-m", "model_signing", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def sign_with_tool(folder: Path, keys: Keys, *options: str | Path) -> None:
+    place = ("--signature", folder / "model.sig", "--private_key", keys.private)
+    done = openssf("sign", "key", folder, *place, *options)
+    assert done.returncode == 0, done.stderr
+
+
+def verify_with_tool(folder: Path, keys: Keys) -> subprocess.CompletedProcess[str]:
+    place = ("--signature", folder / "model.sig", "--public_key", keys.public)
+    return openssf("verify", "key", folder, *place)
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Write a manifest with true hashes, as an attacker would."""
+    manifest = read_manifest(folder)
+    files = {name: record_file(folder / name) for name in manifest.files}
+    write_manifest(replace(manifest, files=files, **changes), folder)
+
+
+def test_what_is_exported_signed_is_served(folder: BundleFolder, keys: Keys) -> None:
+    (found,) = load(folder, keys).engine.run([X])
+    np.testing.assert_allclose(found, run_onnx(folder.path, X)[0], **CLOSE)
+    assert "model.sig" not in read_manifest(folder.path).files
+
+
+def test_openssfs_tool_verifies_what_is_exported(folder: BundleFolder, keys: Keys) -> None:
+    done = verify_with_tool(folder.path, keys)
+    assert done.returncode == 0, done.stderr
+    (folder.path / "model.ts").write_bytes(b"other")
+    assert verify_with_tool(folder.path, keys).returncode == 1
+
+
+def test_what_openssfs_tool_signs_is_served(
+    repository: Path, tmp_path: Path, keys: Keys, others: Keys
+) -> None:
+    shutil.copytree(repository / MODEL, tmp_path / MODEL)
+    folder = BundleFolder(MODEL, 1, tmp_path / MODEL / "1")
+    sign_with_tool(folder.path, keys)
+    assert load(folder, keys).engine.run([X])[0].shape == (3, 3)
+    with pytest.raises(SignatureError, match="not signed by the owner of"):
+        load(folder, others)
+
+
+@pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name)
+def test_every_curve_of_the_format_is_taken(
+    folder: BundleFolder, tmp_path: Path, curve: ec.EllipticCurve
+) -> None:
+    keys = write_keys(tmp_path, "own", ec.generate_private_key(curve))
+    (folder.path / "model.sig").unlink()
+    read_signer(keys.private, None).sign(folder.path)
+    load(folder, keys)
+    assert verify_with_tool(folder.path, keys).returncode == 0
+
+
+def forge(folder: Path) -> None:
+    """Take the signature apart, name other hashes, and put it together again."""
+    path = folder / "model.sig"
+    bundle = json.loads(path.read_bytes())
+    payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    for resource in payload["predicate"]["resources"]:
+        if resource["name"] == "manifest.json":
+            resource["digest"] = digest
+    bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
+    path.write_text(json.dumps(bundle))
+
+
+def sign_as_another(folder: Path, others: Keys) -> None:
+    (folder / "model.sig").unlink()
+    read_signer(others.private, None).sign(folder)
+
+
+def replace_model(folder: Path, others: Keys) -> None:
+    (folder / "model.onnx").write_bytes(b"evil")
+    reseal(folder)
+
+
+def replace_model_and_hash(folder: Path, others: Keys) -> None:
+    replace_model(folder, others)
+    forge(folder)
+
+
+def replace_by_pipe(folder: Path, others: Keys) -> None:
+    (folder / "model.sig").unlink()
+    os.mkfifo(folder / "model.sig")
+
+
+ATTACKS: dict[str, tuple[Callable[[Path, Keys], object], str]] = {
+    "unsigned": (
+        lambda folder, _: (folder / "model.sig").rename(folder / "other.sig"),
+        r"model\.sig: cannot be read: .*; only signed versions are served: sign it",
+    ),
+    "another model with true hashes": (
+        replace_model,
+        r"signed for a manifest\.json of SHA-256 \w+, found one of",
+    ),
+    "another model and its hash in the signature": (
+        replace_model_and_hash,
+        "not signed by the owner of .*, or changed since",
+    ),
+    "signed by somebody else": (sign_as_another, "not signed by the owner of"),
+    "another manifest": (
+        lambda folder, _: reseal(folder, created="1970-01-01T00:00:00+00:00"),
+        r"signed for a manifest\.json of",
+    ),
+    "a pipe": (replace_by_pipe, "regular file"),
+    "a signature without end": (
+        lambda folder, _: os.truncate(folder / "model.sig", 2**40),
+        "it has more than 1048576 bytes",
+    ),
+    "lists in lists": (
+        lambda folder, _: (folder / "model.sig").write_bytes(b"[" * 500_000),
+        "no signature in OpenSSF's format",
+    ),
+    "nothing": (
+        lambda folder, _: (folder / "model.sig").write_bytes(b""),
+        "no signature in OpenSSF's format",
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.usefixtures("unreached")
+def test_what_is_not_signed_is_not_loaded(
+    folder: BundleFolder, keys: Keys, others: Keys, attack: str
+) -> None:
+    do, reason = ATTACKS[attack]
+    do(folder.path, others)
+    with pytest.raises(SignatureError, match=reason):
+        load(folder, keys)
+
+
+@pytest.mark.usefixtures("unreached")
+def test_a_signed_version_cannot_pass_for_another(folder: BundleFolder, keys: Keys) -> None:
+    with pytest.raises(BundleError, match="cannot be renamed"):
+        load(replace(folder, version=2), keys)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.ts", "golden.npz"])
+@pytest.mark.usefixtures("unreached")
+def test_a_file_that_was_swapped_is_not_loaded(folder: BundleFolder, keys: Keys, name: str) -> None:
+    content = bytearray((folder.path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder.path / name).write_bytes(content)
+    with pytest.raises(BundleError, match="expected SHA-256"):
+        load(folder, keys)
+
+
+@pytest.mark.usefixtures("unreached")
+def test_a_version_that_was_damaged_before_it_was_signed_is_not_loaded(
+    folder: BundleFolder, keys: Keys
+) -> None:
+    (folder.path / "model.ts").write_bytes(b"damaged")
+    sign_with_tool(folder.path, keys)
+    with pytest.raises(SignatureError, match=r"model\.ts: manifest\.json gives it SHA-256"):
+        load(folder, keys)
+    (folder.path / "model.sig").unlink()
+    with pytest.raises(SigningError, match="signed after it was changed"):
+        read_signer(keys.private, None).sign(folder.path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_bytes_are_a_signature_or_refused(signed: Path, keys: Keys, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    content = (signed / "model.sig").read_bytes()
+    signer = read_public_key(keys.public)
+    expected = read_signature(content, signer, signed)
+    assert set(expected) == {*read_manifest(signed).files, "manifest.json"}
+    for _ in range(200):
+        changed = bytearray(content)
+        for place in rng.integers(0, len(content), rng.integers(1, 4)):
+            changed[place] = int(rng.choice([*b'{}[]":,0a\\\x00\xff', int(rng.integers(256))]))
+        for tried in (bytes(changed), content[: rng.integers(0, len(content))], rng.bytes(50)):
+            reason = ""
+            try:
+                assert read_signature(tried, signer, signed) == expected
+            except SignatureError as error:
+                reason = str(error)
+            assert "\n" not in reason
+
+
+def own_signature(key: ec.EllipticCurvePrivateKey, kind: str, statement: Any) -> bytes:
+    """Sign anything at all, as the owner of a key could."""
+    from cryptography.hazmat.primitives import hashes
+
+    payload = json.dumps(statement).encode()
+    encoded = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)
+    envelope = {
+        "payload": base64.b64encode(payload).decode(),
+        "payloadType": kind,
+        "signatures": [
+            {"sig": base64.b64encode(key.sign(encoded, ec.ECDSA(hashes.SHA256()))).decode()}
+        ],
+    }
+    return json.dumps({"dsseEnvelope": envelope}).encode()
+
+
+IN_TOTO = "application/vnd.in-toto+json"
+ENTRY = {"name": "manifest.json", "algorithm": "sha256", "digest": "0" * 64}
+STATEMENT: dict[str, Any] = {
+    "_type": "https://in-toto.io/Statement/v1",
+    "predicateType": "https://model_signing/signature/v1.0",
+    "predicate": {"serialization": {"method": "files"}, "resources": [ENTRY]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "statement", "reason"),
+    [
+        pytest.param("text/plain", STATEMENT, "a payload of type", id="something else"),
+        pytest.param(
+            IN_TOTO,
+            STATEMENT | {"predicateType": "https://slsa.dev/provenance/v1"},
+            "predicateType",
+            id="another statement",
+        ),
+        pytest.param(
+            IN_TOTO,
+            STATEMENT
+            | {"predicate": {"serialization": {"method": "shards"}, "resources": [ENTRY]}},
+            "method: Input should be 'files'",
+            id="parts of files",
+        ),
+        pytest.param(
+            IN_TOTO,
+            STATEMENT
+            | {
+                "predicate": {
+                    "serialization": {"method": "files"},
+                    "resources": [ENTRY | {"algorithm": "blake2b"}],
+                }
+            },
+            "hashes by sha256 alone",
+            id="other hashes",
+        ),
+        pytest.param(
+            IN_TOTO,
+            STATEMENT
+            | {"predicate": {"serialization": {"method": "files"}, "resources": [ENTRY, ENTRY]}},
+            "each file once",
+            id="a file twice",
+        ),
+    ],
+)
+def test_the_same_key_signs_other_things_too(
+    tmp_path: Path, kind: str, statement: Any, reason: str
+) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    signer = read_public_key(write_keys(tmp_path, "key", key).public)
+    right = own_signature(key, IN_TOTO, STATEMENT)
+    assert read_signature(right, signer, tmp_path) == {"manifest.json": "0" * 64}
+    with pytest.raises(SignatureError, match=reason):
+        read_signature(own_signature(key, kind, statement), signer, tmp_path)
+
+
+def test_weights_are_served_as_they_were_signed(
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime opens their file itself: between the hash and that, and while it is served."""
+    monkeypatch.setattr(onnx_graph, "LARGEST_INLINE", 100)
+    torch.manual_seed(0)
+    export_module(KAN([4, 8, 3]), name="m", output=tmp_path, sign_key=keys.private)
+    folder = BundleFolder("m", 1, tmp_path / "m" / "1")
+    (expected,) = run_onnx(folder.path, X)
+    weights = folder.path / "model.onnx.data"
+    size = weights.stat().st_size
+    places = []
+
+    def make_engine_late(model: bytes, manifest: Manifest, place: Path) -> Engine:
+        weights.write_bytes(bytes(size))
+        places.append(place)
+        return make_engine(model, manifest, place)
+
+    admission = Admission(signer=read_public_key(keys.public))
+    model = load_bundle(folder, make_engine_late, LIMITS, admission=admission)
+    assert not places[0].exists()
+    np.testing.assert_allclose(model.engine.run([X])[0], expected, **CLOSE)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: expected SHA-256"):
+        load(folder, keys)
+
+
+def test_without_room_for_the_weights_it_says_so(
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_graph, "LARGEST_INLINE", 100)
+    export_module(KAN([4, 8, 3]), name="m", output=tmp_path, sign_key=keys.private)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(BundleError, match=r"cannot be copied .*: set TMPDIR to a folder with \d+"):
+        load(BundleFolder("m", 1, tmp_path / "m" / "1"), keys)
+
+
+def test_an_unsigned_version_leaves_the_signed_one_serving(
+    folder: BundleFolder, keys: Keys, repository: Path
+) -> None:
+    root = folder.path.parent.parent
+    settings: dict[str, Any] = {"model_control": "explicit", "load_models": (MODEL,)}
+    with served(root, require_signature=keys.public, **settings) as (_, stub):
+        before = raw_output(stub.ModelInfer(raw_request(X)))
+        shutil.copytree(repository / MODEL / "1", root / MODEL / "2")
+        reseal(root / MODEL / "2", version=2)
+        request = pb.RepositoryModelLoadRequest(model_name=MODEL)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.RepositoryModelLoad(request, timeout=WAIT_S)
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "failed its checks" in str(refused.value.details())
+        assert "model.sig" not in str(refused.value.details())
+        answer = stub.ModelInfer(raw_request(X))
+        assert answer.model_version == "1"
+        np.testing.assert_array_equal(raw_output(answer), before)
+        (folder.path / "model.sig").unlink()  # the one that serves goes on, too
+        with pytest.raises(grpc.RpcError):
+            stub.RepositoryModelLoad(request, timeout=WAIT_S)
+        np.testing.assert_array_equal(raw_output(stub.ModelInfer(raw_request(X))), before)
+
+
+def test_without_the_setting_a_signature_is_not_asked_for(folder: BundleFolder) -> None:
+    (folder.path / "model.sig").write_bytes(b"no signature")
+    load_bundle(folder, make_engine, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        pytest.param(None, "cannot be read: No such file", id="missing"),
+        pytest.param(b"no key", "expected a public key in PEM, found something else", id="text"),
+        pytest.param("private", "expected a public key in PEM, found something", id="private"),
+        pytest.param("rsa", "on one of the curves secp256r1, .*, found", id="rsa"),
+        pytest.param("ed25519", "on one of the curves", id="ed25519"),
+        pytest.param("secp256k1", "on one of the curves .*, found secp256k1", id="another curve"),
+    ],
+)
+def test_a_key_that_is_none_stops_the_start(
+    tmp_path: Path, keys: Keys, content: bytes | str | None, reason: str
+) -> None:
+    path = tmp_path / "key.pub.pem"
+    match content:
+        case bytes():
+            path.write_bytes(content)
+        case "private":
+            path.write_bytes(keys.private.read_bytes())
+        case str():
+            path = write_keys(tmp_path, "key", OTHER_KEYS[content]()).public
+    settings = Settings(
+        model_repository=tmp_path, grpc_port=0, metrics_port=0, require_signature=path
+    )
+    with pytest.raises(SignatureError, match=reason), running(settings):
+        pass
+
+
+OTHER_KEYS: dict[str, Callable[[], Any]] = {
+    "rsa": lambda: rsa.generate_private_key(65537, 2048),
+    "ed25519": ed25519.Ed25519PrivateKey.generate,
+    "secp256k1": lambda: ec.generate_private_key(ec.SECP256K1()),
+}
+
+
+def test_the_server_says_in_one_line_what_is_wrong_with_a_key(
+    repository: Path, tmp_path: Path
+) -> None:
+    flags = ("--require-signature", tmp_path / "none.pem")
+    done = run_module("serving", "--model-repository", repository, *flags)
+    assert done.returncode == 1
+    (event,) = map(json.loads, done.stderr.splitlines())
+    assert event["event"] == "refused_to_start"
+    assert "none.pem: cannot be read" in event["reason"]
+
+
+def test_without_the_library_it_says_what_to_install(
+    folder: BundleFolder, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("cryptography", "model_signing"):
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    with pytest.raises(SignatureError, match=r"pip install kanserve\[signing\]"):
+        read_public_key(keys.public)
+    with pytest.raises(SigningError, match=r"pip install kanserve\[signing\]"):
+        read_signer(keys.private, None)
+
+
+# The exporter.
+
+
+def test_a_password_is_read_from_a_file(tmp_path: Path) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    keys = write_keys(tmp_path, "key", key, PASSWORD)
+    (tmp_path / "password").write_text(f"{PASSWORD}\nnot this\n")
+    done = run_module(
+        *("export", GOLDENS / f"{MODEL}.pt", "--output", tmp_path / "models"),
+        *("--activation", "silu", "--sign-key", keys.private),
+        *("--sign-password-file", tmp_path / "password"),
+    )
+    assert done.returncode == 0, done.stderr
+    load(BundleFolder(MODEL, 1, Path(done.stdout.strip())), keys)
+
+
+@pytest.mark.parametrize(
+    ("kind", "password", "reason"),
+    [
+        ("encrypted", None, "Password was not given.*--sign-password-file"),
+        ("encrypted", "wrong", "expected a private key in PEM, and its password"),
+        ("plain", "needless", "Password was given.*or leave that out"),
+        ("text", None, "expected a private key in PEM"),
+        ("public", None, "expected a private key in PEM"),
+        ("missing", None, "cannot be read: No such file"),
+        ("rsa", None, "on one of the curves secp256r1"),
+        ("secp256k1", None, "on one of the curves .*, found secp256k1"),
+    ],
+)
+def test_a_key_that_cannot_sign_is_refused_before_anything_is_written(
+    tmp_path: Path, keys: Keys, kind: str, password: str | None, reason: str
+) -> None:
+    path = tmp_path / "key.pem"
+    match kind:
+        case "encrypted":
+            key = ec.generate_private_key(ec.SECP256R1())
+            path = write_keys(tmp_path, "own", key, PASSWORD).private
+        case "plain":
+            path = keys.private
+        case "text":
+            path.write_text("no key")
+        case "public":
+            path = keys.public
+        case "rsa" | "secp256k1":
+            path = write_keys(tmp_path, "own", OTHER_KEYS[kind]()).private
+    with pytest.raises(SigningError, match=rf"--sign-key: .*{reason}") as refused:
+        export_checkpoint(
+            GOLDENS / f"{MODEL}.pt",
+            output=tmp_path / "models",
+            activation="silu",
+            sign_key=path,
+            sign_password=password,
+        )
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_version_that_cannot_be_signed_is_not_published(
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(signer: Signer, folder: Path) -> None:
+        assert (folder / "manifest.json").exists()
+        raise SigningError("the key is gone")
+
+    monkeypatch.setattr(Signer, "sign", fail)
+    with pytest.raises(SigningError, match="the key is gone"):
+        export_module(KAN([3, 2]), name="m", output=tmp_path / "models", sign_key=keys.private)
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (("--sign-password-file", "p"), 2, "give both or neither"),
+        (("--sign-key", "none.pem"), 1, "--sign-key: none.pem: cannot be read"),
+        (
+            ("--sign-key", "none.pem", "--sign-password-file", "none"),
+            1,
+            "--sign-password-file: none: cannot be read",
+        ),
+    ],
+)
+def test_the_command_refuses_in_a_line(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, reason: str
+) -> None:
+    checkpoint = GOLDENS / f"{MODEL}.pt"
+    done = run_module("export", checkpoint, "--output", tmp_path / "models", *arguments)
+    assert done.returncode == code
+    assert reason in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "models").exists()
