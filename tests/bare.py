@@ -29,6 +29,8 @@ class Bare(GRPCInferenceServiceServicer):
     Args:
         tokens: Bearer tokens that it takes; None lets anybody in.
         change: What is done to every answer.
+        inputs: Types and shapes; without `n`, nothing is added.
+        outputs: Those that there are.
     """
 
     tokens: set[str] | None = None
@@ -36,6 +38,7 @@ class Bare(GRPCInferenceServiceServicer):
     inputs: Mapping[str, tuple[str, list[int]]] = field(
         default_factory=lambda: {"a": ("FP32", [-1, 2]), "n": ("INT64", [-1])}
     )
+    outputs: tuple[str, ...] = ("total", "twice")
     requests: list[pb.ModelInferRequest] = field(default_factory=list)
     seen: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -61,9 +64,7 @@ class Bare(GRPCInferenceServiceServicer):
             name="pair",
             versions=["1"],
             inputs=[tensor(name=k, datatype=d, shape=s) for k, (d, s) in self.inputs.items()],
-            outputs=[
-                tensor(name=name, datatype="FP32", shape=[-1, 2]) for name in ("total", "twice")
-            ],
+            outputs=[tensor(name=name, datatype="FP32", shape=[-1, 2]) for name in self.outputs],
         )
 
     def ModelInfer(
@@ -74,7 +75,7 @@ class Bare(GRPCInferenceServiceServicer):
         arrays = received(request)
         a, n = arrays["a"], arrays.get("n", np.zeros(len(arrays["a"]), np.int64))
         answers = {"total": (a + n[:, None]).astype("<f4"), "twice": (2 * a).astype("<f4")}
-        wanted = [output.name for output in request.outputs] or list(answers)
+        wanted = [output.name for output in request.outputs] or self.outputs
         response = pb.ModelInferResponse(model_name="pair", model_version="1")
         for name in wanted:
             response.outputs.add(name=name, datatype="FP32", shape=answers[name].shape)
