@@ -12,6 +12,7 @@ import trustme
 from numpy.typing import NDArray
 
 from serving.client import ClientError, KanClient, Refused, TimedOut, Tls, WrongSetting
+from serving.client.__main__ import main
 from tests.bare import A, Bare, N, answering
 
 INPUTS: dict[str, NDArray[Any]] = {"a": A, "n": N}
@@ -163,3 +164,26 @@ def test_files_that_are_no_certificates_are_told_before_anybody_is_asked(
             KanClient("127.0.0.1:1", tls=tls)
         assert isinstance(error.value, WrongSetting)
         assert told in str(error.value)
+
+
+def test_the_command_takes_the_same_files(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, x, token = world.files, tmp_path / "x.npz", tmp_path / "token"
+    np.savez(x, **INPUTS)  # type: ignore[arg-type]
+    token.write_text("first\n")
+    servicer = Bare(tokens={"first"})
+    with answering(servicer, world.strict) as port:
+        command = ["infer", "--model", "pair", "--input", str(x), "--output-tensor", "twice"]
+        command += ["--address", f"localhost:{port}", "--timeout-s", str(SHORT_S)]
+        flags = ["--ca", str(files.ca), "--cert", str(files.cert), "--key", str(files.key)]
+        flags += ["--server-name", "127.0.0.1", "--token-file", str(token)]
+        assert main([*command, *flags]) == 0
+        assert capsys.readouterr().out.startswith("3,-4\n")
+        token.write_text("second\n")
+        assert main([*command, *flags]) == 1
+        told = "error: localhost:{}: model 'pair': the token is not one of ours; give a token"
+        assert capsys.readouterr().err.startswith(told.format(port))
+        for missing in (flags[:2], ["--tls"], []):  # no certificate, no CA, no TLS
+            assert main([*command, *missing]) == 1
+            assert "error: no server has answered in time" in capsys.readouterr().err
