@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from grpc_health.v1 import health_pb2_grpc
 from numpy.typing import NDArray
 
 from protos import inference_pb2 as pb
@@ -93,11 +94,17 @@ def received(request: pb.ModelInferRequest) -> dict[str, NDArray[Any]]:
 
 
 @contextmanager
-def answering(servicer: Bare, credentials: grpc.ServerCredentials | None = None) -> Iterator[int]:
+def answering(
+    servicer: Bare,
+    credentials: grpc.ServerCredentials | None = None,
+    health: health_pb2_grpc.HealthServicer | None = None,
+) -> Iterator[int]:
     """Run it on a free port of 127.0.0.1, which is yielded."""
     with ThreadPoolExecutor(4) as pool:
         server = grpc.server(pool)
         add_GRPCInferenceServiceServicer_to_server(servicer, server)
+        if health is not None:
+            health_pb2_grpc.add_HealthServicer_to_server(health, server)
         if credentials is None:
             port = server.add_insecure_port("127.0.0.1:0")
         else:

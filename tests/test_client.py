@@ -253,6 +253,16 @@ def test_a_model_that_takes_something_else_by_now_is_asked_about_again(
         assert_close(client.infer("m", ADAPTED.x), ADAPTED.y64)
 
 
+def test_a_model_that_gives_something_else_by_now_is_asked_about_again() -> None:
+    servicer = Bare(outputs=("twice",))
+    with answering(servicer) as port, KanClient(f"127.0.0.1:{port}") as client:
+        np.testing.assert_array_equal(client.infer("pair", {"a": A, "n": N}), 2 * A)
+        servicer.outputs = ("total",)
+        with pytest.raises(ServerFault, match="the model may have changed meanwhile"):
+            client.infer("pair", {"a": A, "n": N})
+        np.testing.assert_array_equal(client.infer("pair", {"a": A, "n": N}), A + N[:, None])
+
+
 def test_a_deadline_ends_the_wait(repository: Path, gate: Gate) -> None:
     with served(repository) as (server, _), KanClient(server.address) as client:
         client.metadata(UNIFORM.name)

@@ -119,6 +119,16 @@ def test_stdin_is_read(shell: Shell, monkeypatch: pytest.MonkeyPatch, form: str)
     np.testing.assert_array_equal(read_csv(shell.infer("--input", "-")), 2 * A)
 
 
+def test_a_bar_on_a_terminal_leaves_the_result_alone(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "x.npy", A)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes anything for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    np.testing.assert_array_equal(read_csv(shell.infer("--input", tmp_path / "x.npy")), 2 * A)
+    assert "3/3" in shell.error
+
+
 def test_a_large_array_is_not_read_all_at_once(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

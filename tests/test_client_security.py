@@ -1,5 +1,6 @@
 """TLS and tokens against a server that insists on them."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,18 @@ import grpc
 import numpy as np
 import pytest
 import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
-from serving.client import ClientError, KanClient, Refused, TimedOut, Tls, WrongSetting
+from serving.client import (
+    AsyncKanClient,
+    ClientError,
+    KanClient,
+    Refused,
+    TimedOut,
+    Tls,
+    WrongSetting,
+)
 from serving.client.__main__ import main
 from tests.bare import A, Bare, N, answering
 
@@ -81,9 +91,17 @@ def port(world: World) -> Iterator[int]:
         yield port
 
 
-def ask(addresses: str | list[str], tls: Tls | None, **keywords: object) -> None:
-    with KanClient(addresses, tls=tls, **keywords) as client:  # type: ignore[arg-type]
-        np.testing.assert_array_equal(client.infer("pair", INPUTS, output="total"), A + N[:, None])
+def ask(addresses: str | list[str], tls: Tls | None, **keywords: Any) -> None:
+    """Ask in both ways."""
+
+    async def answer() -> NDArray[Any]:
+        async with AsyncKanClient(addresses, tls=tls, **keywords) as client:
+            return await client.infer("pair", INPUTS, output="total")
+
+    with KanClient(addresses, tls=tls, **keywords) as client:
+        found = client.infer("pair", INPUTS, output="total")
+    for each in (found, asyncio.run(answer())):
+        np.testing.assert_array_equal(each, A + N[:, None])
 
 
 def refused_by(addresses: str, tls: Tls | None) -> str:
@@ -144,6 +162,24 @@ def test_a_token_is_read_anew_at_every_call(world: World, over_tls: bool, tmp_pa
             file.unlink()
             with pytest.raises(WrongSetting, match="cannot be read"):
                 client.infer_all("pair", INPUTS)
+
+
+class Guarded(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Tells its health to who has a token."""
+
+    def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> Iterator[health_pb2.HealthCheckResponse]:
+        if ("authorization", "Bearer first") not in list(context.invocation_metadata()):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is not one of ours")
+        yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+
+def test_a_server_whose_health_wants_a_token_is_found_healthy(world: World) -> None:
+    servicer = Bare(tokens={"first"})
+    with answering(servicer, world.server, Guarded()) as port:
+        ask(f"127.0.0.1:{port}", Tls(world.files.ca), token="first")
+    assert {str(seen["authorization"]) for seen in servicer.seen} == {"Bearer first"}
 
 
 def test_files_that_are_no_certificates_are_told_before_anybody_is_asked(

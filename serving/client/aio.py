@@ -20,6 +20,7 @@ from serving.client.errors import (
     ClientError,
     InvalidRequest,
     Refused,
+    ServerFault,
     TimedOut,
     never_reached,
     translated,
@@ -147,7 +148,7 @@ class AsyncKanClient:
         try:
             await self._ask(batch, batch.parts, model, timeout_s, progress)
             await self._ask(batch, batch.strays(), model, timeout_s, None)
-        except InvalidRequest:
+        except (InvalidRequest, ServerFault):
             self._models.pop((model, wanted.version), None)  # it may take something else by now
             raise
         return batch.answer()

@@ -2,7 +2,8 @@
 
 This module asks nobody: whoever does takes `parts`, sends `request` for each, and hands the answers
 to `add`. Rows do not influence each other, so a batch in several messages has the same answer as in
-one, as long as the same version of the model gives all of it: `strays` tells which do not.
+one (to the bit, if the server runs the same rows together; see `ROWS`), as long as one version of
+the model gives all of it: `strays` tells which rows it did not.
 """
 
 from collections.abc import Mapping
@@ -128,7 +129,10 @@ class Batch:
         found = read_outputs(response)
         expected = set(self._names or (spec.name for spec in self._model.outputs))
         if set(found) != expected:
-            raise ServerFault(f"expected outputs {sorted(expected)}, found {sorted(found)}")
+            raise ServerFault(
+                f"expected outputs {sorted(expected)}, found {sorted(found)}; the model may have "
+                "changed meanwhile"
+            )
         for name, array in found.items():
             if name not in self._outputs:
                 shape, native = (self._rows, *array.shape[1:]), array.dtype.newbyteorder("=")

@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 
 from protos import inference_pb2 as pb
-from serving.client.credentials import Tls, Token
+from serving.client.credentials import Bearer, Tls, Token
 from serving.client.errors import WrongSetting
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -70,7 +70,7 @@ class Connection:
     Args:
         target: As gRPC names it.
         where: As the caller named it, for messages.
-        credentials: Of TLS; None without it.
+        credentials: Of TLS, with the token; None without TLS.
         options: Of the channel.
         token: What goes with every call.
     """
@@ -99,12 +99,13 @@ class Connection:
         return grpc.aio.secure_channel(self.target, self.credentials, self.options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Give what goes with the next call.
+        """Give what goes with the next call beside what gRPC sends itself.
 
         Raises:
-            WrongSetting: The token cannot be read.
+            WrongSetting: The token cannot be read, which gRPC would call an absent server.
         """
-        return self.token.metadata() if self.token is not None else ()
+        found = self.token.metadata() if self.token is not None else ()
+        return found if self.credentials is None else ()
 
 
 def connection_to(
@@ -147,6 +148,9 @@ def connection_to(
         if name is not None:
             options += (("grpc.ssl_target_name_override", name),)
     credentials = tls.channel_credentials() if tls is not None else None
+    if credentials is not None and shown is not None:
+        bearer = grpc.metadata_call_credentials(Bearer(shown))
+        credentials = grpc.composite_channel_credentials(credentials, bearer)
     return Connection(places.target, places.where, credentials, options, shown)
 
 

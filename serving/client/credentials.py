@@ -98,6 +98,26 @@ class Token:
         return (("authorization", f"Bearer {token}"),)
 
 
+class Bearer(grpc.AuthMetadataPlugin):
+    """Has gRPC itself send a token, over TLS alone, also when it watches a server's health.
+
+    Args:
+        token: Read anew for every call.
+    """
+
+    def __init__(self, token: Token) -> None:
+        self._token = token
+
+    def __call__(
+        self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback
+    ) -> None:
+        """Tell gRPC what goes with a call; called by it."""
+        try:
+            callback(self._token.metadata(), None)
+        except WrongSetting as error:
+            callback((), error)
+
+
 def _read(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()

@@ -20,6 +20,7 @@ from serving.client.errors import (
     ClientError,
     InvalidRequest,
     Refused,
+    ServerFault,
     TimedOut,
     never_reached,
     translated,
@@ -191,7 +192,7 @@ class KanClient:
             else:
                 self._ask(batch, batch.parts, model, timeout_s, progress)
                 self._ask(batch, batch.strays(), model, timeout_s, None)
-        except InvalidRequest:
+        except (InvalidRequest, ServerFault):
             self._models.pop((model, wanted.version), None)  # it may take something else by now
             raise
         return batch.answer()
