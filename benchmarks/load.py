@@ -1,9 +1,7 @@
-"""Load on a server: closed loops by h2load, open loops by threads of our own.
+"""Load on a server: closed loops by h2load, open loops as `kan-client bench` has them.
 
 A closed loop has a fixed number of requests under way, which tells the most that a server can do.
-An open loop sends at moments drawn beforehand (a Poisson process), whatever the server does, and
-counts the time of a request from the moment when it was to be sent: a server that stalls pays for
-everyone who would have come meanwhile.
+An open loop sends at random moments, whatever the server does (see serving/client/load.py).
 
 `python -m benchmarks.load '{...}'` runs one open loop, in a process of its own, and prints JSON.
 """
@@ -11,32 +9,30 @@ everyone who would have come meanwhile.
 import http.client
 import itertools
 import json
-import math
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import grpc
-import numpy as np
+
+from serving.client.channel import INFER
+from serving.client.load import OK, Ask, Latencies, Opened, Trace, latencies_of, poisson_moments
+from serving.client.load import open_loop as run_open_loop
+from serving.client.load import opened as summed_up
 
 Wire = Literal["grpc", "http"]
 """ModelInfer of the Open Inference Protocol, or a POST of raw float32."""
 
-METHOD = "/inference.GRPCInferenceService/ModelInfer"
 HTTP_PATH = "/predict"
 _LENGTH_PREFIX = 5  # of a message of gRPC
 _WARM_UP_S = 1
-_SWITCH_S = 1e-4  # how long a thread of the client may hold the others up
 _DEADLINE_S = 30.0
 _SHORT = 1024  # bytes of an answer that is kept
 
@@ -65,15 +61,6 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Latencies:
-    """Milliseconds that half, 99 and 99.9 in 100 requests do not exceed."""
-
-    p50: float
-    p99: float
-    p999: float
-
-
-@dataclass(frozen=True)
 class Closed:
     """What a closed loop found.
 
@@ -84,46 +71,6 @@ class Closed:
 
     per_s: float
     latencies: Latencies
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What an open loop found.
-
-    Args:
-        offered_per_s: Requests in a second that were to be sent.
-        per_s: Right answers in a second.
-        codes: How requests ended, OK and others.
-        latencies: Of right answers, from when they were to be sent; None if there are none.
-    """
-
-    offered_per_s: float
-    per_s: float
-    codes: Mapping[str, int]
-    latencies: Latencies | None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Every request of an open loop.
-
-    Args:
-        moments: When each was to be sent, in seconds of the system's monotonic clock.
-        times_ms: How long it took from then on.
-        codes: How it ended, OK and others.
-        answers: Every answer that came, once, in hexadecimal; long ones are left out.
-    """
-
-    moments: Sequence[float]
-    times_ms: Sequence[float]
-    codes: Sequence[str]
-    answers: Sequence[str]
-
-
-def latencies_of(milliseconds: Sequence[float]) -> Latencies:
-    """Sum up times of requests."""
-    p50, p99, p999 = np.percentile(milliseconds, [50, 99, 99.9])
-    return Latencies(float(p50), float(p99), float(p999))
 
 
 def closed_loop(target: Target, connections: int, seconds: int, cpu: int) -> Closed:
@@ -147,7 +94,7 @@ def closed_loop(target: Target, connections: int, seconds: int, cpu: int) -> Clo
         if target.wire == "grpc":
             body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
             options = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
-            url, size = METHOD, target.answer_bytes + _LENGTH_PREFIX
+            url, size = INFER, target.answer_bytes + _LENGTH_PREFIX
         else:
             body.write_bytes(message)
             options = ["--h1", "-H", "content-type: application/octet-stream"]
@@ -210,7 +157,7 @@ def open_loop(
         text=True,
         timeout=10 * seconds + 120,
     )
-    return opened(trace_of(done.returncode, done.stdout, done.stderr), seconds)
+    return summed_up(trace_of(done.returncode, done.stdout, done.stderr).trace, seconds)
 
 
 def open_loop_command(
@@ -228,7 +175,20 @@ def open_loop_command(
     return [sys.executable, "-m", "benchmarks.load", json.dumps(arguments)]
 
 
-def trace_of(code: int, stdout: str, stderr: str) -> Trace:
+@dataclass(frozen=True)
+class Heard:
+    """An open loop, and what was answered.
+
+    Args:
+        trace: Its requests.
+        answers: Every answer that came, once, in hexadecimal; long ones are left out.
+    """
+
+    trace: Trace
+    answers: Sequence[str]
+
+
+def trace_of(code: int, stdout: str, stderr: str) -> Heard:
     """Read what the command of an open loop has printed.
 
     Raises:
@@ -236,25 +196,8 @@ def trace_of(code: int, stdout: str, stderr: str) -> Trace:
     """
     if code:
         raise LoadFailed(f"the client failed: {stderr[-300:]!r}")
-    return Trace(**json.loads(stdout))
-
-
-def opened(trace: Trace, seconds: float) -> Opened:
-    """Sum up an open loop.
-
-    Args:
-        trace: Its requests.
-        seconds: For how long it sent.
-    """
-    ok_ms = [ms for ms, code in zip(trace.times_ms, trace.codes, strict=True) if code == "OK"]
-    ends = [at + ms / 1000 for at, ms in zip(trace.moments, trace.times_ms, strict=True)]
-    took_s = max(max(ends) - min(trace.moments), seconds)
-    return Opened(
-        offered_per_s=len(trace.codes) / seconds,
-        per_s=len(ok_ms) / took_s,
-        codes=dict(Counter(trace.codes)),  # which asdict could not copy
-        latencies=latencies_of(ok_ms) if ok_ms else None,
-    )
+    found = json.loads(stdout)
+    return Heard(Trace(**found["trace"]), found["answers"])
 
 
 class Unanswered(Exception):
@@ -278,7 +221,7 @@ def transport(
         path: Of the URL, over HTTP.
     """
     if wire == "grpc":
-        call: Any = (channel or connected(address)).unary_unary(METHOD)
+        call: Any = (channel or connected(address)).unary_unary(INFER)
 
         def ask_grpc() -> bytes:
             try:
@@ -318,11 +261,8 @@ def connected(address: str) -> grpc.Channel:
 
 def _run(
     target: Target, per_s: float, seconds: float, threads: int, connections: int, seed: int
-) -> Trace:
+) -> Heard:
     """Run an open loop in this process."""
-    gaps = np.random.default_rng(seed).exponential(1 / per_s, math.ceil(2 * per_s * seconds) + 10)
-    moments = gaps.cumsum()
-    due = moments[moments < seconds].tolist()
     payload = Path(target.payload).read_bytes()
     count = connections if target.wire == "grpc" else 0
     channels = itertools.cycle([connected(target.address) for _ in range(count)] or [None])
@@ -333,39 +273,23 @@ def _run(
     for ask in askers[:connections]:
         with suppress(Unanswered):
             ask()  # connects
-    numbers = itertools.count()
-    results: list[list[tuple[float, float, str]]] = [[] for _ in askers]
     answers: set[bytes] = set()
-    sys.setswitchinterval(_SWITCH_S)
-    start = time.monotonic() + 0.2
 
-    def client(ask: Callable[[], bytes], found: list[tuple[float, float, str]]) -> None:
-        for number in numbers:
-            if number >= len(due):
-                return
-            moment = start + due[number]
-            with suppress(ValueError):  # it is too late to wait
-                time.sleep(moment - time.monotonic())
+    def judged(ask: Callable[[], bytes]) -> Ask:
+        def ask_once() -> str:
             try:
                 answer = ask()
-                right = target.answer_bytes in (0, len(answer))
-                code = "OK" if right else f"{len(answer)} bytes"
-                if len(answer) <= _SHORT:
-                    answers.add(answer)
             except Unanswered as failed:
-                code = str(failed)
-            found.append((moment, 1000 * (time.monotonic() - moment), code))
+                return str(failed)
+            if len(answer) <= _SHORT:
+                answers.add(answer)
+            return OK if target.answer_bytes in (0, len(answer)) else f"{len(answer)} bytes"
 
-    running = [
-        threading.Thread(target=client, args=pair, daemon=True)
-        for pair in zip(askers, results, strict=True)
-    ]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    moments_, times_ms, codes = zip(*(one for found in results for one in found), strict=True)
-    return Trace(moments_, times_ms, codes, [answer.hex() for answer in answers])
+        return ask_once
+
+    moments = poisson_moments(per_s, seconds, seed)
+    trace = run_open_loop([judged(ask) for ask in askers], moments)
+    return Heard(trace, [answer.hex() for answer in answers])
 
 
 def main() -> None:

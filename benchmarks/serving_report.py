@@ -6,8 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.load import Closed, Opened
+from benchmarks.load import Closed
 from benchmarks.servers import CONTENDERS, TWO_WORKERS
+from serving.client.load import Opened
 
 # Okabe and Ito's colours, told apart by the colour-blind too; ours is nobody else's.
 STYLES: dict[str, dict[str, object]] = {

@@ -30,11 +30,9 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.load import (
-    Latencies,
+    Heard,
     LoadFailed,
-    Trace,
     closed_loop,
-    latencies_of,
     open_loop,
     open_loop_command,
     trace_of,
@@ -53,32 +51,14 @@ from benchmarks.serving_report import Settings, table
 from kan_bundle.manifest import read_manifest, write_manifest
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.client.channel import connection_to
+from serving.client.load import Latencies, latencies_of
 
 _ANYWHERE = f"0-{(os.cpu_count() or 1) - 1}"
 _SWAP_EVERY_S = 0.15
 _SWAPS_PER_S = 400.0
 _CLIENTS = 16
-
-SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "healthCheckConfig": {"serviceName": ""},
-    "methodConfig": [
-        {
-            "name": [{"service": "inference.GRPCInferenceService"}],
-            "waitForReady": True,
-            "timeout": "2s",
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.02s",
-                "maxBackoff": "0.5s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
-}
-"""How a client sends its requests to several servers, and away from those that end."""
+_DEADLINE_S = 2.0
 
 
 def overload(console: Console, seconds: int) -> list[str]:
@@ -179,9 +159,9 @@ def swaps(console: Console, seconds: int, count: int) -> list[str]:
                 time.sleep(max(0.0, begun + _SWAP_EVERY_S - time.monotonic()))
             after_mb = server.memory_mb()
             stdout, stderr = client.communicate()
-    trace = trace_of(client.returncode, stdout, stderr)
-    _require_right(trace, [question.expected for question in questions])
-    return _swap_lines(trace, windows, before_mb, after_mb)
+    heard = trace_of(client.returncode, stdout, stderr)
+    _require_right(heard, [question.expected for question in questions])
+    return _swap_lines(heard, windows, before_mb, after_mb)
 
 
 def _versions(first: Path, second: Path, versions: Sequence[int]) -> Path:
@@ -194,9 +174,9 @@ def _versions(first: Path, second: Path, versions: Sequence[int]) -> Path:
     return aside
 
 
-def _require_right(trace: Trace, expected: Sequence[NDArray[np.float32]]) -> None:
+def _require_right(heard: Heard, expected: Sequence[NDArray[np.float32]]) -> None:
     """Compare every answer with what its version must say."""
-    for text in trace.answers:
+    for text in heard.answers:
         answer = pb.ModelInferResponse.FromString(bytes.fromhex(text))
         found = np.frombuffer(answer.raw_output_contents[0], "<f4")
         wanted = expected[int(answer.model_version) % 2].ravel()
@@ -205,8 +185,9 @@ def _require_right(trace: Trace, expected: Sequence[NDArray[np.float32]]) -> Non
 
 
 def _swap_lines(
-    trace: Trace, windows: Sequence[tuple[float, float]], before_mb: float, after_mb: float
+    heard: Heard, windows: Sequence[tuple[float, float]], before_mb: float, after_mb: float
 ) -> list[str]:
+    trace = heard.trace
     starts, ends = np.array(windows).T
     moments, times_ms = np.array(trace.moments), np.array(trace.times_ms)
     last = np.searchsorted(starts, moments, side="right") - 1
@@ -215,7 +196,7 @@ def _swap_lines(
     codes = Counter(trace.codes)
     versions = {
         pb.ModelInferResponse.FromString(bytes.fromhex(text)).model_version
-        for text in trace.answers
+        for text in heard.answers
     }
     rows = [
         [name, f"{len(times):,}", _shown(latencies_of(times))]
@@ -247,7 +228,7 @@ class _Tally:
         request = pb.ModelInferRequest.FromString(self.question.message(MODEL, "grpc"))
         while not stop.is_set():
             try:
-                answer = stub.ModelInfer(request)
+                answer = stub.ModelInfer(request, timeout=_DEADLINE_S)
             except grpc.RpcError as error:
                 self.codes[error.code().name] += 1
                 continue
@@ -274,12 +255,8 @@ def restarts(console: Console, count: int) -> list[str]:
         servers = [_Replica(contender, bundle, question, port) for port in ports]
         for server in servers:
             server.start()
-        addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
-        channel = channels.enter_context(
-            grpc.insecure_channel(
-                f"ipv4:{addresses}", [("grpc.service_config", json.dumps(SERVICE_CONFIG))]
-            )
-        )
+        connection = connection_to([f"127.0.0.1:{port}" for port in ports])
+        channel = channels.enter_context(connection.open())
         stub = GRPCInferenceServiceStub(channel)
         clients = [threading.Thread(target=tally.ask, args=(stub, stop)) for _ in range(_CLIENTS)]
         for client in clients:

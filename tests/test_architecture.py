@@ -32,17 +32,26 @@ NEVER = {
 }
 
 
-def imports(file: Path) -> set[str]:
-    """Top-level names of every module a file imports."""
+# What the client may have, beside Python's own: it works where the server's dependencies are not.
+CLIENT = {"google", "grpc", "matplotlib", "numpy", "protos", "rich", "serving"}
+
+
+def modules(file: Path) -> set[str]:
+    """Whole names of every module a file imports, and of what it imports from them."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             assert node.module is not None
-            found.add(node.module.partition(".")[0])
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level names of every module a file imports."""
+    return {module.partition(".")[0] for module in modules(file)}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
@@ -54,6 +63,28 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
         ours = (found & set(MAY_IMPORT)) - {package}
         assert ours <= MAY_IMPORT[package], file
         assert not found & NEVER[package], file
+
+
+def test_the_client_and_the_server_know_nothing_of_each_other() -> None:
+    client = set((ROOT / "serving" / "client").glob("**/*.py"))
+    assert client
+    for file in (ROOT / "serving").glob("**/*.py"):
+        ours = {module for module in modules(file) if module.startswith("serving.")}
+        of_client = {module for module in ours if module.startswith("serving.client")}
+        assert of_client == (ours if file in client else set()), file
+        if file in client:
+            assert imports(file) <= CLIENT | sys.stdlib_module_names, file
+
+
+def test_the_client_imports_no_runtime_and_nothing_of_the_servers_dependencies() -> None:
+    absent = {"torch", "onnx", "onnxruntime", "pydantic", "pydantic_settings", "structlog"}
+    absent |= {"prometheus_client", "kan_bundle", "kan_ops", "rich", "matplotlib"}
+    script = (
+        "import sys, serving.client, serving.client.__main__, serving.client.commands;"
+        f"sys.exit(' '.join({absent!r} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_package_is_in_the_table_and_in_the_distribution() -> None:

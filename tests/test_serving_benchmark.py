@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from benchmarks import serving, serving_report
-from benchmarks.load import Closed, Latencies, LoadFailed, Opened, Target, closed_loop, open_loop
+from benchmarks.load import Closed, LoadFailed, Target, closed_loop, open_loop
 from benchmarks.servers import CONTENDERS, NotStarted, Question, started
 from benchmarks.serving_report import STYLES, Measured, Results, Settings
 from protos import inference_pb2 as pb
+from serving.client.load import Latencies, Opened
 from tests.conftest import STATE_DICTS
 
 UNIFORM = STATE_DICTS[0]

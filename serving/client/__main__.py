@@ -1,0 +1,173 @@
+"""`kan-client infer|models|bench`: the client from a shell.
+
+The result alone goes to stdout, the story to stderr. Exit codes: 0 done, 1 refused or not answered,
+2 wrong usage, 128 and more ended by a signal.
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+_EXAMPLES = """\
+examples:
+  kan-client models --address 127.0.0.1:8001
+  kan-client infer --model digits --input x.npy --output y.npy
+  kan-client infer --model digits --input x.csv > y.csv
+  kan-client infer --model digits --input x.npy --address a:8001,b:8001 --output y.npz
+  kan-client bench --model digits --rate 100,200,400 --seconds 5 --plot digits.svg
+  kan-client models --address kan.example:443 --ca ca.pem --token-file token
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments after the program's name; by default the process's own.
+
+    Returns:
+        The exit code.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at import; what matters is told anyway
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    from serving.client import commands
+    from serving.client.errors import ClientError, WrongSetting
+
+    try:
+        command: Callable[[argparse.Namespace], None] = getattr(commands, arguments.command)
+        command(arguments)
+        sys.stdout.flush()
+    except ClientError as error:
+        _fail(str(error))
+        return 2 if isinstance(error, WrongSetting) else 1
+    except BrokenPipeError:
+        # Whoever reads has enough; Python would complain once more while it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        return 1
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _fail(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kan-client",
+        description="Ask a server of the Open Inference Protocol.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    way = _way()
+    infer = commands.add_parser("infer", parents=[way], help="have the rows of a file answered")
+    _add_model(infer)
+    infer.add_argument(
+        "--input", required=True, metavar="FILE", help=".npy, .npz or CSV; - for stdin"
+    )
+    infer.add_argument(
+        "--output", default="-", type=_target, metavar="FILE",
+        help=".npy, .npz or .csv; - for stdout, which is CSV, and the default",
+    )  # fmt: skip
+    infer.add_argument("--output-tensor", metavar="NAME", help="which output, of several")
+    infer.add_argument(
+        "--header", choices=["auto", "yes", "no"], default="auto",
+        help="whether the first line of a CSV holds names; auto looks, and asks if it cannot tell",
+    )  # fmt: skip
+    models = commands.add_parser("models", parents=[way], help="list what there is")
+    models.add_argument("--json", action="store_true", help="as JSON")
+    bench = commands.add_parser(
+        "bench", parents=[way], help="send requests at random moments, so many a second"
+    )
+    _add_model(bench)
+    bench.add_argument(
+        "--rate",
+        required=True,
+        type=_rates,
+        metavar="R[,R]",
+        help="requests a second, one load each",
+    )
+    bench.add_argument("--seconds", type=_positive, default=5.0, help="of each load (5)")
+    bench.add_argument("--rows", type=_count, default=1, help="in a request (1)")
+    bench.add_argument(
+        "--in-flight", type=_count, default=64, help="most requests under way at a time (64)"
+    )
+    bench.add_argument("--connections", type=_count, default=4, help="to spread them on (4)")
+    bench.add_argument("--seed", type=int, default=0, help="of inputs and moments (0)")
+    bench.add_argument("--json", metavar="FILE", help="write what was found")
+    bench.add_argument("--plot", type=_svg, metavar="FILE.svg", help="draw it")
+    return parser
+
+
+def _way() -> argparse.ArgumentParser:
+    """Make the flags that say how to reach the servers."""
+    way = argparse.ArgumentParser(add_help=False)
+    group = way.add_argument_group("servers")
+    group.add_argument(
+        "--address", default="127.0.0.1:8001", metavar="A[,B]",
+        help="host:port, several of them, or dns:///name:port (127.0.0.1:8001)",
+    )  # fmt: skip
+    group.add_argument("--tls", action="store_true", help="use TLS; every flag below does, too")
+    group.add_argument("--ca", metavar="FILE", help="PEM of who vouches for the server")
+    group.add_argument("--cert", metavar="FILE", help="PEM of this client's certificate")
+    group.add_argument("--key", metavar="FILE", help="PEM of its key")
+    group.add_argument("--server-name", metavar="NAME", help="in the server's certificate")
+    group.add_argument("--token-file", metavar="FILE", help="a bearer token, read at every call")
+    group.add_argument(
+        "--timeout-s", type=_positive, default=30.0, metavar="S", help="for each message (30)"
+    )
+    return way
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME")
+    parser.add_argument("--version", default="", metavar="N", help="by default the newest")
+
+
+def _target(text: str) -> str:
+    from serving.client.files import output_form
+
+    try:
+        output_form(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _svg(text: str) -> str:
+    if not text.lower().endswith(".svg"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends with .svg, found {text!r}")
+    return text
+
+
+def _positive(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+
+
+def _count(text: str) -> int:
+    with suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""The way to the servers: addresses, and what gRPC does by itself on it.
+
+Requests are spread over every address and sent to those that say they are ready; what one of them
+leaves unanswered (UNAVAILABLE) is asked of another; calls wait for a server that is not up yet, as
+long as they may. gRPC does all of it, as `service_config` says. Nothing here connects.
+"""
+
+import ipaddress
+import json
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from protos import inference_pb2 as pb
+from serving.client.credentials import Bearer, Tls, Token
+from serving.client.errors import WrongSetting
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+INFER = f"/{SERVICE}/ModelInfer"
+
+_RETRIES = {
+    "maxAttempts": 4,
+    "initialBackoff": "0.02s",
+    "maxBackoff": "0.5s",
+    "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A connection that is dead without having said so is found out; servers take pings that are
+    # 20 seconds apart.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # By default a server that was away is looked for again after up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+_OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+_URI = re.compile(r"(?P<scheme>dns|ipv4|ipv6|unix|unix-abstract|xds):(//[^/]*/)?(?P<path>.*)")
+_HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:/\s]+):(?P<port>[0-9]{1,5})")
+
+
+def service_config() -> dict[str, Any]:
+    """Make gRPC's configuration of a client of several servers.
+
+    It has no deadline: gRPC would take it for the most that a call may ask for.
+    """
+    return {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "healthCheckConfig": {"serviceName": ""},
+        "methodConfig": [
+            {"name": [{"service": SERVICE}], "waitForReady": True, "retryPolicy": _RETRIES}
+        ],
+        # While more than about a tenth of the calls fail, nothing is asked twice.
+        "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
+    }
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A way to one server or several, not taken yet.
+
+    Args:
+        target: As gRPC names it.
+        where: As the caller named it, for messages.
+        credentials: Of TLS, with the token; None without TLS.
+        options: Of the channel.
+        token: What goes with every call.
+    """
+
+    target: str
+    where: str
+    credentials: grpc.ChannelCredentials | None
+    options: tuple[tuple[str, Any], ...]
+    token: Token | None
+
+    def open(self, *, alone: bool = False) -> grpc.Channel:
+        """Make a channel, which connects at the first call.
+
+        Args:
+            alone: Whether it is to have connections of its own; others share theirs.
+        """
+        options = self.options + (_OWN_CONNECTION if alone else ())
+        if self.credentials is None:
+            return grpc.insecure_channel(self.target, options)
+        return grpc.secure_channel(self.target, self.credentials, options)
+
+    def open_aio(self) -> grpc.aio.Channel:
+        """Make a channel for the event loop that runs now."""
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, self.options)
+        return grpc.aio.secure_channel(self.target, self.credentials, self.options)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Give what goes with the next call beside what gRPC sends itself.
+
+        Raises:
+            WrongSetting: The token cannot be read, which gRPC would call an absent server.
+        """
+        found = self.token.metadata() if self.token is not None else ()
+        return found if self.credentials is None else ()
+
+
+def connection_to(
+    addresses: str | Sequence[str],
+    *,
+    tls: Tls | None = None,
+    token: str | None = None,
+    token_file: str | Path | None = None,
+) -> Connection:
+    """Find out how servers are to be reached.
+
+    Args:
+        addresses: `host:port`, several of them (in a list, or with commas between), or a target as
+            gRPC writes it, such as `dns:///name:port` with every address of a name. A single name
+            is looked up again when connections end; the names of several are looked up once, now.
+        tls: How to recognise them; None speaks without TLS.
+        token: A bearer token.
+        token_file: A file with one, read at every call.
+
+    Raises:
+        WrongSetting: An address cannot be used, TLS cannot be had this way, or a token would go
+            over the network in clear.
+    """
+    places = _places(addresses)
+    if token is not None and token_file is not None:
+        raise WrongSetting("expected a token or a file with one, found both; leave one out")
+    shown: Token | None = None
+    if token is not None or token_file is not None:
+        shown = Token(token, Path(token_file) if token_file is not None else None)
+        shown.metadata()  # what is wrong with it is told now
+        if tls is None and not all(map(_is_this_machine, places.hosts)):
+            raise WrongSetting(
+                f"{places.where}: a token is sent over TLS, or to this machine alone, because "
+                "anybody on the way could read and use it; give a CA (ca, --ca)"
+            )
+    config = ("grpc.service_config", json.dumps(service_config()))
+    options = (*_OPTIONS, config)
+    if tls is not None:
+        name = tls.server_name or _common_name(places)
+        if name is not None:
+            options += (("grpc.ssl_target_name_override", name),)
+    credentials = tls.channel_credentials() if tls is not None else None
+    if credentials is not None and shown is not None:
+        bearer = grpc.metadata_call_credentials(Bearer(shown))
+        credentials = grpc.composite_channel_credentials(credentials, bearer)
+    return Connection(places.target, places.where, credentials, options, shown)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where servers are: for gRPC, for messages, and host by host; no host is a file."""
+
+    target: str
+    where: str
+    hosts: tuple[str, ...]
+
+
+def _places(addresses: str | Sequence[str]) -> _Places:
+    if isinstance(addresses, str):
+        uri = _URI.fullmatch(addresses.strip())
+        if uri and not uri["path"].isdigit():  # a host may be called dns
+            if uri["scheme"].startswith("unix"):
+                return _Places(addresses, addresses, ())
+            hosts = tuple(place.rpartition(":")[0] for place in uri["path"].split(","))
+            return _Places(addresses, addresses, hosts)
+        addresses = addresses.split(",")
+    listed = [_host_port(address.strip()) for address in addresses]
+    if not listed:
+        raise WrongSetting("expected at least one address, found none; give host:port")
+    where = ",".join(f"{host}:{port}" for host, port in listed)
+    hosts = tuple(host for host, _ in listed)
+    if len(listed) == 1 and _numeric(hosts[0]) is None:
+        return _Places(f"dns:///{where}", where, hosts)
+    found = [(_looked_up(host), port) for host, port in listed]
+    versions = {address.version for address, _ in found}
+    if len(versions) > 1:
+        raise WrongSetting(
+            f"{where}: expected addresses all of IPv4 or all of IPv6, found both; give a name that "
+            "stands for all of them, as dns:///name:port"
+        )
+    if versions == {4}:
+        return _Places("ipv4:" + ",".join(f"{ip}:{port}" for ip, port in found), where, hosts)
+    return _Places("ipv6:" + ",".join(f"[{ip}]:{port}" for ip, port in found), where, hosts)
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    found = _HOST_PORT.fullmatch(address)
+    if found is None or not 0 < int(found["port"]) < 2**16:
+        raise WrongSetting(
+            f"address {address[:100]!r}: expected host:port, such as 127.0.0.1:8001 or [::1]:8001"
+        )
+    return found["host"], int(found["port"])
+
+
+def _numeric(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return None
+
+
+def _looked_up(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Find the one address that a host stands for: IPv4 if there are both."""
+    numeric = _numeric(host)
+    if numeric is not None:
+        return numeric
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise WrongSetting(f"{host}: no address of that name: {error.strerror}") from error
+    addresses = sorted(str(info[4][0]) for info in found)
+    return ipaddress.ip_address(min(addresses, key=lambda address: ":" in address))
+
+
+def _is_this_machine(host: str) -> bool:
+    numeric = _numeric(host)
+    return host == "localhost" if numeric is None else numeric.is_loopback
+
+
+def _common_name(places: _Places) -> str | None:
+    """Find what the certificates of several servers are for; None lets gRPC take the address's."""
+    if len(places.hosts) < 2:
+        return None
+    if len(set(places.hosts)) > 1:
+        raise WrongSetting(
+            f"{places.where}: expected the name that the certificates of all these servers are "
+            "for, found none; give it (server_name, --server-name)"
+        )
+    return places.hosts[0].strip("[]")

@@ -1,0 +1,200 @@
+"""What the command does, once its words are understood: ask, show progress, write the result.
+
+rich draws progress and tables; it is in the extra `client`, and imported where it is used.
+"""
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from serving.client import bench as benching
+from serving.client import files
+from serving.client.channel import connection_to
+from serving.client.credentials import Tls
+from serving.client.errors import ClientError, Unavailable
+from serving.client.load import OK, Opened
+from serving.client.models import ModelVersion
+from serving.client.sync import KanClient
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LOG_WIDTH = 120  # a file has no width of its own
+
+
+def infer(arguments: Namespace) -> None:
+    """Have the rows of a file answered, and write the answers."""
+    console = _console(stderr=True)
+    with KanClient(**_way(arguments), timeout_s=arguments.timeout_s) as client:
+        model = client.metadata(arguments.model, arguments.version)
+        output = arguments.output_tensor
+        known = [spec for spec in model.outputs if output in (None, spec.name)]
+        files.require_form(arguments.output, known or model.outputs)
+        inputs = files.read_inputs(arguments.input, model, arguments.header)
+        rows = len(next(iter(inputs.values())))
+        with files.output_file(arguments.output) as stream:
+            begun = time.monotonic()
+            with _progress(console, rows) as advance:
+                answer = client.infer_all(
+                    model.name, inputs, version=arguments.version, output=output, progress=advance
+                )
+            took_s = time.monotonic() - begun
+            files.write_outputs(stream, files.output_form(arguments.output), answer.outputs)
+    console.print(
+        f"{rows:,} rows in {took_s:.2f} s by {model.name!r}, version {answer.version}", markup=False
+    )
+
+
+def models(arguments: Namespace) -> None:
+    """List what the server knows of."""
+    with KanClient(**_way(arguments), timeout_s=arguments.timeout_s) as client:
+        found = [_described(client, one) for one in client.models()]
+    if arguments.json:
+        print(json.dumps(found), flush=True)
+        return
+    table = _table("model", "version", "state", "inputs", "outputs", "reason")
+    for one in found:
+        table.add_row(
+            one["name"],
+            one["version"],
+            one["state"],
+            ", ".join(_tensor(spec) for spec in one["inputs"]),
+            ", ".join(_tensor(spec) for spec in one["outputs"]),
+            one["reason"],
+        )
+    _console().print(table)
+
+
+def bench(arguments: Namespace) -> None:
+    """Send loads, and tell how long requests took."""
+    load = benching.Load(
+        arguments.version,
+        arguments.rows,
+        arguments.rate,
+        arguments.seconds,
+        arguments.in_flight,
+        arguments.connections,
+        arguments.timeout_s,
+        arguments.seed,
+    )
+    if arguments.plot:
+        require("matplotlib")
+    console = _console(stderr=True)
+    way = _way(arguments)
+    with ExitStack() as stack:
+        with KanClient(**way, timeout_s=arguments.timeout_s) as client:
+            model = client.metadata(arguments.model, arguments.version)
+        payload = benching.make_payload(model, load)
+        connection = connection_to(**way)
+        json_file, plot = (
+            stack.enter_context(files.output_file(file)) if file else None
+            for file in (arguments.json, arguments.plot)
+        )
+        found: list[Opened] = []
+        for one in benching.run(connection, payload, load):
+            found.append(one)
+            console.print(f"{one.offered_per_s:,.0f}/s for {load.seconds:g} s", markup=False)
+        if json_file is not None:
+            benching.write_json(json_file, connection.where, model, load, found)
+        if plot is not None:
+            benching.draw_plot(plot, model, load, found)
+    _console().print(_loads(found))
+    if not any(one.latencies for one in found):
+        codes = ", ".join(sorted({code for one in found for code in one.codes}))
+        raise Unavailable(f"{connection.where}: no request was answered ({codes})")
+
+
+def require(module: str) -> None:
+    """See that a package of the extra is there.
+
+    Raises:
+        ClientError: It is not.
+    """
+    try:
+        __import__(module)
+    except ImportError as error:
+        raise ClientError(
+            f"{module} is not installed; pip install 'kanserve[client]' has it"
+        ) from error
+
+
+def _way(arguments: Namespace) -> dict[str, Any]:
+    """Give what says how to reach the servers, from the flags."""
+    files_of_tls = (arguments.ca, arguments.cert, arguments.key, arguments.server_name)
+    tls = Tls(*files_of_tls) if arguments.tls or any(files_of_tls) else None
+    return {"addresses": arguments.address, "tls": tls, "token_file": arguments.token_file}
+
+
+def _described(client: KanClient, version: ModelVersion) -> dict[str, Any]:
+    """Tell everything of a version, also its tensors if it is served."""
+    inputs: Sequence[Any] = ()
+    outputs: Sequence[Any] = ()
+    if version.state == "READY":
+        try:
+            model = client.metadata(version.name, version.version)
+            inputs, outputs = model.inputs, model.outputs
+        except ClientError:
+            pass  # it was served a moment ago
+    return asdict(version) | {
+        "inputs": [asdict(spec) for spec in inputs],
+        "outputs": [asdict(spec) for spec in outputs],
+    }
+
+
+def _tensor(spec: dict[str, Any]) -> str:
+    return f"{spec['name']} {spec['datatype']} {list(spec['shape'])}"
+
+
+def _loads(found: Sequence[Opened]) -> Any:
+    table = _table("offered/s", "answered/s", "p50, ms", "p99, ms", "p99.9, ms", "errors")
+    for one in found:
+        errors = ", ".join(f"{n} {code}" for code, n in sorted(one.codes.items()) if code != OK)
+        times = one.latencies
+        shown = ("-",) * 3 if times is None else (times.p50, times.p99, times.p999)
+        table.add_row(
+            f"{one.offered_per_s:,.0f}",
+            f"{one.per_s:,.0f}",
+            *(t if isinstance(t, str) else f"{t:.3g}" for t in shown),
+            errors or "none",
+        )
+    return table
+
+
+def _console(*, stderr: bool = False) -> "Console":
+    require("rich")
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _LOG_WIDTH
+    return console
+
+
+def _table(*columns: str) -> Any:
+    require("rich")
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, box=box.SIMPLE_HEAD)
+
+
+@contextmanager
+def _progress(console: "Console", rows: int) -> Iterator[Callable[[int], object]]:
+    """Show how many rows are done, on a terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), "rows", TimeRemainingColumn())
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task("rows", total=rows)
+        yield lambda done: progress.advance(task, done)

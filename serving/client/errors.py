@@ -1,0 +1,132 @@
+"""What a client is told when there is no answer, by who can do something about it.
+
+ClientError
+├── WrongSetting       the caller: an address, a certificate, a token or a file cannot be used
+├── InvalidRequest     the caller: what was passed is not what the model takes
+│   └── ModelNotFound    there is no such model, or no such version of it
+├── Refused            the operator: the server does not do this, or not for this client
+├── Unavailable        nobody: there is no answer now; later there may be
+│   ├── Overloaded       the server has no room; tells when to ask again
+│   └── TimedOut         the answer did not come in time
+└── ServerFault        the server: it failed, or what came is no answer
+
+Messages say where, what was expected, what was found and what to do. The status codes of gRPC are
+in one table, here.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+
+_PUSHBACK = "grpc-retry-pushback-ms"  # when the server wants to be asked again
+_TOO_LARGE = "larger than max"  # as gRPC words it on either side
+_MOST_SHOWN = 500
+
+
+class ClientError(Exception):
+    """There is no answer.
+
+    Attributes:
+        code: The name of gRPC's status, empty if nothing was sent.
+    """
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class WrongSetting(ClientError):
+    """An address, a certificate, a token or a file cannot be used; nothing was sent."""
+
+
+class InvalidRequest(ClientError):
+    """What was passed is not what the model takes."""
+
+
+class ModelNotFound(InvalidRequest):
+    """There is no such model, or no such version of it."""
+
+
+class Refused(ClientError):
+    """The server does not do this, or not for this client."""
+
+
+class Unavailable(ClientError):
+    """There is no answer now; later there may be."""
+
+
+class Overloaded(Unavailable):
+    """The server has no room.
+
+    Attributes:
+        retry_after_s: When it wants to be asked again, in seconds; None if it does not say.
+    """
+
+    def __init__(self, message: str, code: str, retry_after_s: float | None) -> None:
+        super().__init__(message, code)
+        self.retry_after_s = retry_after_s
+
+
+class TimedOut(Unavailable):
+    """The answer did not come in time."""
+
+
+class ServerFault(ClientError):
+    """The server failed, or what came is no answer to what was asked."""
+
+
+_KINDS: dict[grpc.StatusCode, tuple[type[ClientError], str]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: (InvalidRequest, ""),
+    grpc.StatusCode.NOT_FOUND: (ModelNotFound, "`kan-client models` lists what there is"),
+    grpc.StatusCode.UNAUTHENTICATED: (Refused, "give a token that the server takes"),
+    grpc.StatusCode.PERMISSION_DENIED: (Refused, "ask the server's operator for the right to it"),
+    grpc.StatusCode.FAILED_PRECONDITION: (Refused, ""),
+    grpc.StatusCode.UNIMPLEMENTED: (Refused, "ask a server that offers it"),
+    grpc.StatusCode.UNAVAILABLE: (Unavailable, "see that the server is up and serves the model"),
+    grpc.StatusCode.CANCELLED: (Unavailable, "the server ended the call; ask again"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (TimedOut, "give it more time, or see what keeps it"),
+}
+
+
+def translated(error: grpc.RpcError, where: str, model: str = "") -> ClientError:
+    """Say what a call has ended with.
+
+    Args:
+        error: As gRPC raised it, of a synchronous call or another.
+        where: Who was asked, for the message.
+        model: For which model, if it was for one.
+    """
+    code = error.code()
+    details = " ".join((error.details() or "").split())[:_MOST_SHOWN] or code.name
+    which = f"model {model!r}"
+    told = (
+        f"{where}: {which}: {details}" if model and which not in details else f"{where}: {details}"
+    )
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if _TOO_LARGE in details:
+            return InvalidRequest(f"{told}; send fewer rows in a message", code.name)
+        return Overloaded(told, code.name, _pushback_s(error.trailing_metadata()))
+    kind, remedy = _KINDS.get(code, (ServerFault, ""))
+    return kind(f"{told}; {remedy}" if remedy else told, code.name)
+
+
+def never_reached(told: TimedOut, reason: grpc.RpcError, where: str) -> TimedOut:
+    """Say why nobody has ever answered.
+
+    Args:
+        told: What was said without knowing it.
+        reason: What a call has ended with that did not wait.
+        where: Who was asked.
+    """
+    found = translated(reason, where)
+    if type(found) is not Unavailable:
+        return told
+    return TimedOut(f"no server has answered in time: {found}", told.code)
+
+
+def _pushback_s(trailing: Iterable[Any] | None) -> float | None:
+    for key, value in trailing or ():
+        if key == _PUSHBACK and str(value).isdigit():
+            return int(value) / 1000
+    return None

@@ -1,0 +1,395 @@
+"""`KanClient` and `AsyncKanClient` against real servers."""
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.client import (
+    AsyncKanClient,
+    ClientError,
+    InvalidRequest,
+    KanClient,
+    ModelNotFound,
+    Overloaded,
+    ServerFault,
+    TimedOut,
+)
+from serving.server import Server, running
+from serving.settings import Settings
+from tests.bare import A, Bare, N, answering, received
+from tests.bundles import publish
+from tests.conftest import STATE_DICTS, Golden
+from tests.processes import serving
+from tests.servers import WAIT_S, Gate, await_true, gate, served
+from tests.wire import raw_output, raw_request
+
+__all__ = ["gate"]
+
+UNIFORM, ADAPTED = STATE_DICTS[:2]
+ROWS = np.random.default_rng(0).uniform(-1, 1, (2500, 4)).astype(np.float32)
+
+
+def assert_close(found: NDArray[Any], y64: NDArray[np.float64]) -> None:
+    """README's tolerance of a float32 model."""
+    assert found.shape == y64.shape
+    assert (np.abs(found - y64) <= 1e-5 * np.maximum(1, np.abs(y64))).all()
+
+
+def infers(server: Server) -> float:
+    """How many requests have been answered or refused with a message."""
+    calls = (
+        server.registry.get_sample_value(
+            "kanserve_calls_total", {"method": "ModelInfer", "code": code}
+        )
+        for code in ("OK", "INVALID_ARGUMENT")
+    )
+    return sum(each or 0 for each in calls)
+
+
+def both_ways(
+    address: str, method: str, *arguments: Any, timeout_s: float = WAIT_S, **keywords: Any
+) -> list[Any]:
+    """What a method gives or raises, of either client."""
+
+    async def ask() -> Any:
+        async with AsyncKanClient(address, timeout_s=timeout_s, rows_per_message=7) as client:
+            return await getattr(client, method)(*arguments, **keywords)
+
+    found: list[Any] = []
+    with KanClient(address, timeout_s=timeout_s, rows_per_message=7) as client:
+        calls: tuple[Callable[[], Any], ...] = (
+            lambda: getattr(client, method)(*arguments, **keywords),
+            lambda: asyncio.run(ask()),
+        )
+        for call in calls:
+            try:
+                found.append(call())
+            except ClientError as error:
+                found.append(error)
+    return found
+
+
+def test_answers_are_the_models(server: Server, golden: Golden) -> None:
+    for found in both_ways(server.address, "infer", golden.name, golden.x.astype(np.float64)):
+        assert found.dtype == np.float32
+        assert_close(found, golden.y64)
+
+
+def test_a_batch_in_messages_has_the_same_bits_as_in_one(
+    server: Server, stub: GRPCInferenceServiceStub
+) -> None:
+    whole = raw_output(stub.ModelInfer(raw_request(ROWS)))
+    told: list[int] = []
+    with KanClient(server.address) as client:
+        answer = client.infer_all(UNIFORM.name, ROWS, progress=told.append)
+    assert told == [1024, 1024, 452]
+    np.testing.assert_array_equal(answer.outputs["output"], whole)
+    for found in both_ways(server.address, "infer", UNIFORM.name, ROWS[:500]):
+        np.testing.assert_allclose(found, whole[:500], rtol=1e-5, atol=1e-6)
+
+
+def test_no_message_has_more_rows_than_the_server_takes(
+    repository: Path, stub: GRPCInferenceServiceStub
+) -> None:
+    with (
+        served(repository, max_message_bytes=2**13) as (server, _),
+        KanClient(server.address, rows_per_message=2**20) as client,
+    ):
+        assert client.metadata(UNIFORM.name).max_rows == (2**13 - 1024) // 16
+        found = client.infer(UNIFORM.name, ROWS)
+    expected = raw_output(stub.ModelInfer(raw_request(ROWS)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_rows_and_one_row_are_batches_too(server: Server) -> None:
+    for rows in (0, 1):
+        for found in both_ways(server.address, "infer", UNIFORM.name, UNIFORM.x[:rows]):
+            assert_close(found, UNIFORM.y64[:rows])
+            found += 1  # the caller's own
+
+
+def test_what_is_asked_for_comes_with_the_answer(server: Server) -> None:
+    for answer in both_ways(
+        server.address, "infer_all", UNIFORM.name, UNIFORM.x[:10], version=1, details=True
+    ):
+        assert answer.version == "1"
+        assert [details["provider"] for details in answer.details] == ["cpu", "cpu"]  # 7 and 3
+        assert all(details["batch_rows"] >= 3 for details in answer.details)
+
+
+def test_models_are_listed_and_described(server: Server) -> None:
+    for found in both_ways(server.address, "models"):
+        assert [(one.name, one.version, one.state) for one in found] == [
+            (name, "1", "READY") for name in sorted(golden.name for golden in STATE_DICTS)
+        ]
+    for model in both_ways(server.address, "metadata", ADAPTED.name):
+        assert [str(spec) for spec in model.inputs] == ["input FP32 [-1, 5]"]
+        assert [str(spec) for spec in model.outputs] == ["output FP32 [-1, 3]"]
+        assert model.versions == ("1",)
+        assert model.max_rows == (2**20 - 1024) // 20
+    assert both_ways(server.address, "is_ready") == [True, True]
+    assert both_ways(server.address, "is_ready", UNIFORM.name, 1) == [True, True]
+    for error in both_ways(server.address, "is_ready", UNIFORM.name, 2):
+        assert isinstance(error, ModelNotFound)
+
+
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        pytest.param(UNIFORM.x[:, :3], "expected shape [-1, 4]", id="columns"),
+        pytest.param(UNIFORM.x[0], "one row is x[np.newaxis]", id="one row"),
+        pytest.param(UNIFORM.x.astype(complex), "found complex128", id="complex"),
+        pytest.param([["a", "b", "c", "d"]], "found <U1", id="text"),
+        pytest.param([[1, 2, 3, 4], [5]], "expected an array", id="ragged"),
+        pytest.param({"x": UNIFORM.x}, "expected inputs ['input'], found ['x']", id="name"),
+        pytest.param([[0, 0, 0, 2**24 + 1]], "from -16777216 to 16777216", id="whole number"),
+        pytest.param([[0, 0, 0, 1e39]], "for FP32, found 0.0 to 1e+39", id="range"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_it_is_sent(server: Server, x: Any, told: str) -> None:
+    before = infers(server)
+    for error in both_ways(server.address, "infer", UNIFORM.name, x):
+        assert isinstance(error, InvalidRequest)
+        assert told in str(error)
+    assert infers(server) == before
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param([[1, -2, 2**24, 0]], id="whole numbers"),
+        pytest.param(np.array([[1, 0, 255, 3]], np.uint8), id="bytes"),
+        pytest.param(np.array([[True, False, True, True]]), id="booleans"),
+        pytest.param(np.asfortranarray(ROWS[:9].astype(">f4")), id="another order of bytes"),
+        pytest.param(np.array([[np.nan, np.inf, -np.inf, 1e-60]]), id="floats that are no numbers"),
+        pytest.param(ROWS[:20:3, ::-1], id="a view"),
+    ],
+)
+def test_what_loses_nothing_is_converted(
+    server: Server, stub: GRPCInferenceServiceStub, x: Any
+) -> None:
+    expected = raw_output(stub.ModelInfer(raw_request(np.array(x, np.float32))))
+    for found in both_ways(server.address, "infer", UNIFORM.name, x):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_several_tensors_go_by_their_names() -> None:
+    servicer = Bare()
+    inputs = {"n": N.astype(np.int32), "a": A.astype(np.float64)}
+    with answering(servicer) as port:
+        address = f"127.0.0.1:{port}"
+        for answer in both_ways(address, "infer_all", "pair", inputs):
+            np.testing.assert_array_equal(answer.outputs["total"], A + N[:, None])
+            np.testing.assert_array_equal(answer.outputs["twice"], 2 * A)
+        for found in both_ways(address, "infer", "pair", inputs, output="twice"):
+            np.testing.assert_array_equal(found, 2 * A)
+        sent = len(servicer.requests)
+        for told, output, passed in (
+            ("expected one output, found ['total', 'twice']", None, inputs),
+            ("expected an output of ['total', 'twice'], found 'half'", "half", inputs),
+            ("pass a mapping of names to arrays", "total", A),
+            ("whole numbers for INT64, found float64", "total", {"a": A, "n": N / 1}),
+            ("the same number of rows", "total", {"a": A, "n": N[:2]}),
+        ):
+            for error in both_ways(address, "infer", "pair", passed, output=output):
+                assert isinstance(error, InvalidRequest)
+                assert told in str(error)
+    assert len(servicer.requests) == sent
+    assert [output.name for output in servicer.requests[-1].outputs] == ["twice"]
+    np.testing.assert_array_equal(received(servicer.requests[-1])["n"], N)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda r: r.raw_output_contents.pop(), "expected 2 outputs as raw bytes, found 1"),
+        (lambda r: r.outputs[0].shape.__setitem__(0, 9), "found 24 bytes"),
+        (lambda r: setattr(r.outputs[0], "name", "half"), "found ['half', 'twice']"),
+        (lambda r: setattr(r.outputs[0], "datatype", "BYTES"), "found 24 bytes"),
+    ],
+)
+def test_what_is_no_answer_is_not_taken_for_one(change: Callable[[Any], None], told: str) -> None:
+    with answering(Bare(change=change)) as port:
+        for error in both_ways(f"127.0.0.1:{port}", "infer_all", "pair", {"a": A, "n": N}):
+            assert isinstance(error, ServerFault)
+            assert told in str(error)
+
+
+def test_there_is_no_such_model_is_told_with_where_to_look(server: Server) -> None:
+    for version in ("", 1):
+        for error in both_ways(server.address, "infer", "none", UNIFORM.x, version=version):
+            assert isinstance(error, ModelNotFound)
+            assert error.code == "NOT_FOUND"
+            assert str(error).startswith(f"{server.address}: ")
+            assert str(error).count("model 'none'") == 1
+            assert "`kan-client models` lists what there is" in str(error)
+
+
+def test_a_model_that_takes_something_else_by_now_is_asked_about_again(
+    repository: Path, tmp_path: Path
+) -> None:
+    publish(repository / UNIFORM.name / "1", tmp_path / "m", 1)
+    with (
+        served(tmp_path, model_control="poll", poll_s=0.01) as (server, _),
+        KanClient(server.address) as client,
+    ):
+        assert_close(client.infer("m", UNIFORM.x), UNIFORM.y64)
+        publish(repository / ADAPTED.name / "1", tmp_path / "m", 2)
+        await_true(
+            lambda: [one.version for one in client.models() if one.state == "READY"] == ["2"]
+        )
+        with pytest.raises(InvalidRequest, match=r"expected shape \[-1, 5\]"):
+            client.infer("m", UNIFORM.x)
+        assert_close(client.infer("m", ADAPTED.x), ADAPTED.y64)
+
+
+def test_a_model_that_gives_something_else_by_now_is_asked_about_again() -> None:
+    servicer = Bare(outputs=("twice",))
+    with answering(servicer) as port, KanClient(f"127.0.0.1:{port}") as client:
+        np.testing.assert_array_equal(client.infer("pair", {"a": A, "n": N}), 2 * A)
+        servicer.outputs = ("total",)
+        with pytest.raises(ServerFault, match="the model may have changed meanwhile"):
+            client.infer("pair", {"a": A, "n": N})
+        np.testing.assert_array_equal(client.infer("pair", {"a": A, "n": N}), A + N[:, None])
+
+
+def test_a_deadline_ends_the_wait(repository: Path, gate: Gate) -> None:
+    with served(repository) as (server, _), KanClient(server.address) as client:
+        client.metadata(UNIFORM.name)
+        for rows in (1, 3000):  # in one message and in several
+            with pytest.raises(TimedOut, match="model 'uniform_4x8x3'") as timed_out:
+                client.infer(UNIFORM.name, np.zeros((rows, 4)), timeout_s=0.05)
+            assert timed_out.value.code == "DEADLINE_EXCEEDED"
+
+
+def test_who_waits_for_nobody_is_told_why() -> None:
+    with socket.socket() as taken:  # and does not listen
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for error in both_ways(address, "models", timeout_s=0.1):
+            assert isinstance(error, TimedOut)
+            assert f"no server has answered in time: {address}: " in str(error)
+            assert "refused" in str(error)
+        assert both_ways(address, "is_ready") == [False, False]
+
+
+def test_calls_wait_for_a_server_that_comes_late(repository: Path) -> None:
+    found: list[NDArray[Any]] = []
+    with socket.socket() as knocked:
+        knocked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        knocked.bind(("127.0.0.1", 0))
+        knocked.listen()
+        port = knocked.getsockname()[1]
+        client = KanClient(f"127.0.0.1:{port}", timeout_s=WAIT_S)
+        asking = threading.Thread(
+            target=lambda: found.append(client.infer(UNIFORM.name, UNIFORM.x))
+        )
+        asking.start()
+        for _ in range(4):
+            knocked.accept()[0].close()  # in vain, and more often than a call is asked again
+    settings = Settings(model_repository=repository, grpc_port=port, metrics_port=0)
+    with client, running(settings):
+        asking.join(WAIT_S)
+    assert_close(found[0], UNIFORM.y64)
+
+
+def test_a_drained_server_is_left_for_the_other(repository: Path) -> None:
+    with (
+        served(repository) as (first, _),
+        served(repository) as (second, _),
+        KanClient([first.address, second.address]) as client,
+    ):
+
+        def asked(server: Server) -> float:
+            before = infers(server)
+            for _ in range(10):
+                assert_close(client.infer(UNIFORM.name, UNIFORM.x), UNIFORM.y64)
+            return infers(server) - before
+
+        await_true(lambda: asked(first) == 5)  # turn by turn, once both are connected
+        first.drain()
+        await_true(lambda: asked(first) == 0)
+        assert asked(second) == 10
+
+
+def test_nothing_fails_while_one_of_two_servers_ends(repository: Path) -> None:
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(serving("--model-repository", repository, "--drain-s", "0.3"))
+            for _ in range(2)
+        )
+        client = stack.enter_context(KanClient([first.address, second.address], timeout_s=WAIT_S))
+        client.infer(UNIFORM.name, UNIFORM.x)
+        first.popen.send_signal(signal.SIGTERM)
+        calls = 0
+        while first.popen.poll() is None or calls < 100:
+            assert_close(client.infer(UNIFORM.name, UNIFORM.x), UNIFORM.y64)
+            calls += 1
+        assert first.popen.returncode == 0
+
+
+def test_what_a_killed_server_leaves_unanswered_is_asked_of_the_other(repository: Path) -> None:
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(serving("--model-repository", repository)) for _ in range(2)
+        )
+        client = stack.enter_context(KanClient([first.address, second.address], timeout_s=WAIT_S))
+        client.infer(UNIFORM.name, UNIFORM.x)
+        first.popen.kill()
+        for _ in range(100):
+            assert_close(client.infer(UNIFORM.name, UNIFORM.x), UNIFORM.y64)
+
+
+def test_a_batch_of_many_messages_waits_for_room(repository: Path, gate: Gate) -> None:
+    with (
+        served(repository, max_requests=1, engine_slots=1) as (server, _),
+        KanClient(server.address) as client,
+    ):
+        client.metadata(UNIFORM.name)
+        found: list[NDArray[Any]] = []
+        asking = threading.Thread(target=lambda: found.append(client.infer(UNIFORM.name, ROWS)))
+        asking.start()
+        gate.await_run()
+        with pytest.raises(Overloaded) as refused:  # a single message is its caller's to repeat
+            client.infer(UNIFORM.name, ROWS[:1])
+        assert refused.value.retry_after_s is not None
+        assert refused.value.retry_after_s > 0
+        gate.opened.set()
+        asking.join(WAIT_S)
+        assert found[0].shape == (2500, 3)
+
+
+def test_an_event_loop_has_many_calls_at_a_time(server: Server, golden: Golden) -> None:
+    async def ask() -> list[NDArray[Any]]:
+        async with AsyncKanClient(server.address) as client:
+            calls = [client.infer(golden.name, golden.x) for _ in range(20)]
+            return list(await asyncio.gather(*calls))
+
+    for found in asyncio.run(ask()):
+        assert_close(found, golden.y64)
+
+
+def test_threads_share_a_client(server: Server) -> None:
+    found: list[NDArray[Any]] = []
+    with KanClient(server.address, rows_per_message=5) as client:
+
+        def ask() -> None:
+            for golden in STATE_DICTS:
+                found.append(client.infer(golden.name, golden.x))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 4 * len(STATE_DICTS)
