@@ -153,16 +153,27 @@ class Dispatcher:
             pass
 
     def _run_next(self) -> bool:
-        batch = self._next()
-        if batch is not None:
-            self._run(batch)
-        return batch is not None
+        found = self._next()
+        if isinstance(found, Batch):
+            self._run(found)
+        elif found is not None:
+            for request in found:
+                request.tell(Abandoned("its time has passed"))
+        return found is not None
 
-    def _next(self) -> Batch[Request] | None:
-        """Wait for something to run; None once there is to be no more."""
+    def _next(self) -> Batch[Request] | list[Request] | None:
+        """Wait for something to run, or for requests that are too late; None at the end.
+
+        Whose deadline is the call's own is mostly told by gRPC before.
+        """
         with self._news:
             while not self._closed:
                 now = self._clock()
+                late = [request for request in self._queue.drop_expired(now) if not request.told]
+                if late:
+                    for request in late:
+                        request.told = True
+                    return late
                 batch = self._queue.take(now)
                 if batch is not None:
                     if self._idle and self._queue.is_worth_a_slot:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kan_bundle.errors import IntegrityError
@@ -22,6 +22,7 @@ from serving.batching import Lane, Limits
 from serving.dispatch import Arrays, Request
 from serving.engine import Engine
 from serving.grid import Grid
+from serving.statistics import Statistics
 
 _SWITCH_S = 1e-4
 _BREATH_S = 2e-3  # longer than a request takes
@@ -40,6 +41,7 @@ class LoadedModel:
         lane: Where its requests wait.
         grid: Where it was trained; None if that cannot be told from its inputs.
         count: Told how many rows were run, and how many of them were outside of the grid.
+        statistics: What it has answered.
     """
 
     manifest: Manifest
@@ -47,10 +49,13 @@ class LoadedModel:
     lane: Lane[Request]
     grid: Grid | None
     count: Callable[[int, int], None]
+    statistics: Statistics = field(default_factory=Statistics)
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run some rows, of one request or of several, and count them."""
+        started_ns = time.monotonic_ns()
         outputs = self.engine.run(inputs)
+        self.statistics.count_run(len(inputs[0]), time.monotonic_ns() - started_ns)
         self.count(len(inputs[0]), self.grid.count_outside(inputs) if self.grid else 0)
         return outputs
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -28,6 +29,7 @@ from serving.errors import (
     InvalidRequest,
     ModelNotFound,
     ModelNotReady,
+    NotOffered,
     Overloaded,
     VisibleError,
 )
@@ -37,6 +39,7 @@ from serving.service import SERVICE, InferenceService
 
 _STATUS: dict[type[VisibleError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    NotOffered: grpc.StatusCode.UNIMPLEMENTED,
     ModelNotFound: grpc.StatusCode.NOT_FOUND,
     ModelNotReady: grpc.StatusCode.UNAVAILABLE,
     ControlRefused: grpc.StatusCode.FAILED_PRECONDITION,
@@ -46,10 +49,20 @@ _STATUS: dict[type[VisibleError], grpc.StatusCode] = {
 _PUSHBACK = "grpc-retry-pushback-ms"  # when gRPC's own retries are to try again
 _LONGEST_PUSHBACK_MS = 60_000
 _STRICT = ("triton_grpc_error", "true")  # a stream is to end with a status at the first error
+_FINAL = "triton_final_response"  # clients of streams wait for it; there is one answer to a request
 
 _METHODS = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
 _INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
 _CONTROL = ("RepositoryModelLoad", "RepositoryModelUnload")
+_NOT_OFFERED = {  # of Triton's methods
+    **{
+        f"{kind}SharedMemory{verb}": "tensors travel in the messages"
+        for kind in ("System", "Cuda")
+        for verb in ("Status", "Register", "Unregister")
+    },
+    "TraceSetting": "nothing is traced",
+    "LogSettings": "--log-level is set when the server starts",
+}
 _PROBE_THREADS = 2
 _READER_THREADS = 2
 _LARGE_BYTES = 2**17  # of a message that takes a millisecond to read, which is long for one thread
@@ -106,12 +119,9 @@ class RpcHandlers(grpc.GenericRpcHandler):
             Behavior(self._stream, self._streams, experimental_non_blocking=True),
             response_serializer=pb.ModelStreamInferResponse.SerializeToString,
         )
-        self._refusal: grpc.RpcMethodHandler[Any, Any] = (
-            grpc.unary_unary_rpc_method_handler(Behavior(None, Refusals(self._refuse)))
-            if arrivals.SUPPORTED
-            # As a stream: before the behavior of a single message gRPC would read the message.
-            else grpc.stream_unary_rpc_method_handler(Behavior(self._abort, Inline()))
-        )
+        self._refusal = _refusing(self._no_room)
+        for name in _NOT_OFFERED:
+            self._handlers[f"/{SERVICE}/{name}"] = _refusing(partial(self._not_offered, name))
 
     def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Find what handles a call; called in gRPC's own thread when a call arrives."""
@@ -233,18 +243,16 @@ class RpcHandlers(grpc.GenericRpcHandler):
             answer = pb.ModelInferResponse(id=request.id if request else "")
             return pb.ModelStreamInferResponse(error_message=failure.details, infer_response=answer)
         self._counters.count_call("ModelStreamInfer", "OK")
+        answer.parameters[_FINAL].bool_param = True
         return pb.ModelStreamInferResponse(infer_response=answer)
-
-    def _refuse(self, arrival: Arrival) -> None:
-        failure = self._no_room()
-        arrival.fail(failure.code, failure.details, failure.trailing)
-
-    def _abort(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
-        self._no_room().end(context)
 
     def _no_room(self) -> "_Failure":
         error = Overloaded("the server has no room for another call", self._retry_after_s())
         return self._failure("refused", None, error)
+
+    def _not_offered(self, method: str) -> "_Failure":
+        error = NotOffered(f"{method} is not offered: {_NOT_OFFERED[method]}")
+        return self._failure(method, None, error)
 
     def _failure(self, method: str, request: Any, error: Exception) -> "_Failure":
         """Find the status of an error, log what the client is not told, and count it."""
@@ -284,6 +292,22 @@ class _Failure:
         context.set_trailing_metadata(self.trailing)
         context.abort(self.code, self.details)
         raise AssertionError("abort returned")  # it never does
+
+
+def _refusing(failure: Callable[[], _Failure]) -> "grpc.RpcMethodHandler[Any, Any]":
+    """Make a handler that ends every call before its message is read."""
+
+    def refuse(arrival: Arrival) -> None:
+        found = failure()
+        arrival.fail(found.code, found.details, found.trailing)
+
+    def abort(requests: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
+        failure().end(context)
+
+    if arrivals.SUPPORTED:
+        return grpc.unary_unary_rpc_method_handler(Behavior(None, Refusals(refuse)))
+    # As a stream: before the behavior of a single message gRPC would read the message.
+    return grpc.stream_unary_rpc_method_handler(Behavior(abort, Inline()))
 
 
 @dataclass(eq=False)

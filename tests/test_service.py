@@ -74,7 +74,12 @@ def test_server_tells_what_it_is(stub: GRPCInferenceServiceStub) -> None:
     assert stub.ServerReady(pb.ServerReadyRequest()).ready
     metadata = stub.ServerMetadata(pb.ServerMetadataRequest())
     assert (metadata.name, metadata.version) == ("kanserve", __version__)
-    assert list(metadata.extensions) == ["model_configuration", "model_repository", "parameters"]
+    assert list(metadata.extensions) == [
+        "model_configuration",
+        "model_repository",
+        "parameters",
+        "statistics",
+    ]
 
 
 def test_model_tells_what_it_is(stub: GRPCInferenceServiceStub, golden: Golden) -> None:
@@ -187,26 +192,6 @@ BAD_RAW_REQUESTS = [
         "expected outputs from ['output'], each once, found ['y']",
         id="output",
     ),
-    pytest.param(
-        lambda request: (
-            request.outputs.add(name="output")
-            .parameters["classification"]
-            .CopyFrom(pb.InferParameter(int64_param=3))
-        ),
-        INVALID,
-        "'classification' is not offered",
-        id="classification",
-    ),
-    pytest.param(
-        first_input(
-            lambda tensor: tensor.parameters["shared_memory_region"].CopyFrom(
-                pb.InferParameter(string_param="/dev/shm/x")
-            )
-        ),
-        INVALID,
-        "'shared_memory_region' is not offered",
-        id="shared memory",
-    ),
 ]
 
 
@@ -301,16 +286,6 @@ def test_bytes_that_are_no_message_are_refused_and_reveal_nothing(server: Server
             call(b"\xff\xff\xff")
     assert error.value.code() is INVALID
     assert error.value.details() == ("expected inference.ModelInferRequest, found no such message")
-
-
-def test_what_is_not_offered_is_unimplemented(server: Server) -> None:
-    channel = grpc.insecure_channel(server.address)
-    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
-        f"/{SERVICE}/ModelStatistics"
-    )
-    with channel, pytest.raises(grpc.RpcError) as error:
-        call(b"")
-    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def assert_reveals_nothing(details: str | None) -> None:
