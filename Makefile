@@ -82,8 +82,12 @@ $(VENV)/benchmarks: $(VENV)/installed
 	.venv-rival-$*/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
-# Without the half of its requirements that serves models: a client needs none of it.
-.venv-kserve/installed: PIP_OPTIONS := --no-deps
+# Their requirements are more than what is used of them.
+.venv-kserve/installed .venv-perfanalyzer/installed: PIP_OPTIONS := --no-deps
+.venv-perfanalyzer/installed: .venv-perfanalyzer/lib/libb64.so.0d
+.venv-perfanalyzer/lib/libb64.so.0d: tests/environments/libb64.c
+	mkdir -p $(@D)
+	$(CC) -shared -fPIC -o $@ $<
 
 tests/node/node_modules/installed: tests/node/package.json tests/node/package-lock.json
 	npm ci --prefix tests/node --no-audit --no-fund

@@ -59,7 +59,8 @@ def test_every_method_answers_or_says_why_not(server: Server, method: str) -> No
     # Longer than a message may be, if it is not offered: nothing of it is to be read.
     raw = bytes(2**21) if message is None else message.SerializeToString()
     with grpc.insecure_channel(server.address) as channel:
-        call: Any = channel.stream_stream(f"/{SERVICE}/{method}")(iter([raw]))
+        any_method: Any = channel.stream_stream(f"/{SERVICE}/{method}")
+        call = any_method(iter([raw]))
         answers = []
         try:
             answers = list(call)
@@ -128,7 +129,7 @@ def test_every_parameter_does_something_or_is_refused(
     details: str,
 ) -> None:
     request = raw_request(X)
-    places = {
+    places: dict[str, Any] = {
         "request": request,
         "input": request.inputs[0],
         "output": request.outputs.add(name="output"),

@@ -1,5 +1,5 @@
-"""Clients that are not Python's: Node, which has the .proto alone, and `buf curl`, which has nothing
-and asks for reflection, as grpcurl does."""
+"""Clients that are not Python's: Node, which has the .proto alone, and `buf curl`, which asks for
+reflection, as grpcurl does."""
 
 import json
 import os

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
@@ -360,3 +361,18 @@ def test_reflection_lists_every_service(server: Server) -> None:
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
+
+
+def test_reflection_describes_every_method_and_message(server: Server) -> None:
+    ours = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+    with grpc.insecure_channel(server.address) as channel:
+        pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+        theirs = pool.FindServiceByName(SERVICE)
+        assert [method.name for method in theirs.methods] == [m.name for m in ours.methods]
+        for found, expected in zip(theirs.methods, ours.methods, strict=True):
+            for side in ("input_type", "output_type"):
+                fields = [
+                    [(f.name, f.number, f.type) for f in getattr(method, side).fields]
+                    for method in (found, expected)
+                ]
+                assert fields[0] == fields[1], found.name

@@ -102,7 +102,7 @@ REFUSALS = {
     "unknown version": ("NOT_FOUND", f"model '{UNIFORM.name}' has no version '9'; it has 1"),
     "wrong width": ("INVALID_ARGUMENT", "expected shape [-1, 4]"),
     "wrong type": ("INVALID_ARGUMENT", "expected datatype FP32, found 'FP64'"),
-    "no time": ("DEADLINE_EXCEEDED", "Deadline Exceeded"),
+    "no time": ("DEADLINE_EXCEEDED", ""),
     "classification": (
         "UNIMPLEMENTED",
         "output parameter 'classification' is not offered: ask for the output itself, and sort it",

@@ -8,7 +8,7 @@ const [address, root, model, samples] = process.argv.slice(2);
 const rows = JSON.parse(samples);
 const width = rows[0].length;
 
-const options = { keepCase: true, longs: String, includeDirs: [root] };
+const options = { keepCase: true, longs: String, enums: String, arrays: true, includeDirs: [root] };
 const credentials = grpc.credentials.createInsecure();
 const protocol = grpc.loadPackageDefinition(
   protoLoader.loadSync("protos/inference.proto", options),
