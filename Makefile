@@ -90,7 +90,7 @@ $(VENV)/benchmarks: $(VENV)/installed
 	$(CC) -shared -fPIC -o $@ $<
 
 tests/node/node_modules/installed: tests/node/package.json tests/node/package-lock.json
-	npm ci --prefix tests/node --no-audit --no-fund
+	npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund
 	touch $@
 
 .venv-%/installed: tests/environments/%.txt

@@ -102,7 +102,7 @@ REFUSALS = {
     "unknown version": ("NOT_FOUND", f"model '{UNIFORM.name}' has no version '9'; it has 1"),
     "wrong width": ("INVALID_ARGUMENT", "expected shape [-1, 4]"),
     "wrong type": ("INVALID_ARGUMENT", "expected datatype FP32, found 'FP64'"),
-    "no time": ("DEADLINE_EXCEEDED", ""),
+    "no time": ("DEADLINE_EXCEEDED", "the deadline leaves no time"),
     "classification": (
         "UNIMPLEMENTED",
         "output parameter 'classification' is not offered: ask for the output itself, and sort it",
@@ -145,6 +145,13 @@ def test_it_loads_and_unloads_models(said: Said) -> None:
     ]
 
 
+THE_STANDARDS_ALONE = {
+    "inference.ModelMetadataResponse.properties",
+    "inference.ModelMetadataResponse.PropertiesEntry.key",
+    "inference.ModelMetadataResponse.PropertiesEntry.value",
+}
+
+
 def test_the_protocol_is_tritons(said: Said) -> None:
     """Ours is a part of it: each method, and each field with its number and type."""
     theirs = said["protocol"]
@@ -160,11 +167,11 @@ def test_the_protocol_is_tritons(said: Said) -> None:
     for message in with_nested(described):
         for field in message.fields:
             of = field.message_type.full_name if field.message_type else None
-            found = theirs["messages"][message.full_name].get(field.name)
-            if (message.full_name, field.name) == ("inference.ModelMetadataResponse", "properties"):
-                assert found is None  # the standard has it, Triton has not
-            else:
-                assert found == [field.number, field.type, of], field.full_name
+            found = theirs["messages"].get(message.full_name, {}).get(field.name)
+            expected = (
+                None if field.full_name in THE_STANDARDS_ALONE else [field.number, field.type, of]
+            )
+            assert found == expected, field.full_name
     assert dict(model_config_pb2.DataType.items()).items() <= theirs["datatypes"].items()
 
 

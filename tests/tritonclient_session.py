@@ -220,7 +220,7 @@ def refusals(session):
         "unknown version": infer(model_version="9"),
         "wrong width": infer(x[:, :-1]),
         "wrong type": infer(x.astype(np.float64)),
-        "no time": infer(client_timeout=1e-9),
+        "no time": infer(timeout=1),
         "classification": infer(outputs=[scores]),
         "shared memory": refusal(client.infer, session.model, [shared]),
         "shared memory of an output": infer(outputs=[shared_output]),
