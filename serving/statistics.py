@@ -35,7 +35,7 @@ class Statistics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rows = 0
-        self._last_run_ms = 0
+        self._last_run_ns = 0  # since 1970
         self._success, self._fail = Duration(), Duration()
         self._queue = Duration()
         self._input, self._infer, self._output = Duration(), Duration(), Duration()
@@ -43,10 +43,12 @@ class Statistics:
 
     def count_run(self, rows: int, ns: int) -> None:
         """Count a run of the model that gave answers, for one request or for several."""
-        now_ms = time.time_ns() // 10**6
         with self._lock:
-            self._last_run_ms = now_ms
-            self._runs.setdefault(rows, Duration()).add(ns)
+            self._last_run_ns = time.time_ns()
+            run = self._runs.get(rows)
+            if run is None:
+                run = self._runs[rows] = Duration()
+            run.add(ns)
 
     def count_answer(
         self,
@@ -94,7 +96,7 @@ class Statistics:
             return pb.ModelStatistics(
                 name=name,
                 version=version,
-                last_inference=self._last_run_ms,
+                last_inference=self._last_run_ns // 10**6,
                 inference_count=self._rows,
                 execution_count=sum(run.count for run in self._runs.values()),
                 inference_stats=pb.InferStatistics(
