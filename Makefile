@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 CPP := $(wildcard kan_ops/*/*.cpp kan_ops/*/*.h kan_ops/*/*.inl)
 
-# Environments of their own, because their versions clash with ours: the reference client, and the
+# Environments of their own, because their versions clash with ours: two reference clients, and the
 # newest protobuf and gRPC.
-OTHER_VENVS := .venv-tritonclient .venv-protobuf7
+OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
+# Clients that not every machine can have. Where they cannot be installed, their tests are skipped.
+OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo benchmark benchmark-serving test test-full-size fuzz fuzz-wire lint format protos clean
+.PHONY: demo benchmark benchmark-serving test optional-clients test-full-size fuzz fuzz-wire lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -30,8 +32,13 @@ benchmark: $(VENV)/benchmarks
 benchmark-serving: $(VENV)/benchmarks $(if $(findstring --quick,$(BENCHMARK)),,$(RIVALS:%=%/installed))
 	$(BIN)/python -m benchmarks.serving --output build/benchmark $(BENCHMARK)
 
-test: lint $(OTHER_VENVS:%=%/installed)
+test: lint $(OTHER_VENVS:%=%/installed) optional-clients
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
+
+optional-clients:
+	@for client in $(OPTIONAL_CLIENTS); do \
+	    $(MAKE) --no-print-directory $$client/installed || echo "not installed, not tested: $$client"; \
+	done
 
 # VGG16-KAN: 10 GB of memory, 9 GB of disk below $TMPDIR, some minutes.
 test-full-size: $(VENV)/installed
@@ -80,10 +87,21 @@ $(VENV)/benchmarks: $(VENV)/installed
 	.venv-rival-$*/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
+# Their requirements are more than what is used of them.
+.venv-kserve/installed .venv-perfanalyzer/installed: PIP_OPTIONS := --no-deps
+.venv-perfanalyzer/installed: .venv-perfanalyzer/lib/libb64.so.0d
+.venv-perfanalyzer/lib/libb64.so.0d: tests/environments/libb64.c
+	mkdir -p $(@D)
+	$(CC) -shared -fPIC -o $@ $<
+
+tests/node/node_modules/installed: tests/node/package.json tests/node/package-lock.json
+	npm ci --prefix tests/node --ignore-scripts --no-audit --no-fund
+	touch $@
+
 .venv-%/installed: tests/environments/%.txt
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --requirement $<
+	.venv-$*/bin/python -m pip install --quiet $(PIP_OPTIONS) --requirement $<
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENVS) $(RIVALS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OTHER_VENVS) $(OPTIONAL_CLIENTS) $(RIVALS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -222,6 +222,10 @@ class Lane(Generic[AnyItem]):
         share = max(rows / max(self._rows, 1), size / max(self._size_bytes, 1))
         return min(max(share, 0.0), 1.0)
 
+    def expired(self, now: float) -> AnyItem | None:
+        """Tell whose time has passed at the head of the line. Others get there, or run."""
+        return self._line[0] if self._line and self._line[0].deadline <= now else None
+
     def enter(self, item: AnyItem) -> None:
         """Put an item at the end of the line."""
         self._line.append(item)
@@ -339,6 +343,13 @@ class Queue(Generic[AnyItem]):
         waits = [lane.next_parts(now) for lane in self._lanes] if self._free else []
         due = [(parts[0].item, at) for parts, at in waits if parts]
         return min(due, key=lambda found: found[1], default=None)
+
+    def drop_expired(self, now: float) -> list[AnyItem]:
+        """Give up whoever stands at the head of a line though its time has passed."""
+        found = [(lane, item) for lane in self._lanes if (item := lane.expired(now)) is not None]
+        for lane, item in found:
+            self.drop(lane, item)
+        return [item for _, item in found]
 
     def drop(self, lane: Lane[AnyItem], item: AnyItem) -> None:
         """Give up what has not started of a request. Others are not touched by it."""

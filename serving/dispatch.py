@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.batching import Batch, Item, Lane, Part, Queue
+from serving.batching import Batch, Item, Lane, Part, Queue, TooLate
 
 Arrays = Sequence[NDArray[Any]]
 """One array per tensor, all of the same number of rows."""
@@ -117,7 +117,7 @@ class Dispatcher:
             run: The engine.
             inputs: One array per input, (rows, ...).
             timeout_s: How long its answer is wanted, in seconds.
-            tell: Told the answer, or what the engine raised for these rows, or Abandoned.
+                tell: Told the answer, what the engine raised for these rows, Abandoned, or TooLate.
 
         Returns:
             The request, for `give_up`.
@@ -156,16 +156,27 @@ class Dispatcher:
             pass
 
     def _run_next(self) -> bool:
-        batch = self._next()
-        if batch is not None:
-            self._run(batch)
-        return batch is not None
+        found = self._next()
+        if isinstance(found, Batch):
+            self._run(found)
+        elif found is not None:
+            for request in found:
+                request.tell(TooLate())
+        return found is not None
 
-    def _next(self) -> Batch[Request] | None:
-        """Wait for something to run; None once there is to be no more."""
+    def _next(self) -> Batch[Request] | list[Request] | None:
+        """Wait for something to run, or for requests that are too late; None at the end.
+
+        Whose deadline is the call's own is mostly told by gRPC before.
+        """
         with self._news:
             while not self._closed:
                 now = self._clock()
+                late = [request for request in self._queue.drop_expired(now) if not request.told]
+                if late:
+                    for request in late:
+                        request.told = True
+                    return late
                 batch = self._queue.take(now)
                 if batch is not None:
                     if self._idle and self._queue.is_worth_a_slot:

@@ -4,6 +4,7 @@ ServingError
 ├── VisibleError          its message is sent to the client, so it holds no path, no other
 │   │                     error's text, and never more than a line of what the client sent
 │   ├── InvalidRequest      the caller's: a tensor is not what the model takes
+│   ├── NotOffered          the caller's: others have it, this server does not
 │   ├── ModelNotFound       the caller's: no such model or version
 │   ├── ModelNotReady       the operator's: the model is known and is not served
 │   ├── ControlRefused      the operator's: models are not loaded and unloaded so here
@@ -28,6 +29,10 @@ class VisibleError(ServingError):
 
 class InvalidRequest(VisibleError):
     """A request, or a tensor of it, is not what the model takes."""
+
+
+class NotOffered(VisibleError):
+    """Something is asked for that other servers of the protocol have, and this one has not."""
 
 
 class ModelNotFound(VisibleError):

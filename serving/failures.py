@@ -20,6 +20,7 @@ from serving.errors import (
     InvalidRequest,
     ModelNotFound,
     ModelNotReady,
+    NotOffered,
     Overloaded,
     Unauthenticated,
     VisibleError,
@@ -28,6 +29,7 @@ from serving.errors import (
 # The status of an error, and the reason under which it is counted.
 _TABLE: dict[type[VisibleError], tuple[grpc.StatusCode, str]] = {
     InvalidRequest: (grpc.StatusCode.INVALID_ARGUMENT, "invalid"),
+    NotOffered: (grpc.StatusCode.UNIMPLEMENTED, "invalid"),
     ModelNotFound: (grpc.StatusCode.NOT_FOUND, "invalid"),
     ModelNotReady: (grpc.StatusCode.UNAVAILABLE, "unavailable"),
     ControlRefused: (grpc.StatusCode.FAILED_PRECONDITION, "invalid"),

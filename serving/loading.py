@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kan_bundle.errors import IntegrityError
@@ -29,6 +29,7 @@ from serving.dispatch import Arrays, Request
 from serving.engine import Engine
 from serving.graph import check_graph
 from serving.grid import Grid
+from serving.statistics import Statistics
 
 _SWITCH_S = 1e-4
 _BREATH_S = 2e-3  # longer than a request takes
@@ -65,6 +66,7 @@ class LoadedModel:
         grid: Where it was trained; None if that cannot be told from its inputs.
         count: Told how many rows were run, and how many of them were outside of the grid.
         folder: Where it was loaded from. What lies there may have changed since.
+        statistics: What it has answered.
     """
 
     manifest: Manifest
@@ -73,10 +75,13 @@ class LoadedModel:
     grid: Grid | None
     count: Callable[[int, int], None]
     folder: Path
+    statistics: Statistics = field(default_factory=Statistics)
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run some rows, of one request or of several, and count them."""
+        started_ns = time.monotonic_ns()
         outputs = self.engine.run(inputs)
+        self.statistics.count_run(len(inputs[0]), time.monotonic_ns() - started_ns)
         self.count(len(inputs[0]), self.grid.count_outside(inputs) if self.grid else 0)
         return outputs
 

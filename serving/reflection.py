@@ -24,11 +24,12 @@ class Reflection(reflection.ReflectionServicer):  # type: ignore[misc]
         super().__init__(services)
         self._open: set[grpc.ServicerContext] = set()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_THREADS, "reflection")
+        # Not `_pool`: the base class has its descriptors there.
+        self._threads = ThreadPoolExecutor(_THREADS, "reflection")
         # gRPC reads the attribute from the handler; see HealthService.
         answer = super().ServerReflectionInfo
         self.ServerReflectionInfo = partial(self._tracked, answer)
-        self.ServerReflectionInfo.experimental_thread_pool = self._pool  # type: ignore[attr-defined]
+        self.ServerReflectionInfo.experimental_thread_pool = self._threads  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """End every stream."""
@@ -38,7 +39,7 @@ class Reflection(reflection.ReflectionServicer):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Start no more calls."""
-        self._pool.shutdown(wait=False)
+        self._threads.shutdown(wait=False)
 
     def _tracked(self, answer: Any, requests: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         with self._lock:

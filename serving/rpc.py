@@ -21,17 +21,27 @@ from protos import inference_pb2 as pb
 from serving import arrivals
 from serving.access import NOT_ALLOWED, UNKNOWN_CALLER, Access, Group
 from serving.arrivals import Arrival, Arrivals, Refusals
-from serving.errors import Forbidden, Overloaded, Unauthenticated, VisibleError
+from serving.errors import Forbidden, NotOffered, Overloaded, Unauthenticated, VisibleError
 from serving.failures import Failure, failure_of
 from serving.pools import Behavior, CountingPool, Inline
 from serving.service import SERVICE, Answer, InferenceService
 from serving.telemetry import Record, Telemetry
 
+_FINAL = "triton_final_response"  # clients of streams wait for it; there is one answer to a request
 _STRICT = ("triton_grpc_error", "true")  # a stream is to end with a status at the first error
 
 _METHODS = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
 _INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
 _CONTROL = ("RepositoryModelLoad", "RepositoryModelUnload")
+_NOT_OFFERED = {  # of Triton's methods
+    **{
+        f"{kind}SharedMemory{verb}": "tensors travel in the messages"
+        for kind in ("System", "Cuda")
+        for verb in ("Status", "Register", "Unregister")
+    },
+    "TraceSetting": "--otlp-endpoint is set when the server starts",
+    "LogSettings": "--log-level is set when the server starts",
+}
 _OPEN = ("ServerLive", "ServerReady")  # to everybody, as health is
 _AUTHORIZATION = "authorization"
 _NAMES = ("x509_common_name", "x509_subject_alternative_name")  # in a certificate
@@ -98,6 +108,9 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self._handlers[_STREAM] = grpc.stream_stream_rpc_method_handler(
             Behavior(self._stream, self._streams, experimental_non_blocking=True)
         )
+        for name, instead in _NOT_OFFERED.items():
+            error = partial(NotOffered, f"{name} is not offered: {instead}")
+            self._handlers[f"/{SERVICE}/{name}"] = self._refusing(error, name)
         self._no_room = self._refusing(
             lambda: Overloaded("the server has no room for another call", retry_after_s())
         )
@@ -281,16 +294,19 @@ class RpcHandlers(grpc.GenericRpcHandler):
         sent = [value for key, value in metadata if key == _AUTHORIZATION]
         return self._access.refusal(group, sent[0] if len(sent) == 1 else None, names)
 
-    def _refusing(self, error: Callable[[], VisibleError]) -> "grpc.RpcMethodHandler[Any, Any]":
+    def _refusing(
+        self, error: Callable[[], VisibleError], method: str = "refused"
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         """Make a handler that ends every call before its message is read.
 
         Args:
             error: Makes what it ends with.
+            method: As which it is counted.
         """
 
         def failure() -> Failure:
-            found = failure_of("refused", None, error())
-            self._telemetry.counters.count_call("refused", found.code.name, found.reason)
+            found = failure_of(method, None, error())
+            self._telemetry.counters.count_call(method, found.code.name, found.reason)
             return found
 
         def refuse(arrival: Arrival) -> None:
@@ -311,6 +327,7 @@ def _written(answer: Answer, record: Record, *, in_stream: bool = False) -> byte
     start = time.perf_counter()
     message: Message = answer.response
     if in_stream:
+        answer.response.parameters[_FINAL].bool_param = True
         message = pb.ModelStreamInferResponse(infer_response=answer.response)
     content = message.SerializeToString()
     record.answered(answer, time.perf_counter() - start)

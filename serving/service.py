@@ -4,6 +4,7 @@ This module knows no transport. A call may come with a `Call`, which tells how l
 wanted; what goes wrong is raised as an error of serving/errors.py.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
@@ -19,20 +20,19 @@ from serving.errors import (
     Cancelled,
     ControlRefused,
     Expired,
-    InvalidRequest,
     ModelNotReady,
+    NotOffered,
     Overloaded,
 )
 from serving.loading import LoadedModel
+from serving.parameters import read_wishes
 from serving.repository import Repository
 from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 SERVER_NAME = "kanserve"
 PLATFORM = "onnxruntime_onnx"
-EXTENSIONS = ("model_configuration", "model_repository", "parameters")
-DETAILS = "kanserve_details"
-"""The request parameter that asks how an answer came about."""
+EXTENSIONS = ("model_configuration", "model_repository", "parameters", "statistics")
 
 _DATA_TYPES: dict[Datatype, config_pb.DataType] = {
     "FP32": config_pb.TYPE_FP32,
@@ -45,6 +45,7 @@ _ENVELOPE_BYTES = 1024  # of a request beside its tensors: names, shape, id
 _LEAST_MESSAGE_BYTES = 64 * 2**20
 _LARGEST_MESSAGE_BYTES = 2**31 - 1  # protobuf's
 _ROWS_THAT_FIT = 64
+_NS = 1e9  # in a second
 
 
 class Call(Protocol):
@@ -173,6 +174,25 @@ class InferenceService:
             )
         return pb.ModelConfigResponse(config=config)
 
+    def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
+        """Tell what a model, or every model, has answered in this process since it was loaded."""
+        if request.version:
+            models: Sequence[LoadedModel] = [self._repository.find(request.name, request.version)]
+        else:
+            if request.name:
+                self._repository.served_versions(request.name)  # it is there
+            models = [
+                model
+                for model in self._repository.served
+                if request.name in ("", model.manifest.name)
+            ]
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                model.statistics.message(model.manifest.name, str(model.manifest.version))
+                for model in models
+            ]
+        )
+
     def infer(self, request: pb.ModelInferRequest, call: Call) -> Answer:
         """Run some rows, and wait for the answer; `start_infer` does not wait."""
         end: Future[Answer] = Future()
@@ -202,10 +222,26 @@ class InferenceService:
         Raises:
             VisibleError: They will not be run.
         """
+        arrived_ns = time.monotonic_ns()
         model = self._repository.find(request.model_name, request.model_version)
+        try:
+            self._submit(request, model, arrived_ns, call, tell)
+        except Exception:
+            model.statistics.count_failure(time.monotonic_ns() - arrived_ns)
+            raise
+
+    def _submit(
+        self,
+        request: pb.ModelInferRequest,
+        model: LoadedModel,
+        arrived_ns: int,
+        call: Call,
+        tell: Callable[[Answer | Exception], None],
+    ) -> None:
+        wishes = read_wishes(request)
         inputs = decode_inputs(request, model.manifest.inputs)
         chosen = choose_outputs(request, model.manifest.outputs)
-        details = _wants_details(request)
+        input_ns = time.monotonic_ns() - arrived_ns
 
         def respond(outcome: Outcome) -> Answer:
             manifest = model.manifest
@@ -214,7 +250,7 @@ class InferenceService:
             )
             specs = [manifest.outputs[i] for i in chosen]
             encode_outputs(request, response, specs, [outcome.outputs[i] for i in chosen])
-            if details:
+            if wishes.details:
                 self._add_details(response, model, outcome)
                 if model.grid is not None:
                     outside = model.grid.count_outside(inputs)
@@ -222,21 +258,37 @@ class InferenceService:
             return Answer(response, manifest.name, manifest.version, len(inputs[0]), outcome)
 
         def end(found: Outcome | Exception) -> None:
-            if isinstance(found, Abandoned):
-                left_s = call.time_remaining()
-                late = left_s is not None and left_s <= 0
-                tell(Expired("the deadline has passed") if late else Cancelled("cancelled"))
-                return
+            ended_ns = time.monotonic_ns()
             told: Answer | Exception
-            try:
-                told = respond(found) if isinstance(found, Outcome) else found
-            except Exception as error:  # ours; it must not end the thread that runs everything
-                told = error
+            if isinstance(found, Abandoned | TooLate):
+                left_s = call.time_remaining()
+                late = isinstance(found, TooLate) or (left_s is not None and left_s <= 0)
+                told = Expired("the deadline has passed") if late else Cancelled("cancelled")
+            elif isinstance(found, Exception):
+                told = found
+            else:
+                try:
+                    told = respond(found)
+                except Exception as error:  # ours; it must not end the thread that runs everything
+                    told = error
+            told_ns = time.monotonic_ns()
+            if isinstance(found, Exception) or isinstance(told, Exception):
+                model.statistics.count_failure(told_ns - arrived_ns)
+            else:
+                model.statistics.count_answer(
+                    len(inputs[0]),
+                    total_ns=told_ns - arrived_ns,
+                    queue_ns=round(found.queue_s * _NS),
+                    input_ns=input_ns,
+                    infer_ns=round(found.compute_s * _NS),
+                    output_ns=told_ns - ended_ns,
+                )
             tell(told)
 
+        times_s = [t for t in (call.time_remaining(), wishes.timeout_s) if t is not None]
         try:
             waiting = self._dispatcher.submit(
-                model.lane, model.run, inputs, call.time_remaining(), end
+                model.lane, model.run, inputs, min(times_s, default=None), end
             )
         except QueueFull as error:
             raise Overloaded(
@@ -295,17 +347,8 @@ class InferenceService:
         offered = {"unload_dependents"}  # there are no dependents
         unknown = sorted(set(request.parameters) - offered)
         if unknown:
-            raise InvalidRequest(f"parameter {unknown[0][:64]!r} is not offered")
+            raise NotOffered(f"parameter {unknown[0][:64]!r} is not offered")
         return self._control
-
-
-def _wants_details(request: pb.ModelInferRequest) -> bool:
-    if DETAILS not in request.parameters:
-        return False
-    asked = request.parameters[DETAILS]
-    if asked.WhichOneof("parameter_choice") != "bool_param":
-        raise InvalidRequest(f"parameter {DETAILS!r}: expected true or false")
-    return bool(asked.bool_param)
 
 
 def fitting_message_bytes(models: Sequence[Manifest]) -> int:

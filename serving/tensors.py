@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kan_bundle.manifest import DATATYPES, Datatype, TensorSpec
 from protos.inference_pb2 import InferTensorContents, ModelInferRequest, ModelInferResponse
 from serving.errors import InvalidRequest
+from serving.parameters import refuse_parameters
 
 _WIRE: dict[Datatype, np.dtype[Any]] = {
     name: np.dtype(dtype).newbyteorder("<") for name, dtype in DATATYPES.items()
@@ -43,6 +44,7 @@ def decode_inputs(request: ModelInferRequest, expected: Sequence[TensorSpec]) ->
     Raises:
         InvalidRequest: A tensor is missing, unknown, given twice, or of another type, shape or
             size than the model takes.
+        NotOffered: It is to be had from elsewhere.
     """
     tensors = request.inputs
     names = [tensor.name for tensor in tensors]
@@ -84,8 +86,8 @@ def choose_outputs(request: ModelInferRequest, offered: Sequence[TensorSpec]) ->
         Indices into `offered`, in the order asked for; all of them if none is named.
 
     Raises:
-        InvalidRequest: An output is unknown or named twice, or is to be delivered in a way that
-            is not offered.
+        InvalidRequest: An output is unknown or named twice.
+        NotOffered: It is to be delivered in another way.
     """
     if not request.outputs:
         return list(range(len(offered)))
@@ -94,9 +96,7 @@ def choose_outputs(request: ModelInferRequest, offered: Sequence[TensorSpec]) ->
     if len(set(names)) != len(names) or not set(names) <= set(known):
         raise InvalidRequest(f"expected outputs from {known}, each once, found {_shown(names)}")
     for output in request.outputs:
-        for parameter in ("classification", "shared_memory_region"):
-            if parameter in output.parameters:
-                raise InvalidRequest(f"output parameter {parameter!r} is not offered")
+        refuse_parameters("output", output.parameters)
     return [known.index(name) for name in names]
 
 
@@ -132,8 +132,7 @@ def row_bytes(spec: TensorSpec) -> int:
 
 
 def _checked_shape(tensor: ModelInferRequest.InferInputTensor, spec: TensorSpec) -> tuple[int, ...]:
-    if "shared_memory_region" in tensor.parameters:
-        raise InvalidRequest("input parameter 'shared_memory_region' is not offered")
+    refuse_parameters("input", tensor.parameters)
     if tensor.datatype != spec.datatype:
         raise InvalidRequest(
             f"input {spec.name!r}: expected datatype {spec.datatype}, "

@@ -80,6 +80,20 @@ def test_a_full_batch_does_not_wait() -> None:
     assert shown(queue.take(0)) == [(a, 0, 1), (b, 0, 3)]
 
 
+def test_who_has_expired_is_given_up_at_the_head_of_a_line() -> None:
+    queue, lane, other = Queue[Item](1), Lane[Item](limits()), Lane[Item](limits())
+    early, late, later = item(1, deadline=1), item(2, deadline=3), item(4, deadline=2)
+    admitted(queue, lane, early, late, later)
+    admitted(queue, other, elsewhere := item(8, deadline=1))
+    assert queue.drop_expired(0.9) == []
+    assert queue.drop_expired(1) == [early, elsewhere]
+    assert (lane.rows, other.rows) == (6, 0)
+    assert queue.drop_expired(2) == []  # not at the head
+    assert shown(queue.take(2)) == [(late, 0, 2)]
+    assert queue.drop_expired(2) == [later]
+    assert not queue
+
+
 def of_long_runs(**changed: Any) -> Lane[Item]:
     """A lane whose runs of one row take half a second."""
     lane = Lane[Item](limits(**changed))

@@ -238,6 +238,20 @@ def test_what_has_expired_is_not_run(engine: Doubler) -> None:
     assert engine.runs == [[1], [3]]
 
 
+def test_what_has_expired_in_line_is_told_so_when_its_turn_comes(engine: Doubler) -> None:
+    with Client(engine) as client:
+        running = client.send(1)
+        assert engine.started.acquire(timeout=WAIT_S)
+        expired, waiting = client.send(2, timeout_s=1e-6), client.send(3)
+        engine.go.set()
+        assert answer(running) == [2]
+        with pytest.raises(Abandoned):
+            expired.result(WAIT_S)
+        assert answer(waiting) == [6]
+        client.give_up(expired)  # is told once, or the future would raise
+    assert engine.runs == [[1], [3]]
+
+
 def test_what_has_no_time_left_is_refused(engine: Doubler) -> None:
     with Client(engine) as client, pytest.raises(TooLate):
         client.send(1, timeout_s=0)

@@ -146,7 +146,7 @@ def test_a_version_that_fails_its_checks_leaves_the_old_one_and_says_why(
                 model_name="m",
                 parameters={"config": pb.ModelRepositoryParameter(string_param="{}")},
             ),
-            "INVALID_ARGUMENT",
+            "UNIMPLEMENTED",
         ),
     ],
 )

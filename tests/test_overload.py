@@ -1,6 +1,7 @@
 """More than the server can do: what is refused, what is dropped, and that the rest is answered."""
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,27 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(repository: Path) -> N
         assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "leaves no time" in str(refused.value.details())
         assert raw_output(stub.ModelInfer(ROW)).shape == (1, 3)  # without one it is run
+
+
+def test_a_timeout_in_a_request_is_a_deadline(repository: Path, gate: Gate) -> None:
+    request = raw_request(UNIFORM.x[1:2])
+    request.parameters["timeout"].int64_param = 1000  # microseconds
+    with served(repository, engine_slots=1) as (server, stub):
+        running = stub.ModelInfer.future(ROW)
+        gate.await_run()
+        lane = server.repository.find(UNIFORM.name, "").lane
+        waiting = stub.ModelInfer.future(request)  # without a deadline that gRPC knows of
+        await_true(lambda: lane.rows == 1)
+        end = time.monotonic() + 1e-3
+        await_true(lambda: time.monotonic() > end)
+        gate.opened.set()
+        running.result(WAIT_S)
+        assert waiting.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert len(gate.runs) == 1
+        lane.pace.learn(1, 1000.0)
+        refused = stub.ModelInfer.future(request)
+        assert refused.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "leaves no time" in str(refused.details())
 
 
 def test_rows_that_wait_for_company_run_together(repository: Path) -> None:

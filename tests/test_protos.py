@@ -65,6 +65,32 @@ STANDARD = {
         "uint64_param": 5,
     },
     # Triton's extensions
+    "ModelStatisticsRequest": {"name": 1, "version": 2},
+    "ModelStatisticsResponse": {"model_stats": 1},
+    "StatisticDuration": {"count": 1, "ns": 2},
+    "ModelStatistics": {
+        "name": 1,
+        "version": 2,
+        "last_inference": 3,
+        "inference_count": 4,
+        "execution_count": 5,
+        "inference_stats": 6,
+        "batch_stats": 7,
+    },
+    "InferStatistics": {
+        "success": 1,
+        "fail": 2,
+        "queue": 3,
+        "compute_input": 4,
+        "compute_infer": 5,
+        "compute_output": 6,
+    },
+    "InferBatchStatistics": {
+        "batch_size": 1,
+        "compute_input": 2,
+        "compute_infer": 3,
+        "compute_output": 4,
+    },
     "ModelStreamInferResponse": {"error_message": 1, "infer_response": 2},
     "ModelRepositoryParameter": {
         "bool_param": 1,
@@ -99,6 +125,7 @@ METHODS = {
     "ModelInfer",
     # Triton's extensions
     "ModelConfig",
+    "ModelStatistics",
     "ModelStreamInfer",
     "RepositoryIndex",
     "RepositoryModelLoad",

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
@@ -74,7 +75,12 @@ def test_server_tells_what_it_is(stub: GRPCInferenceServiceStub) -> None:
     assert stub.ServerReady(pb.ServerReadyRequest()).ready
     metadata = stub.ServerMetadata(pb.ServerMetadataRequest())
     assert (metadata.name, metadata.version) == ("kanserve", __version__)
-    assert list(metadata.extensions) == ["model_configuration", "model_repository", "parameters"]
+    assert list(metadata.extensions) == [
+        "model_configuration",
+        "model_repository",
+        "parameters",
+        "statistics",
+    ]
 
 
 def test_model_tells_what_it_is(stub: GRPCInferenceServiceStub, golden: Golden) -> None:
@@ -187,26 +193,6 @@ BAD_RAW_REQUESTS = [
         "expected outputs from ['output'], each once, found ['y']",
         id="output",
     ),
-    pytest.param(
-        lambda request: (
-            request.outputs.add(name="output")
-            .parameters["classification"]
-            .CopyFrom(pb.InferParameter(int64_param=3))
-        ),
-        INVALID,
-        "'classification' is not offered",
-        id="classification",
-    ),
-    pytest.param(
-        first_input(
-            lambda tensor: tensor.parameters["shared_memory_region"].CopyFrom(
-                pb.InferParameter(string_param="/dev/shm/x")
-            )
-        ),
-        INVALID,
-        "'shared_memory_region' is not offered",
-        id="shared memory",
-    ),
 ]
 
 
@@ -303,16 +289,6 @@ def test_bytes_that_are_no_message_are_refused_and_reveal_nothing(server: Server
     assert error.value.details() == ("expected inference.ModelInferRequest, found no such message")
 
 
-def test_what_is_not_offered_is_unimplemented(server: Server) -> None:
-    channel = grpc.insecure_channel(server.address)
-    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
-        f"/{SERVICE}/ModelStatistics"
-    )
-    with channel, pytest.raises(grpc.RpcError) as error:
-        call(b"")
-    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
 def assert_reveals_nothing(details: str | None) -> None:
     for secret in ("Traceback", ".py", "/tmp", "onnxruntime", "Error", "0x"):
         assert secret not in str(details)
@@ -385,3 +361,18 @@ def test_reflection_lists_every_service(server: Server) -> None:
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
+
+
+def test_reflection_describes_every_method_and_message(server: Server) -> None:
+    ours = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+    with grpc.insecure_channel(server.address) as channel:
+        pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+        theirs = pool.FindServiceByName(SERVICE)
+        assert [method.name for method in theirs.methods] == [m.name for m in ours.methods]
+        for found, expected in zip(theirs.methods, ours.methods, strict=True):
+            for side in ("input_type", "output_type"):
+                fields = [
+                    [(f.name, f.number, f.type) for f in getattr(method, side).fields]
+                    for method in (found, expected)
+                ]
+                assert fields[0] == fields[1], found.name
