@@ -117,7 +117,7 @@ class Dispatcher:
             run: The engine.
             inputs: One array per input, (rows, ...).
             timeout_s: How long its answer is wanted, in seconds.
-                tell: Told the answer, what the engine raised for these rows, Abandoned, or TooLate.
+            tell: Told the answer, what the engine raised for these rows, Abandoned, or TooLate.
 
         Returns:
             The request, for `give_up`.

@@ -42,6 +42,14 @@ class Authority:
         self.cert.write_bytes(b"".join(pem.bytes() for pem in leaf.cert_chain_pems))
         self.key.write_bytes(leaf.private_key_pem.bytes())
 
+    def write_client(self, name: str) -> tuple[Path, Path]:
+        """Give a client a certificate and its key."""
+        leaf = self.ca.issue_cert(name)
+        cert, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
+        leaf.cert_chain_pems[0].write_to_path(cert)
+        leaf.private_key_pem.write_to_path(key)
+        return cert, key
+
     def settings(self, *, mutual: bool = False) -> dict[str, Path]:
         own = {"tls_cert": self.cert, "tls_key": self.key}
         return own | ({"tls_client_ca": self.roots} if mutual else {})
@@ -50,8 +58,8 @@ class Authority:
         """A channel that trusts this authority, with a client's certificate of that name."""
         pair: tuple[bytes | None, bytes | None] = (None, None)
         if client is not None:
-            leaf = self.ca.issue_cert(client)
-            pair = leaf.private_key_pem.bytes(), leaf.cert_chain_pems[0].bytes()
+            cert, key = self.write_client(client)
+            pair = key.read_bytes(), cert.read_bytes()
         credentials = grpc.ssl_channel_credentials(self.roots.read_bytes(), *pair)
         return grpc.secure_channel(address, credentials)
 

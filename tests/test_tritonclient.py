@@ -13,6 +13,7 @@ from google.protobuf.descriptor import Descriptor
 
 from protos import inference_pb2, model_config_pb2
 from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden
+from tests.security import Authority, write_access
 from tests.servers import served
 
 PYTHON = ROOT / ".venv-tritonclient" / "bin" / "python"
@@ -181,7 +182,29 @@ def with_nested(messages: Iterable[Descriptor]) -> Iterator[Descriptor]:
         yield from with_nested(message.nested_types)
 
 
-@pytest.mark.skip(reason="the server has no TLS yet")
-def test_all_of_it_works_over_tls() -> None:
-    """`run_session(address, ssl=True, root_certificates=..., private_key=...,
-    certificate_chain=...)` says as much as without."""
+def test_it_works_over_mutual_tls(repository: Path, tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "ca")
+    cert, key = authority.write_client("triton.example")
+    access = write_access(
+        tmp_path / "access.toml",
+        certificates={"inference": ["triton.example"], "admin": ["triton.example"]},
+    )
+    models = tuple(golden.name for golden in STATE_DICTS)
+    with served(
+        repository,
+        model_control="explicit",
+        load_models=models,
+        access=access,
+        **authority.settings(mutual=True),
+    ) as (server, _):
+        said = run_session(
+            server.address,
+            ssl=True,
+            root_certificates=str(authority.roots),
+            private_key=str(key),
+            certificate_chain=str(cert),
+        )
+    for golden in STATE_DICTS:
+        for y in said["answers"][golden.name]:
+            assert_right(y, golden)
+    assert len(said["stream_aio"]) == 30
