@@ -104,7 +104,7 @@ def bench(arguments: Namespace) -> None:
             benching.draw_plot(plot, model, load, found)
     _console().print(_loads(found))
     if not any(one.latencies for one in found):
-        codes = ", ".join(sorted({code for one in found for code in one.codes}))
+        codes = ", ".join(sorted({code for one in found for code in one.codes})) or "none was due"
         raise Unavailable(f"{connection.where}: no request was answered ({codes})")
 
 

@@ -102,7 +102,8 @@ def _read_csv(lines: Sequence[str], spec: Tensor, header: Header) -> NDArray[Any
     fault = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # 3.7 for a whole number is none
+            # Older numpy takes 3.7 for a whole number, with a warning.
+            warnings.simplefilter("error", DeprecationWarning)
             array: NDArray[Any] = np.loadtxt(rows, dtype, delimiter=",", comments=None, ndmin=2)
     except (ValueError, DeprecationWarning) as error:
         array, fault = np.empty((0, 0)), str(error)
