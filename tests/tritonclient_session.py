@@ -129,7 +129,7 @@ def callbacks(session):
 
 
 def shared_channel(session):
-    """As many clients as Triton's C++ client lets share a channel, all at once."""
+    """Six clients at once: gRPC has them share a connection, as Triton's C++ client does itself."""
     clients = [session.connect() for _ in range(6)]
 
     def one(number):
