@@ -460,6 +460,22 @@ def test_text_from_models_is_never_taken_for_html_and_links_stay_here(shown: Sho
     expect(links).to_have_attribute("href", "/reports/good/1")
 
 
+def test_a_report_has_its_styles_and_runs_no_script(browser: Browser) -> None:
+    content = (
+        b"<title>report</title><style>p { color: rgb(1, 2, 3) }</style><p>text</p>"
+        b"<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
+    )
+    with (
+        exposition.served(CollectorRegistry(), lambda *_: content, "127.0.0.1", 0) as address,
+        browser.new_context() as context,
+    ):
+        page = context.new_page()
+        page.goto(f"http://{address}/reports/digits/1")
+        expect(page.locator("p")).to_have_css("color", "rgb(1, 2, 3)")
+        expect(page).to_have_title("report")
+        assert page.evaluate("self.origin") == "null"  # it could not even read the status page
+
+
 def calls_of(address: str) -> float:
     """Inferences that a server has counted."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as response:
