@@ -334,10 +334,12 @@ def test_refusals_and_rows_outside_of_the_grid_have_charts(shown: Shown) -> None
             + f"# TYPE kanserve_refusals_total counter\n{refused}"
         )
 
-    shown.open(scrape(100, 10, ""))
+    never = 'kanserve_refusals_total{reason="expired"} 0\n'
+    shown.open(scrape(100, 10, never))
     expect(shown.headline("Refusals a second")).to_have_text(DASH)
-    shown.tick(scrape(300, 12, 'kanserve_refusals_total{reason="shed"} 5\n'))
+    shown.tick(scrape(300, 12, never + 'kanserve_refusals_total{reason="shed"} 5\n'))
     expect(shown.headline("Refusals a second")).to_have_text("2.5")
+    expect(shown.chart("Refusals a second").locator("li")).to_have_text(["shed2.5"])
     expect(shown.headline("Rows outside of the grid")).to_have_text("1 %")
     # Of the model since the server's start: 12 of 300.
     expect(shown.page.locator(".facts")).to_contain_text("4 %")
@@ -458,6 +460,22 @@ def test_text_from_models_is_never_taken_for_html_and_links_stay_here(shown: Sho
     expect(links).to_have_attribute("href", "/reports/good/1")
 
 
+def test_a_report_has_its_styles_and_runs_no_script(browser: Browser) -> None:
+    content = (
+        b"<title>report</title><style>p { color: rgb(1, 2, 3) }</style><p>text</p>"
+        b"<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
+    )
+    with (
+        exposition.served(CollectorRegistry(), lambda *_: content, "127.0.0.1", 0) as address,
+        browser.new_context() as context,
+    ):
+        page = context.new_page()
+        page.goto(f"http://{address}/reports/digits/1")
+        expect(page.locator("p")).to_have_css("color", "rgb(1, 2, 3)")
+        expect(page).to_have_title("report")
+        assert page.evaluate("self.origin") == "null"  # it could not even read the status page
+
+
 def calls_of(address: str) -> float:
     """Inferences that a server has counted."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as response:
@@ -488,7 +506,7 @@ def test_it_shows_a_real_server_and_what_that_does(
         expect(row.locator("[data-title='State']")).to_have_text("Ready")
         expect(row.locator("[data-title='KAN layers']")).to_have_text("2 fused")
         expect(row.locator("[data-title='Graph nodes run on']")).to_contain_text("on CPU")
-        expect(row.locator("summary")).to_contain_text("% of the error allowed")
+        expect(row.locator("summary")).to_contain_text("% of allowed")
         for _ in range(6):
             stub.ModelInfer(raw_request(UNIFORM.x, UNIFORM.name))
         await_true(lambda: calls_of(server.metrics_address) == 6)  # counted after the answer

@@ -72,9 +72,9 @@ export class Chart {
     const { spec } = this;
     const read = (point) => (point && !point.missed ? spec.read(point) : null);
     const all = points.map((point) => ({ time: point.time, lines: read(point) }));
-    const names = [...new Set(all.flatMap(({ lines }) => [...(lines?.keys() ?? [])]))].sort(
-      this.#inOrder,
-    );
+    // What has been nothing all the time is no line: it would only hide the others.
+    const found = all.flatMap(({ lines }) => [...(lines ?? [])]).filter(([, value]) => value !== 0);
+    const names = [...new Set(found.map(([name]) => name))].sort(this.#inOrder);
     const last = points.findLast(({ missed }) => !missed);
     const known = read(last) !== undefined;
     const lines = (names.length ? names : [""]).map((name) => ({

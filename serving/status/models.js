@@ -292,7 +292,7 @@ function parityCell(parity) {
   if (!parity.size) return [element("span", "", NOTHING)];
   const details = element("details");
   const worst = Math.max(...parity.values());
-  details.append(element("summary", "", `${percent(worst)} of the error allowed`));
+  details.append(element("summary", "", `${percent(worst)} of allowed`));
   const list = element("ul");
   for (const [runtime, share] of parity) {
     const item = element("li");

@@ -25,7 +25,9 @@ const REASONS = {
   expired: "purple",
   cancelled: "grey",
   invalid: "sky",
-  unauthorised: "bad",
+  unavailable: "ink",
+  unauthorised: "green",
+  failed: "bad",
 };
 const total = (lines) => [...lines.values()].reduce((all, value) => all + value, 0);
 const one = (value) => (value === undefined || value === null ? value : new Map([["", value]]));
