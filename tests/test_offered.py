@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[Any, grpc.StatusCode, str]] = {
     "CudaSharedMemoryStatus": (None, UNIMPLEMENTED, TENSORS),
     "CudaSharedMemoryRegister": (None, UNIMPLEMENTED, TENSORS),
     "CudaSharedMemoryUnregister": (None, UNIMPLEMENTED, TENSORS),
-    "TraceSetting": (None, UNIMPLEMENTED, "nothing is traced"),
+    "TraceSetting": (None, UNIMPLEMENTED, "--otlp-endpoint is set when"),
     "LogSettings": (None, UNIMPLEMENTED, "--log-level is set when the server starts"),
     "NoneOfThem": (None, UNIMPLEMENTED, "Method not found!"),
 }

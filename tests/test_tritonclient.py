@@ -116,7 +116,7 @@ REFUSALS = {
     "parameter": ("UNIMPLEMENTED", "request parameter 'temperature' is not offered; there are"),
     "readiness of no model": ("NOT_FOUND", "there is no model 'nope'"),
     "statistics of no model": ("NOT_FOUND", "there is no model 'nope'"),
-    "TraceSetting": ("UNIMPLEMENTED", "TraceSetting is not offered: nothing is traced"),
+    "TraceSetting": ("UNIMPLEMENTED", "TraceSetting is not offered: --otlp-endpoint is set"),
     "LogSettings": ("UNIMPLEMENTED", "LogSettings is not offered: --log-level is set"),
     "load with a configuration": ("UNIMPLEMENTED", "parameter 'config' is not offered"),
 } | {
