@@ -10,9 +10,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.client import KanClient, Refused, Tls
 from tests.conftest import STATE_DICTS, run_module
 from tests.processes import serving
-from tests.security import Authority
+from tests.security import Authority, write_access
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
 
@@ -156,3 +157,27 @@ def test_files_that_are_of_no_use_are_refused_at_the_start(
     assert event["event"] == "refused_to_start"
     assert message.replace("FOLDER", str(authority.folder)) in event["reason"]
     assert "PRIVATE" not in done.stderr
+
+
+def test_our_client_shows_token_and_certificate_to_our_server(
+    repository: Path, authority: Authority, tmp_path: Path
+) -> None:
+    cert, key = authority.write_client("client.example")
+    access = write_access(
+        tmp_path / "access.toml",
+        tokens={"inference": ["known"]},
+        certificates={"admin": ["client.example"]},
+    )
+    tls = Tls(ca=authority.roots, certificate=cert, key=key)
+    with served(repository, access=access, **authority.settings(mutual=True)) as (server, _):
+        with KanClient(server.address, tls=tls, token="known") as client:
+            y = client.infer(UNIFORM.name, UNIFORM.x)
+        np.testing.assert_allclose(y, UNIFORM.y64, rtol=1e-5, atol=1e-5)
+        with KanClient(server.address, tls=tls) as client, pytest.raises(Refused):
+            client.infer(UNIFORM.name, UNIFORM.x)
+    with (
+        served(repository, access=access) as (server, _),
+        KanClient(server.address, token="known") as client,  # in clear, to this machine alone
+    ):
+        y = client.infer(UNIFORM.name, UNIFORM.x)
+        np.testing.assert_allclose(y, UNIFORM.y64, rtol=1e-5, atol=1e-5)
