@@ -24,7 +24,7 @@ export function duration(value) {
 /** A share of 1; what is more than nothing never reads as nothing. */
 export function percent(value) {
   if (!known(value)) return DASH;
-  return value > 0 && value < 0.001 ? "<0.1 %" : `${precise.format(value * 100)} %`;
+  return value > 0 && value < 1e-5 ? "<0.001 %" : `${precise.format(value * 100)} %`;
 }
 
 /** `1 model`, `2 models`. */
