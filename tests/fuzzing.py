@@ -36,7 +36,7 @@ _DEADLINE_S = 60.0
 _WARM = 0.2  # of the requests
 
 _C = grpc.StatusCode
-_TOO_LATE = {_C.OK, _C.DEADLINE_EXCEEDED}
+_TOO_LATE = {_C.OK, _C.DEADLINE_EXCEEDED, _C.RESOURCE_EXHAUSTED}  # the last: no room in time
 
 
 @dataclass(frozen=True)

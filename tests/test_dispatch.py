@@ -233,7 +233,7 @@ def test_what_has_expired_is_not_run(engine: Doubler) -> None:
         assert answer(running) == [2]
         assert answer(client.send(3)) == [6]
         client.give_up(expired)  # as gRPC says at the deadline
-        with pytest.raises(Abandoned):
+        with pytest.raises(TooLate):
             expired.result(WAIT_S)
     assert engine.runs == [[1], [3]]
 
@@ -245,7 +245,7 @@ def test_what_has_expired_in_line_is_told_so_when_its_turn_comes(engine: Doubler
         expired, waiting = client.send(2, timeout_s=1e-6), client.send(3)
         engine.go.set()
         assert answer(running) == [2]
-        with pytest.raises(Abandoned):
+        with pytest.raises(TooLate):
             expired.result(WAIT_S)
         assert answer(waiting) == [6]
         client.give_up(expired)  # is told once, or the future would raise
