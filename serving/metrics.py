@@ -1,11 +1,12 @@
 """What is counted for Prometheus. This module knows models and their engines, not gRPC."""
 
 import threading
-from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -26,6 +27,7 @@ _SECONDS = (
     *(base * 10**power for power in (-5, -4, -3, -2, -1) for base in (1.0, 2.5, 5.0)),
     *(1.0, 2.5, 5.0, 10.0),
 )
+_NOTED = 1024  # answers, before they are put into buckets, which then takes half a millisecond
 _ROWS = tuple(float(4**power) for power in range(9))
 
 
@@ -57,25 +59,23 @@ _SPENT = {
 
 
 class _Histogram:
-    """How many values fell between bounds. prometheus_client's takes ten times as long."""
+    """How many values fell between bounds."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+        self._counts = np.zeros(len(bounds) + 1, np.int64)
         self._sum = 0.0
 
-    def add(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def add(self, values: NDArray[np.float64]) -> None:
+        places = np.searchsorted(self._bounds, values)  # a bucket holds its bound
+        self._counts += np.bincount(places, minlength=len(self._counts))
+        self._sum += float(values.sum())
 
     def buckets(self) -> tuple[list[tuple[str, float]], float]:
         """Give what HistogramMetricFamily takes: counts up to each bound, and the sum."""
-        total, found = 0, []
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]
-        for bound, count in zip(bounds, self._counts, strict=True):
-            total += count
-            found.append((bound, float(total)))
-        return found, self._sum
+        totals = self._counts.cumsum().astype(float).tolist()
+        return list(zip(bounds, totals, strict=True)), self._sum
 
 
 class _Taken:
@@ -85,12 +85,20 @@ class _Taken:
         self.rows = _Histogram(_ROWS)
         self.seconds = [_Histogram(_SECONDS) for _ in Spent._fields]
 
+    def add(self, answers: Sequence[tuple[int, Spent]]) -> None:
+        """Count requests, each with its rows and what it took."""
+        self.rows.add(np.array([rows for rows, _ in answers], float))
+        columns = np.array([spent for _, spent in answers]).T
+        for histogram, seconds in zip(self.seconds, columns, strict=True):
+            histogram.add(seconds)
+
 
 class Counters(Collector):
     """What is counted as it happens, several times in every request: so it is numbers in tables.
 
-    prometheus_client's own counters take ten times as long. Nothing that a client names is a label
-    before it is known to exist.
+    prometheus_client's own counters take ten times as long. Answers are only noted, which needs no
+    lock, and put into their buckets many at a time. Nothing that a client names is a label before
+    it is known to exist.
     """
 
     def __init__(self) -> None:
@@ -100,6 +108,7 @@ class Counters(Collector):
         self._rows: Counter[str] = Counter()
         self._outside: Counter[str] = Counter()
         self._taken: defaultdict[str, _Taken] = defaultdict(_Taken)
+        self._answered: deque[tuple[str, str, int, Spent]] = deque()
 
     def count_call(self, method: str, code: str, refusal: str | None = None) -> None:
         """Count a call by how it ended, and why it was refused if it was."""
@@ -116,12 +125,20 @@ class Counters(Collector):
 
     def count_answer(self, method: str, model: str, rows: int, spent: Spent) -> None:
         """Count a request that was answered."""
-        with self._lock:
+        self._answered.append((method, model, rows, spent))
+        if len(self._answered) >= _NOTED:
+            with self._lock:
+                self._count_noted()
+
+    def _count_noted(self) -> None:
+        """Count the answers that have been noted; the caller holds the lock."""
+        by_model: defaultdict[str, list[tuple[int, Spent]]] = defaultdict(list)
+        for _ in range(len(self._answered)):  # others may come meanwhile
+            method, model, rows, spent = self._answered.popleft()
             self._calls[method, "OK"] += 1
-            taken = self._taken[model]
-            taken.rows.add(rows)
-            for histogram, seconds in zip(taken.seconds, spent, strict=True):
-                histogram.add(seconds)
+            by_model[model].append((rows, spent))
+        for model, answers in by_model.items():
+            self._taken[model].add(answers)
 
     def collect(self) -> Iterator[Metric]:
         """List what Prometheus reads."""
@@ -152,6 +169,7 @@ class Counters(Collector):
             for name in Spent._fields
         ]
         with self._lock:
+            self._count_noted()
             for labels, count in self._calls.items():
                 calls.add_metric(labels, count)
             for reason in REASONS:
