@@ -5,6 +5,7 @@ readiness goes off first, so that balancers look elsewhere while requests are st
 then are new ones refused and the running ones waited for.
 """
 
+import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -228,6 +229,9 @@ def running(
         cleanup.callback(server.close)
         if settings.model_control == "poll":
             cleanup.enter_context(polling(keeper, settings.poll_s))
+        # What has been made by now stays: collections need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         grpc_server.start()
         yield server
 
@@ -315,12 +319,13 @@ def _options(settings: Settings, max_message_bytes: int) -> list[tuple[str, int]
         "grpc.max_concurrent_streams": settings.max_connection_calls,
         "grpc.max_metadata_size": settings.max_metadata_bytes,
         "grpc.absolute_max_metadata_size": settings.max_metadata_bytes,
-        "grpc.max_connection_idle_ms": _ms(settings.max_connection_idle_s),
         "grpc.keepalive_time_ms": _ms(settings.keepalive_s),
         "grpc.keepalive_timeout_ms": _ms(_SIGN_OF_LIFE_S),
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.min_ping_interval_without_data_ms": _ms(settings.min_ping_interval_s),
     }
+    if settings.max_connection_idle_s is not None:
+        options["grpc.max_connection_idle_ms"] = _ms(settings.max_connection_idle_s)
     if settings.max_connection_age_s is not None:
         options["grpc.max_connection_age_ms"] = _ms(settings.max_connection_age_s)
         options["grpc.max_connection_age_grace_ms"] = _ms(settings.grace_s)

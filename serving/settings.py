@@ -175,8 +175,8 @@ class Settings(BaseSettings):
         description="ask clients to connect anew after so long, give or take a tenth, so that they "
         "find servers that have come since; never by default",
     )
-    max_connection_idle_s: Annotated[float, Field(gt=0, le=_DAY_S)] = Field(
-        3600.0, description="close a connection without calls after so long"
+    max_connection_idle_s: Annotated[float, Field(gt=0, le=_DAY_S)] | None = Field(
+        None, description="close a connection without calls after so long; never by default"
     )
     keepalive_s: Annotated[float, Field(ge=1, le=_DAY_S)] = Field(
         60.0, description="ask a silent connection for a sign of life after so long"
