@@ -4,6 +4,7 @@ Exit codes: 0 stopped by a signal, 1 refused to start, 2 wrong usage. stdout sta
 `--print-config`; stderr has one JSON object a line.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_logging(settings.log_level)
         with _chosen(settings) as server:
             listening.set()
+            # What has been made by now stays: collections need not look at it again and again.
+            gc.collect()
+            gc.freeze()
             server.announce()
             stop.wait()
             log.info("draining", seconds=settings.drain_s)

@@ -5,7 +5,6 @@ readiness goes off first, so that balancers look elsewhere while requests are st
 then are new ones refused and the running ones waited for.
 """
 
-import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -229,9 +228,6 @@ def running(
         cleanup.callback(server.close)
         if settings.model_control == "poll":
             cleanup.enter_context(polling(keeper, settings.poll_s))
-        # What has been made by now stays: collections need not look at it again and again.
-        gc.collect()
-        gc.freeze()
         grpc_server.start()
         yield server
 

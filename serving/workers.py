@@ -7,6 +7,7 @@ gRPC nor onnxruntime, and workers are started afresh, because neither survives a
 """
 
 import multiprocessing
+import gc
 import os
 import signal
 import threading
@@ -418,6 +419,8 @@ def work(settings: Settings, index: int, connection: "Connection[Any, Any]") -> 
 
         with running(settings, readiness, _SharedControl(keeper)) as server:
             started.set_result(server)
+            gc.collect()  # as in __main__
+            gc.freeze()
             keeper.ask("listening")
             stop.wait()
             server.stop(grace_s, now)
