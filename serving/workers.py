@@ -6,8 +6,8 @@ all; and one endpoint tells the metrics of each, by the label `worker`. The keep
 gRPC nor onnxruntime, and workers are started afresh, because neither survives a fork.
 """
 
-import multiprocessing
 import gc
+import multiprocessing
 import os
 import signal
 import threading
