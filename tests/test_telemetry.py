@@ -93,10 +93,17 @@ def test_refusals_are_counted_by_reason(repository: Path, gate: Gate) -> None:
             stub.ModelInfer(ROW, timeout=WAIT_S)  # there is no third place
         gone.cancel()
         await_true(lambda: "cancelled" in refusals())
-        with pytest.raises(grpc.RpcError):
-            stub.ModelInfer(ROW, timeout=0.2)
+
+        def expires() -> bool:  # or is refused, while the place of who is gone is not yet free
+            with pytest.raises(grpc.RpcError) as late:
+                stub.ModelInfer(ROW, timeout=0.2)
+            return late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+        await_true(expires)
         await_true(lambda: "expired" in refusals())
-        assert refusals() == {"invalid": 2, "expired": 1, "cancelled": 1, "shed": 1}
+        found = refusals()
+        assert found.pop("shed") >= 1
+        assert found == {"invalid": 2, "expired": 1, "cancelled": 1}
         gate.opened.set()
         running.result(WAIT_S)
 
