@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         quiet = Report(Console(file=(folder / "log").open("w")))
         export_checkpoint(GOLDEN.checkpoint, output=folder / "models", report=quiet)
-        flags = ("--model-repository", folder / "models", "--log-level", "error")
+        flags = ("--model-repository", folder / "models")
         with serving(*flags, *settings(folder)) as process, Progress(console=console) as progress:
             task = progress.add_task("requests", total=arguments.requests)
             step = max(1, arguments.requests // 100)
