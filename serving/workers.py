@@ -1,4 +1,4 @@
-"""Several processes on one port: who keeps them, and what each of them does.
+"""Several processes on one port, as their keeper sees them; worker.py is one of them.
 
 The keeper holds the port, starts the workers, and starts another where one has died. Each worker is
 a whole server. They are ready together or not at all; what a client has loaded in one is loaded in
@@ -6,32 +6,26 @@ all; and one endpoint tells the metrics of each, by the label `worker`. The keep
 gRPC nor onnxruntime, and workers are started afresh, because neither survives a fork.
 """
 
-import gc
 import multiprocessing
-import os
-import signal
 import threading
 import time
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing.connection import Connection
 from typing import Any
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from kan_bundle.errors import BundleError
 from serving import addresses, exposition
 from serving.errors import ControlRefused, EngineError, StartupError
-from serving.logs import configure_logging
 from serving.peers import Gone, Peer
-from serving.readiness import Readiness
 from serving.settings import Settings
+from serving.worker import work
 
 _SCRAPE_S = 2.0  # Prometheus waits 10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
@@ -330,103 +324,3 @@ def keeping(settings: Settings) -> Iterator[KeptServer]:
             metrics_address,
             "" if health_port is None else addresses.joined(address, health_port),
         )
-
-
-class _SharedControl:
-    """What a client asks of one worker is done in all.
-
-    Args:
-        keeper: Passes it on.
-    """
-
-    def __init__(self, keeper: Peer) -> None:
-        self._keeper = keeper
-
-    def load(self, name: str) -> None:
-        """Serve what lies in a model's folder now."""
-        self._keeper.ask("load", name).result()
-
-    def unload(self, name: str) -> None:
-        """Serve a model no longer."""
-        self._keeper.ask("unload", name).result()
-
-
-def work(settings: Settings, index: int, connection: "Connection[Any, Any]") -> None:
-    """Be a worker, until the keeper says so or is gone. Does not return.
-
-    Args:
-        settings: What to serve, and on which port.
-        index: Which worker, for the log.
-        connection: To the keeper.
-    """
-    for signum in (signal.SIGTERM, signal.SIGINT):  # a terminal sends them to all: the keeper acts
-        signal.signal(signum, signal.SIG_IGN)
-    configure_logging(settings.log_level, worker=index)
-    from serving.runtime import require_onnxruntime
-
-    started: Future[Any] = Future()  # the server
-    stop, now = threading.Event(), threading.Event()
-    grace_s = settings.grace_s
-
-    def stop_in(seconds: float) -> None:
-        nonlocal grace_s
-        grace_s = seconds
-        stop.set()
-
-    def stop_now(_: Any) -> None:
-        if not started.done():  # there is nothing to end
-            os._exit(0)
-        now.set()
-        stop.set()
-
-    def report(version: list[str]) -> str:
-        from serving.reports import read_report  # imports onnxruntime
-
-        repository = started.result().repository
-        return b64encode(read_report(repository, *version)).decode()
-
-    answers: dict[str, Callable[[Any], Any]] = {
-        "ready": lambda ready: readiness.hear(ready),
-        "drain": lambda _: readiness.drain(),
-        "stop": stop_in,
-        "stop_now": stop_now,
-        "metrics": lambda _: generate_latest(started.result(0).registry).decode(),
-    }
-    tasks: dict[str, Callable[[Any], Any]] = {
-        "load": lambda name: started.result().keeper.load(name),
-        "unload": lambda name: started.result().keeper.unload(name),
-        "report": report,
-    }
-    keeper = Peer(connection, answers, tasks)
-
-    def tell(own: bool) -> None:
-        keeper.ask("able", own)
-
-    readiness = Readiness(others=False, on_own_change=tell)
-
-    def listen() -> None:
-        keeper.serve()
-        if not started.done():
-            os._exit(1)
-        _log.error("keeper_gone")
-        readiness.drain()
-        stop.set()
-
-    threading.Thread(target=listen, name="keeper", daemon=True).start()
-    try:
-        require_onnxruntime()
-        from serving.server import running  # imports onnxruntime
-
-        with running(settings, readiness, _SharedControl(keeper)) as server:
-            started.set_result(server)
-            gc.collect()  # as in __main__
-            gc.freeze()
-            keeper.ask("listening")
-            stop.wait()
-            server.stop(grace_s, now)
-    except (StartupError, BundleError) as error:
-        with suppress(EngineError, Gone):
-            keeper.ask("refused", str(error)).result()
-        os._exit(1)
-    # Not `return`: a thread in which a model still runs would hold the process.
-    os._exit(0)
