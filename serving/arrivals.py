@@ -10,7 +10,6 @@ they are as in the versions that this was tried with, 1.81 to 1.85; if not, call
 """
 
 import inspect
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -53,23 +52,36 @@ SUPPORTED = _is_supported()
 
 
 class Arrival:
-    """A call whose message is there. Ends once, with an answer or a status.
+    """A call. Ends once, with an answer or a status.
 
     Args:
-        context: grpcio's.
-        send: Sends the answer, or the context's status without one.
-        on_end: Called when it has ended.
+        rpc_event: grpcio's, as what follows; of them the context is for handlers.
+        state: Of the call.
+        request_deserializer: Of the handler.
+        present: Where it is to be found until it ends.
+
+    Attributes:
+        context: What grpcio gives to handlers.
     """
 
+    __slots__ = ("_on_end", "_present", "_rpc_event", "_state", "context")
+
     def __init__(
-        self,
-        context: grpc.ServicerContext,
-        send: Callable[[bytes | None], None],
-        on_end: Callable[[], None],
+        self, rpc_event: Any, state: Any, request_deserializer: Any, present: "set[Arrival]"
     ) -> None:
-        self.context = context
-        self._send = send
-        self._on_end = on_end
+        self.context = _server._Context(rpc_event, state, request_deserializer)
+        self._rpc_event = rpc_event
+        self._state = state
+        self._on_end: Callable[[Arrival], Any] | None = None
+        self._present = present
+        present.add(self)
+
+    def add_done_callback(self, callback: "Callable[[Arrival], Any]") -> None:
+        """Have something called when the answer is sent, which is all that grpcio asks of a future.
+
+        It asks before the message can be there, and so before the end.
+        """
+        self._on_end = callback
 
     def time_remaining(self) -> float | None:
         """Tell for how many seconds the answer is wanted."""
@@ -92,35 +104,18 @@ class Arrival:
         self.context.set_trailing_metadata(trailing)
         self._end(None)
 
+    def leave(self) -> None:
+        """End with nothing to be sent."""
+        self._present.discard(self)
+        if self._on_end is not None:
+            self._on_end(self)
+
     def _end(self, content: bytes | None) -> None:
         try:
-            self._send(content)
+            _server._status(self._rpc_event, self._state, content)
         except Exception as error:  # whoever answers goes on
             _log.error("not_sent", exc_info=error)
-        self._on_end()
-
-
-def _arrival(
-    rpc_event: Any, state: Any, request_deserializer: Any, on_end: Callable[[], None]
-) -> Arrival:
-    return Arrival(
-        _server._Context(rpc_event, state, request_deserializer),
-        lambda content: _server._status(rpc_event, state, content),
-        on_end,
-    )
-
-
-class _Ended:
-    """As much of a future as grpcio asks of one: to be told the end.
-
-    It asks before the message can be there, and so before the end.
-    """
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        self._callback = callback
-
-    def tell(self) -> None:
-        self._callback(self)
+        self.leave()
 
 
 class Refusals(ThreadPoolExecutor):
@@ -137,7 +132,7 @@ class Refusals(ThreadPoolExecutor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """End a call, in place of running `_unary_response_in_pool`."""
         _, rpc_event, state, _, _, request_deserializer, _ = args
-        self._refuse(_arrival(rpc_event, state, request_deserializer, lambda: None))
+        self._refuse(Arrival(rpc_event, state, request_deserializer, set()))
         return None  # as grpcio does for calls that it refuses itself
 
 
@@ -154,39 +149,30 @@ class Arrivals(ThreadPoolExecutor):
         super().__init__(1)  # which starts no thread
         self._begin = begin
         self._most = most
-        self._taken = 0
-        self._lock = threading.Lock()
+        self._present: set[Arrival] = set()  # needs no lock to add to or take from
 
     @property
     def full(self) -> bool:
         """Whether another call is one too many."""
-        return self._taken >= self._most
+        return len(self._present) >= self._most
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Ask for the message of a call, in place of running `_unary_response_in_pool`."""
         _, rpc_event, state, _, _, request_deserializer, _ = args
-        ended = _Ended()
+        arrival = Arrival(rpc_event, state, request_deserializer, self._present)
         take = _server._receive_message(state, rpc_event.call, request_deserializer)
-        with self._lock:
-            self._taken += 1
-
-        def on_end() -> None:
-            with self._lock:
-                self._taken -= 1
-            ended.tell()
 
         def received(event: Any) -> Any:
             after = take(event)
             with state.condition:
                 message, state.request = state.request, None
                 is_missing = message is None and state.client is _server._CLOSED
-            arrival = _arrival(rpc_event, state, request_deserializer, on_end)
             if message is not None:
                 self._try_to_begin(message, arrival)
             elif is_missing:
                 arrival.fail(grpc.StatusCode.UNIMPLEMENTED, "expected one message, found none")
             else:  # it has ended, and nothing can be sent
-                on_end()
+                arrival.leave()
             return after
 
         with state.condition:
@@ -194,7 +180,7 @@ class Arrivals(ThreadPoolExecutor):
                 (cygrpc.ReceiveMessageOperation(_server._EMPTY_FLAGS),), received
             )
             state.due.add(_server._RECEIVE_MESSAGE_TOKEN)
-        return ended
+        return arrival
 
     def _try_to_begin(self, message: bytes, arrival: Arrival) -> None:
         """Begin; an error here would be the end of gRPC's thread, and so of the server."""

@@ -115,13 +115,10 @@ class Batch(Generic[AnyItem]):
     parts: Sequence[Part[AnyItem]]
     ready: float
     """From when on nobody else was waited for, only a slot."""
+    rows: int
+    """Of all parts."""
     is_short: bool
     """Whether it is known to end soon."""
-
-    @property
-    def rows(self) -> int:
-        """How many, of all parts."""
-        return sum(part.rows for part in self.parts)
 
 
 class Pace:
@@ -215,12 +212,12 @@ class Lane(Generic[AnyItem]):
 
     def excess(self, item: AnyItem) -> float:
         """Tell which share of the line must be gone before an item has room; 0 if it has now."""
-        if not self._line:
-            return 0.0
         rows = self._rows + item.left - self.limits.max_queue_rows
         size = self._size_bytes + item.size_bytes - self.limits.max_queue_bytes
+        if not self._line or (rows <= 0 and size <= 0):
+            return 0.0
         share = max(rows / max(self._rows, 1), size / max(self._size_bytes, 1))
-        return min(max(share, 0.0), 1.0)
+        return min(share, 1.0)
 
     def expired(self, now: float) -> AnyItem | None:
         """Tell whose time has passed at the head of the line. Others get there, or run."""
@@ -252,11 +249,12 @@ class Lane(Generic[AnyItem]):
         for item in self._line:
             if item.deadline <= now:
                 continue  # it has not been dropped yet
-            if parts and rows + item.left > fitting:  # requests that fit into a run stay whole
+            left = item.left
+            if parts and rows + left > fitting:  # requests that fit into a run stay whole
                 return parts, -math.inf
-            stop = min(item.rows, item.started + most)
-            parts.append(Part(item, item.started, stop))
-            rows += stop - item.started
+            taken = min(left, most)
+            parts.append(Part(item, item.started, item.started + taken))
+            rows += taken
             if rows >= most:
                 return parts, -math.inf
             due = min(due, item.arrived)
@@ -328,11 +326,12 @@ class Queue(Generic[AnyItem]):
                 for part in parts:
                     self._leave(lane, part.item)
                     part.item.started = part.stop
-                expected_s = lane.pace.expect(sum(part.rows for part in parts))
+                rows = sum([part.rows for part in parts])
+                expected_s = lane.pace.expect(rows)
                 ready = -math.inf
                 if lane.limits.max_wait_s:  # if not due, then full, with the last that came
                     ready = max(due, max(part.item.arrived for part in parts))
-                batch = Batch(lane, parts, ready, is_short=0 < expected_s <= _TOGETHER_S)
+                batch = Batch(lane, parts, ready, rows, is_short=0 < expected_s <= _TOGETHER_S)
                 self._free -= 1
                 self._short += batch.is_short
                 return batch

@@ -130,7 +130,7 @@ class Dispatcher:
         deadline = math.inf if timeout_s is None else now + timeout_s
         size_bytes = sum([array.nbytes for array in inputs])
         request = Request(len(inputs[0]), size_bytes, now, deadline, inputs, run, tell)
-        with self._news:
+        with self._lock:
             self._queue.admit(lane, request)
             if self._idle and self._queue.is_worth_a_slot:
                 self._news.notify()
@@ -195,7 +195,7 @@ class Dispatcher:
         started = self._clock()
         answers = _run(parts)
         ended = self._clock()
-        rows = sum(part.rows for part in parts)
+        rows = sum([part.rows for part in parts])
         settled: list[tuple[Request, Outcome | Exception]] = []
         with self._lock:
             for part, answer in zip(parts, answers, strict=True):

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from kan_bundle.errors import IntegrityError
@@ -66,7 +66,7 @@ class LoadedModel:
         grid: Where it was trained; None if that cannot be told from its inputs.
         count: Told how many rows were run, and how many of them were outside of the grid.
         folder: Where it was loaded from. What lies there may have changed since.
-        statistics: What it has answered.
+        statistics: Of what it has answered.
     """
 
     manifest: Manifest
@@ -75,13 +75,13 @@ class LoadedModel:
     grid: Grid | None
     count: Callable[[int, int], None]
     folder: Path
-    statistics: Statistics = field(default_factory=Statistics)
+    statistics: Statistics
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run some rows, of one request or of several, and count them."""
-        started_ns = time.monotonic_ns()
+        started = time.perf_counter()
         outputs = self.engine.run(inputs)
-        self.statistics.count_run(len(inputs[0]), time.monotonic_ns() - started_ns)
+        self.statistics.count_run(len(inputs[0]), time.perf_counter() - started)
         self.count(len(inputs[0]), self.grid.count_outside(inputs) if self.grid else 0)
         return outputs
 
@@ -178,7 +178,8 @@ def _load(
             f"machine and provider{fused}; do not serve it: export again here and compare"
         )
     grid = Grid(manifest.input_range) if manifest.input_range else None
-    return LoadedModel(manifest, engine, Lane(limits), grid, count, folder.path)
+    statistics = Statistics(manifest.name, manifest.version)
+    return LoadedModel(manifest, engine, Lane(limits), grid, count, folder.path, statistics)
 
 
 def _require_sizes(folder: Path, manifest: Manifest, most: int) -> None:

@@ -3,7 +3,6 @@
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from prometheus_client.utils import floatToGoString
 from kan_bundle.layout import MODEL_FILE
 from serving.reports import report_path
 from serving.repository import Repository
+from serving.statistics import Spent, Statistics
 
 REASONS = ("shed", "expired", "cancelled", "invalid", "unavailable", "unauthorised", "failed")
 """Why a call has no answer."""
@@ -31,26 +31,9 @@ _NOTED = 1024  # answers, before they are put into buckets, which then takes hal
 _ROWS = tuple(float(4**power) for power in range(9))
 
 
-class Spent(NamedTuple):
-    """What one request took, in seconds.
-
-    Args:
-        request: From the message's arrival to the answer, serialised.
-        queue: Before its first run: with batch_wait, and until there was a slot.
-        batch_wait: Of that, waiting for others to run with.
-        compute: All its runs.
-        serialise: Writing the answer.
-    """
-
-    request: float
-    queue: float
-    batch_wait: float
-    compute: float
-    serialise: float
-
-
 _SPENT = {
     "request": "Time from the arrival of a request's message to its answer, serialised.",
+    "parse": "Time in which a request's tensors were read.",
     "queue": "Time from the arrival of a request to its first run.",
     "batch_wait": "Of that, time in which it waited for others to run with.",
     "compute": "Time in which a request ran, with all that ran with it.",
@@ -85,11 +68,10 @@ class _Taken:
         self.rows = _Histogram(_ROWS)
         self.seconds = [_Histogram(_SECONDS) for _ in Spent._fields]
 
-    def add(self, answers: Sequence[tuple[int, Spent]]) -> None:
+    def add(self, rows: Sequence[int], spent: Sequence[Spent]) -> None:
         """Count requests, each with its rows and what it took."""
-        self.rows.add(np.array([rows for rows, _ in answers], float))
-        columns = np.array([spent for _, spent in answers]).T
-        for histogram, seconds in zip(self.seconds, columns, strict=True):
+        self.rows.add(np.array(rows, float))
+        for histogram, seconds in zip(self.seconds, np.array(spent).T, strict=True):
             histogram.add(seconds)
 
 
@@ -108,7 +90,7 @@ class Counters(Collector):
         self._rows: Counter[str] = Counter()
         self._outside: Counter[str] = Counter()
         self._taken: defaultdict[str, _Taken] = defaultdict(_Taken)
-        self._answered: deque[tuple[str, str, int, Spent]] = deque()
+        self._answered: deque[tuple[str, Statistics, int, Spent]] = deque()
 
     def count_call(self, method: str, code: str, refusal: str | None = None) -> None:
         """Count a call by how it ended, and why it was refused if it was."""
@@ -123,22 +105,31 @@ class Counters(Collector):
             self._rows[model] += rows
             self._outside[model] += outside
 
-    def count_answer(self, method: str, model: str, rows: int, spent: Spent) -> None:
-        """Count a request that was answered."""
-        self._answered.append((method, model, rows, spent))
-        if len(self._answered) >= _NOTED:
-            with self._lock:
-                self._count_noted()
+    def count_answer(self, method: str, statistics: Statistics, rows: int, spent: Spent) -> None:
+        """Count a request that was answered.
 
-    def _count_noted(self) -> None:
-        """Count the answers that have been noted; the caller holds the lock."""
-        by_model: defaultdict[str, list[tuple[int, Spent]]] = defaultdict(list)
-        for _ in range(len(self._answered)):  # others may come meanwhile
-            method, model, rows, spent = self._answered.popleft()
-            self._calls[method, "OK"] += 1
-            by_model[model].append((rows, spent))
-        for model, answers in by_model.items():
-            self._taken[model].add(answers)
+        Args:
+            method: Which was called.
+            statistics: Of the version that has answered, where it is counted as well.
+            rows: Of the request.
+            spent: What it took.
+        """
+        self._answered.append((method, statistics, rows, spent))
+        if len(self._answered) >= _NOTED:
+            self.settle()
+
+    def settle(self) -> None:
+        """Count the answers that have been noted."""
+        with self._lock:
+            noted: defaultdict[Statistics, list[tuple[int, Spent]]] = defaultdict(list)
+            for _ in range(len(self._answered)):  # others may come meanwhile
+                method, statistics, rows, spent = self._answered.popleft()
+                self._calls[method, "OK"] += 1
+                noted[statistics].append((rows, spent))
+            for statistics, answers in noted.items():
+                columns = list(zip(*answers, strict=True))
+                self._taken[statistics.model].add(*columns)
+                statistics.count_answers(*columns)
 
     def collect(self) -> Iterator[Metric]:
         """List what Prometheus reads."""
@@ -168,8 +159,8 @@ class Counters(Collector):
             HistogramMetricFamily(f"kanserve_{name}_seconds", _SPENT[name], labels=["model"])
             for name in Spent._fields
         ]
+        self.settle()
         with self._lock:
-            self._count_noted()
             for labels, count in self._calls.items():
                 calls.add_metric(labels, count)
             for reason in REASONS:

@@ -6,7 +6,6 @@ message is read. What must be answered however busy the server is has threads of
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -324,13 +323,12 @@ class RpcHandlers(grpc.GenericRpcHandler):
 
 def _written(answer: Answer, record: Record, *, in_stream: bool = False) -> bytes:
     """Write an answer, and tell that a request has it."""
-    start = time.perf_counter()
     message: Message = answer.response
     if in_stream:
         answer.response.parameters[_FINAL].bool_param = True
         message = pb.ModelStreamInferResponse(infer_response=answer.response)
     content = message.SerializeToString()
-    record.answered(answer, time.perf_counter() - start)
+    record.answered(answer)
     return content
 
 

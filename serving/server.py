@@ -168,6 +168,7 @@ def running(
             repository,
             (control or keeper) if settings.model_control == "explicit" else None,
             dispatcher,
+            counters,
             provider=settings.provider,
             is_ready=lambda: readiness.ready,
             max_message_bytes=loader.max_message_bytes,

@@ -25,6 +25,7 @@ from serving.errors import (
     Overloaded,
 )
 from serving.loading import LoadedModel
+from serving.metrics import Counters
 from serving.parameters import read_wishes
 from serving.repository import Repository
 from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
@@ -45,7 +46,6 @@ _ENVELOPE_BYTES = 1024  # of a request beside its tensors: names, shape, id
 _LEAST_MESSAGE_BYTES = 64 * 2**20
 _LARGEST_MESSAGE_BYTES = 2**31 - 1  # protobuf's
 _ROWS_THAT_FIT = 64
-_NS = 1e9  # in a second
 
 
 class Call(Protocol):
@@ -63,17 +63,19 @@ class Answer(NamedTuple):
 
     Args:
         response: What the client is sent.
-        model: Name of the model.
-        version: Of the model.
+        model: Which has answered.
         rows: Of the request.
+        parse_s: Reading its tensors, in seconds.
         outcome: Of its runs.
+        ended: When they ended, by `time.perf_counter`.
     """
 
     response: pb.ModelInferResponse
-    model: str
-    version: int
+    model: LoadedModel
     rows: int
+    parse_s: float
     outcome: Outcome
+    ended: float
 
 
 class ModelControl(Protocol):
@@ -93,6 +95,7 @@ class InferenceService:
         repository: The models.
         control: Loads and unloads models for clients; None if they may not ask for it.
         dispatcher: Runs them.
+        counters: What they have answered.
         provider: Where models run, for clients to see.
         is_ready: Whether the server as a whole takes requests; it does not while it drains.
         max_message_bytes: Largest request accepted, from which ModelConfig's batch limit follows.
@@ -103,6 +106,7 @@ class InferenceService:
         repository: Repository,
         control: ModelControl | None,
         dispatcher: Dispatcher,
+        counters: Counters,
         *,
         provider: str,
         is_ready: Callable[[], bool],
@@ -111,6 +115,7 @@ class InferenceService:
         self._repository = repository
         self._control = control
         self._dispatcher = dispatcher
+        self._counters = counters
         self._provider = provider
         self._is_ready = is_ready
         self._max_message_bytes = max_message_bytes
@@ -186,11 +191,9 @@ class InferenceService:
                 for model in self._repository.served
                 if request.name in ("", model.manifest.name)
             ]
+        self._counters.settle()
         return pb.ModelStatisticsResponse(
-            model_stats=[
-                model.statistics.message(model.manifest.name, str(model.manifest.version))
-                for model in models
-            ]
+            model_stats=[model.statistics.message() for model in models]
         )
 
     def infer(self, request: pb.ModelInferRequest, call: Call) -> Answer:
@@ -222,77 +225,60 @@ class InferenceService:
         Raises:
             VisibleError: They will not be run.
         """
-        arrived_ns = time.monotonic_ns()
+        started = time.perf_counter()
         model = self._repository.find(request.model_name, request.model_version)
         try:
-            self._submit(request, model, arrived_ns, call, tell)
+            self._submit(request, model, started, call, tell)
         except Exception:
-            model.statistics.count_failure(time.monotonic_ns() - arrived_ns)
+            model.statistics.count_failure(time.perf_counter() - started)
             raise
 
     def _submit(
         self,
         request: pb.ModelInferRequest,
         model: LoadedModel,
-        arrived_ns: int,
+        started: float,
         call: Call,
         tell: Callable[[Answer | Exception], None],
     ) -> None:
         wishes = read_wishes(request)
         inputs = decode_inputs(request, model.manifest.inputs)
         chosen = choose_outputs(request, model.manifest.outputs)
-        input_ns = time.monotonic_ns() - arrived_ns
+        rows = len(inputs[0])
+        parse_s = time.perf_counter() - started
 
-        def respond(outcome: Outcome) -> Answer:
+        def answer(outcome: Outcome) -> Answer:
+            ended = time.perf_counter()
             manifest = model.manifest
             response = pb.ModelInferResponse(
                 model_name=manifest.name, model_version=str(manifest.version), id=request.id
             )
-            specs = [manifest.outputs[i] for i in chosen]
-            encode_outputs(request, response, specs, [outcome.outputs[i] for i in chosen])
+            encode_outputs(request, response, manifest.outputs, chosen, outcome.outputs)
             if wishes.details:
                 self._add_details(response, model, outcome)
                 if model.grid is not None:
                     outside = model.grid.count_outside(inputs)
                     response.parameters["out_of_grid_rows"].int64_param = outside
-            return Answer(response, manifest.name, manifest.version, len(inputs[0]), outcome)
+            return Answer(response, model, rows, parse_s, outcome, ended)
 
         def end(found: Outcome | Exception) -> None:
-            ended_ns = time.monotonic_ns()
             told: Answer | Exception
-            if isinstance(found, Abandoned | TooLate):
-                left_s = call.time_remaining()
-                late = isinstance(found, TooLate) or (left_s is not None and left_s <= 0)
-                told = Expired("the deadline has passed") if late else Cancelled("cancelled")
-            elif isinstance(found, Exception):
-                told = found
-            else:
-                try:
-                    told = respond(found)
-                except Exception as error:  # ours; it must not end the thread that runs everything
-                    told = error
-            told_ns = time.monotonic_ns()
-            if isinstance(found, Exception) or isinstance(told, Exception):
-                model.statistics.count_failure(told_ns - arrived_ns)
-            else:
-                model.statistics.count_answer(
-                    len(inputs[0]),
-                    total_ns=told_ns - arrived_ns,
-                    queue_ns=round(found.queue_s * _NS),
-                    input_ns=input_ns,
-                    infer_ns=round(found.compute_s * _NS),
-                    output_ns=told_ns - ended_ns,
-                )
+            try:
+                told = _told(found, call) if isinstance(found, Exception) else answer(found)
+            except Exception as error:  # ours; it must not end the thread that runs everything
+                told = error
+            if isinstance(told, Exception):
+                model.statistics.count_failure(time.perf_counter() - started)
             tell(told)
 
-        times_s = [t for t in (call.time_remaining(), wishes.timeout_s) if t is not None]
+        wanted_s = call.time_remaining()
+        if wishes.timeout_s is not None:
+            wanted_s = wishes.timeout_s if wanted_s is None else min(wanted_s, wishes.timeout_s)
         try:
-            waiting = self._dispatcher.submit(
-                model.lane, model.run, inputs, min(times_s, default=None), end
-            )
+            waiting = self._dispatcher.submit(model.lane, model.run, inputs, wanted_s, end)
         except QueueFull as error:
             raise Overloaded(
-                f"there is no room for another {len(inputs[0])} rows of model "
+                f"there is no room for another {rows} rows of model "
                 f"{model.manifest.name!r}; try again in {error.retry_after_s:.3f} s",
                 error.retry_after_s,
             ) from error
@@ -364,6 +350,16 @@ def fitting_message_bytes(models: Sequence[Manifest]) -> int:
 def fitting_rows(manifest: Manifest, max_message_bytes: int) -> int:
     """Count the rows of a model that a request of so many bytes can have."""
     return (max_message_bytes - _ENVELOPE_BYTES) // _row_bytes(manifest)
+
+
+def _told(error: Exception, call: Call) -> Exception:
+    """Say what a caller is told of a request that has no outcome."""
+    if not isinstance(error, Abandoned | TooLate):
+        return error
+    left_s = call.time_remaining()
+    if isinstance(error, TooLate) or (left_s is not None and left_s <= 0):
+        return Expired("the deadline has passed")
+    return Cancelled("cancelled")
 
 
 def _row_bytes(manifest: Manifest) -> int:

@@ -2,14 +2,38 @@
 
 Triton's tools read it, perf_analyzer first of all: for every request where its time went, and for
 every run how many rows it had. It is counted in this process; where there are several workers, each
-tells of itself alone. Every request comes by here twice, so it is a few additions under a lock.
+tells of itself alone.
 """
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protos import inference_pb2 as pb
+
+_NS = 1e9  # in a second
+
+
+class Spent(NamedTuple):
+    """What one request took, in seconds.
+
+    Args:
+        request: From the message's arrival to the answer, serialised.
+        parse: Reading its tensors.
+        queue: Before its first run: with batch_wait, and until there was a slot.
+        batch_wait: Of that, waiting for others to run with.
+        compute: All its runs.
+        serialise: Writing the answer.
+    """
+
+    request: float
+    parse: float
+    queue: float
+    batch_wait: float
+    compute: float
+    serialise: float
 
 
 @dataclass
@@ -19,10 +43,10 @@ class Duration:
     count: int = 0
     ns: int = 0
 
-    def add(self, ns: int) -> None:
-        """Count it once more."""
-        self.count += 1
-        self.ns += ns
+    def add(self, seconds: float, count: int = 1) -> None:
+        """Count it so many times more, which took so long together."""
+        self.count += count
+        self.ns += round(seconds * _NS)
 
     def message(self) -> pb.StatisticDuration:
         """Put it as the protocol does."""
@@ -30,9 +54,16 @@ class Duration:
 
 
 class Statistics:
-    """Of one version of a model. Safe to use from several threads; times are in nanoseconds."""
+    """Of one version of a model. Safe to use from several threads.
 
-    def __init__(self) -> None:
+    Args:
+        model: Its name.
+        version: Of it.
+    """
+
+    def __init__(self, model: str, version: int) -> None:
+        self.model = model
+        self._version = version
         self._lock = threading.Lock()
         self._rows = 0
         self._last_run_ns = 0  # since 1970
@@ -41,61 +72,41 @@ class Statistics:
         self._input, self._infer, self._output = Duration(), Duration(), Duration()
         self._runs: dict[int, Duration] = {}  # by their rows, of which limits allow only so many
 
-    def count_run(self, rows: int, ns: int) -> None:
+    def count_run(self, rows: int, seconds: float) -> None:
         """Count a run of the model that gave answers, for one request or for several."""
         with self._lock:
             self._last_run_ns = time.time_ns()
             run = self._runs.get(rows)
             if run is None:
                 run = self._runs[rows] = Duration()
-            run.add(ns)
+            run.add(seconds)
 
-    def count_answer(
-        self,
-        rows: int,
-        *,
-        total_ns: int,
-        queue_ns: int,
-        input_ns: int,
-        infer_ns: int,
-        output_ns: int,
-    ) -> None:
-        """Count a request that was answered.
-
-        Args:
-            rows: How many it had.
-            total_ns: From its arrival to its answer.
-            queue_ns: In line, until its first run.
-            input_ns: Reading its tensors.
-            infer_ns: In runs, also of other requests in them.
-            output_ns: Writing the answer's tensors.
-        """
+    def count_answers(self, rows: Sequence[int], spent: Sequence[Spent]) -> None:
+        """Count requests that were answered, each with its rows and what it took."""
+        count = len(rows)
+        sums = Spent(*map(sum, zip(*spent, strict=True)))
         with self._lock:
-            self._rows += rows
-            self._success.add(total_ns)
-            self._queue.add(queue_ns)
-            self._input.add(input_ns)
-            self._infer.add(infer_ns)
-            self._output.add(output_ns)
+            self._rows += sum(rows)
+            self._success.add(sums.request, count)
+            self._queue.add(sums.queue, count)
+            self._input.add(sums.parse, count)
+            self._infer.add(sums.compute, count)
+            self._output.add(sums.serialise, count)
 
-    def count_failure(self, total_ns: int) -> None:
+    def count_failure(self, seconds: float) -> None:
         """Count a request that was refused, failed, expired or was cancelled."""
         with self._lock:
-            self._fail.add(total_ns)
+            self._fail.add(seconds)
 
-    def message(self, name: str, version: str) -> pb.ModelStatistics:
+    def message(self) -> pb.ModelStatistics:
         """Put it as the protocol does.
 
         Tensors are read and written for each request, not for each run: runs have no times of that.
-
-        Args:
-            name: Of the model.
-            version: Of the model.
         """
         with self._lock:
             return pb.ModelStatistics(
-                name=name,
-                version=version,
+                name=self.model,
+                version=str(self._version),
                 last_inference=self._last_run_ns // 10**6,
                 inference_count=self._rows,
                 execution_count=sum(run.count for run in self._runs.values()),

@@ -9,8 +9,9 @@ import structlog
 
 from protos import inference_pb2 as pb
 from serving.failures import Failure
-from serving.metrics import Counters, Spent
+from serving.metrics import Counters
 from serving.service import Answer
+from serving.statistics import Spent
 from serving.tracing import Tracing
 
 _REQUEST_ID = "x-request-id"
@@ -53,34 +54,32 @@ class Record:
         self._method = method
         self._context = context
         self._started = time.perf_counter()
-        tracing = telemetry.tracing
-        metadata = context.invocation_metadata()
-        self._span = None if tracing is None else tracing.begin(method, metadata)
+        self._span = None
+        if telemetry.tracing is not None:
+            self._span = telemetry.tracing.begin(method, context.invocation_metadata())
 
-    def answered(self, answer: Answer, serialise_s: float) -> None:
-        """Tell that it has its answer.
-
-        Args:
-            answer: Which.
-            serialise_s: What writing it took.
-        """
+    def answered(self, answer: Answer) -> None:
+        """Tell that it has its answer, which has been serialised."""
+        now = time.perf_counter()
         outcome = answer.outcome
         spent = Spent(
-            time.perf_counter() - self._started,
+            now - self._started,
+            answer.parse_s,
             outcome.queue_s,
             outcome.batch_wait_s,
             outcome.compute_s,
-            serialise_s,
+            now - answer.ended,
         )
-        self._telemetry.counters.count_answer(self._method, answer.model, answer.rows, spent)
+        telemetry, model = self._telemetry, answer.model
+        telemetry.counters.count_answer(self._method, model.statistics, answer.rows, spent)
         if self._span is not None:
             self._span.answered(answer, spent)
-        if self._telemetry.log_requests:
+        if telemetry.log_requests:
             self._log(
                 answer.response.id,
                 "OK",
-                model=answer.model,
-                version=answer.version,
+                model=model.manifest.name,
+                version=model.manifest.version,
                 rows=answer.rows,
                 batch_rows=outcome.batch_rows,
                 **{f"{name}_us": round(s * 1e6) for name, s in spent._asdict().items()},

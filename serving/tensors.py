@@ -103,21 +103,24 @@ def choose_outputs(request: ModelInferRequest, offered: Sequence[TensorSpec]) ->
 def encode_outputs(
     request: ModelInferRequest,
     response: ModelInferResponse,
-    specs: Sequence[TensorSpec],
+    offered: Sequence[TensorSpec],
+    chosen: Sequence[int],
     arrays: Sequence[NDArray[np.float32]],
 ) -> None:
-    """Write the outputs into a response, typed if the request was typed, else raw.
+    """Write outputs into a response, typed if the request was typed, else raw.
 
     Args:
         request: What was asked.
         response: Filled in.
-        specs: The outputs to write.
-        arrays: Their values, in the same order.
+        offered: The model's outputs.
+        chosen: Which of them to write, as indices.
+        arrays: The values of all of them.
     """
     typed = not request.raw_input_contents and any(
         tensor.HasField("contents") for tensor in request.inputs
     )
-    for spec, array in zip(specs, arrays, strict=True):
+    for index in chosen:
+        spec, array = offered[index], arrays[index]
         tensor = response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
         if typed:
             getattr(tensor.contents, _CONTENTS_FIELD[spec.datatype]).extend(array.ravel().tolist())

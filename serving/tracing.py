@@ -12,14 +12,14 @@ import grpc
 
 from kan_bundle import __version__
 from serving.errors import StartupError
-from serving.metrics import Spent
 from serving.service import SERVICE, Answer
+from serving.statistics import Spent
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 _EXPORT_S = 5
-_PARTS = ("queue", "compute", "serialise")  # of a request, in this order
+_PARTS = ("parse", "queue", "compute", "serialise")  # of a request, in this order
 
 
 class Tracing:
@@ -105,8 +105,8 @@ class RequestSpan:
                 stop = start
             self._span.set_attributes(
                 {
-                    "kanserve.model": answer.model,
-                    "kanserve.version": answer.version,
+                    "kanserve.model": answer.model.manifest.name,
+                    "kanserve.version": answer.model.manifest.version,
                     "kanserve.rows": answer.rows,
                     "kanserve.batch_rows": answer.outcome.batch_rows,
                     "rpc.grpc.status_code": 0,

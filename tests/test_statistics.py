@@ -9,7 +9,7 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.statistics import Statistics
+from serving.statistics import Spent, Statistics
 from tests.conftest import STATE_DICTS
 from tests.servers import served
 from tests.wire import raw_request
@@ -60,14 +60,12 @@ def test_requests_runs_and_rows_are_counted(repository: Path) -> None:
 
 
 def test_a_request_in_company_is_counted_for_itself_and_the_run_once() -> None:
-    statistics = Statistics()
-    statistics.count_run(5, 100)
-    for rows in (2, 3):
-        statistics.count_answer(
-            rows, total_ns=200, queue_ns=10, input_ns=20, infer_ns=100, output_ns=30
-        )
-    statistics.count_failure(7)
-    found = statistics.message("m", "3")
+    statistics = Statistics("m", 3)
+    statistics.count_run(5, 100e-9)
+    spent = Spent(200e-9, 20e-9, 10e-9, 5e-9, 100e-9, 30e-9)
+    statistics.count_answers((2, 3), (spent, spent))
+    statistics.count_failure(7e-9)
+    found = statistics.message()
     assert (found.name, found.version) == ("m", "3")
     assert (found.inference_count, found.execution_count) == (5, 1)
     assert found.inference_stats == pb.InferStatistics(

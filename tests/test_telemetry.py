@@ -16,8 +16,9 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from serving import arrivals
-from serving.metrics import _SECONDS, Counters, Spent
+from serving.metrics import _SECONDS, Counters
 from serving.server import Server
+from serving.statistics import Spent, Statistics
 from tests.conftest import STATE_DICTS, run_module
 from tests.servers import WAIT_S, Gate, await_true, gate, served
 from tests.wire import raw_request
@@ -27,7 +28,7 @@ __all__ = ["gate"]
 UNIFORM = STATE_DICTS[0]
 MODEL = {"model": UNIFORM.name}
 ROW = raw_request(UNIFORM.x[:1])
-PARTS = ("request", "queue", "batch_wait", "compute", "serialise")
+PARTS = ("request", "parse", "queue", "batch_wait", "compute", "serialise")
 
 
 def value(server: Server, name: str, **labels: str) -> float | None:
@@ -48,7 +49,7 @@ def test_where_the_time_of_requests_goes_is_counted(
         spent = {part: value(server, f"{part}_seconds_sum", **MODEL) or 0.0 for part in PARTS}
         assert spent["batch_wait"] == 0
         assert 0 < spent["compute"] < spent["request"]
-        parts = spent["queue"] + spent["compute"] + spent["serialise"]
+        parts = spent["parse"] + spent["queue"] + spent["compute"] + spent["serialise"]
         assert parts < spent["request"]
         assert value(server, "request_rows_sum", **MODEL) == 26
         assert value(server, "request_rows_bucket", le="1.0", **MODEL) == 3
@@ -57,9 +58,9 @@ def test_where_the_time_of_requests_goes_is_counted(
 
 
 def test_buckets_hold_what_is_at_most_their_bound() -> None:
-    counters = Counters()
+    counters, statistics = Counters(), Statistics("m", 1)
     for seconds in (*_SECONDS, math.nextafter(_SECONDS[0], 1), 1e9):
-        counters.count_answer("ModelInfer", "m", 1, Spent(seconds, 0, 0, 0, 0))
+        counters.count_answer("ModelInfer", statistics, 1, Spent(seconds, 0, 0, 0, 0, 0))
     (family,) = [f for f in counters.collect() if f.name == "kanserve_request_seconds"]
     buckets = [s.value for s in family.samples if s.name.endswith("_bucket")]
     assert buckets[0] == 1
@@ -188,6 +189,7 @@ def test_traces_go_on_from_the_caller_and_show_where_the_time_went(
     assert {span.kind for span in (whole, failed)} == {trace_pb2.Span.SPAN_KIND_SERVER}
     parts = [span for span in receiver.spans if span.name != method]
     assert [span.name for span in sorted(parts, key=lambda s: s.start_time_unix_nano)] == [
+        "parse",
         "queue",
         "compute",
         "serialise",
