@@ -102,15 +102,18 @@ def test_adapted_grids_are_told_from_uniform_ones(repository: Path) -> None:
 def test_config_pbtxt_is_tritons_text_format(repository: Path, golden: Golden) -> None:
     text = (repository / golden.name / "config.pbtxt").read_text()
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    assert config.name == golden.name
+    manifest = read_manifest(bundle(repository, golden))
+    assert config.name == manifest.name
     assert config.platform == "onnxruntime_onnx"
+    assert config.default_model_filename in manifest.files
     assert config.max_batch_size > 1
-    assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [
-        ("input", model_config_pb2.TYPE_FP32, [golden.widths[0]])
-    ]
-    assert [(t.name, t.data_type, list(t.dims)) for t in config.output] == [
-        ("output", model_config_pb2.TYPE_FP32, [golden.widths[-1]])
-    ]
+    for kind in ("input", "output"):
+        ours = [(t.name, f"TYPE_{t.datatype}", t.shape) for t in getattr(manifest, f"{kind}s")]
+        found = [
+            (t.name, model_config_pb2.DataType.Name(t.data_type), (-1, *t.dims))
+            for t in getattr(config, kind)
+        ]
+        assert found == ours
     assert config.HasField("dynamic_batching")
 
 

@@ -29,7 +29,7 @@ from tests.servers import WAIT_S
 from tests.wire import raw_request
 
 KUBERNETES, KSERVE = ROOT / "deploy" / "kubernetes", ROOT / "deploy" / "kserve"
-NEWEST = "1.34"  # of Kubernetes; what is used is in all since 1.27
+NEWEST = "1.37"  # of Kubernetes, as kubernetes-validate knows it
 OURS = {"app.kubernetes.io/name": "kanserve"}
 BY_HAND = {"prometheus-adapter.yaml", "prometheusrule.yaml", "servicemonitor.yaml"}
 
