@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +71,12 @@ def environment(container: Manifest) -> dict[str, str]:
 
 
 @pytest.fixture
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment without settings of the machine's own."""
     for name in list(os.environ):
         if name.startswith(PREFIX):
             monkeypatch.delenv(name)
-    yield monkeypatch
+    return monkeypatch
 
 
 @pytest.mark.parametrize("manifest", resources(KUBERNETES), ids=lambda m: m["kind"])
@@ -218,8 +217,8 @@ def test_pods_may_do_nothing_but_serve(
 ) -> None:
     pod = deployment["spec"]["template"]["spec"]
     assert pod["automountServiceAccountToken"] is False
-    for context in (pod["securityContext"] | container["securityContext"],
-                    runtime["securityContext"]):  # fmt: skip
+    ours = pod["securityContext"] | container["securityContext"]
+    for context in (ours, runtime["securityContext"]):
         assert context["runAsNonRoot"] is True
         assert context["runAsUser"] == 10001
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}

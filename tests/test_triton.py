@@ -1,8 +1,8 @@
 """The repository that an export writes, in NVIDIA's Triton Inference Server.
 
 The program is that of nvidia-pytriton's wheel, which has no backend for onnxruntime: that comes in
-images of several gigabytes alone. So triton_backend.py stands in for it. Everything else is Triton's:
-it reads config.pbtxt, takes the model's folder as it is, and answers gRPC.
+images of several gigabytes alone. So triton_backend.py stands in for it. Everything else is
+Triton's: it reads config.pbtxt, takes the model's folder as it is, and answers gRPC.
 """
 
 import os
@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf import text_format
 
@@ -48,7 +49,7 @@ def tritonserver(repository: Path, backends: Path, port: int) -> Iterator["subpr
     found = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True)
     libraries = (found.stdout.strip(), str(packages / "nvidia_pytriton.libs"))
     command = [
-        triton / "bin" / "tritonserver",
+        str(triton / "bin" / "tritonserver"),
         f"--model-repository={repository}",
         f"--backend-directory={backends}",
         "--grpc-address=127.0.0.1",
@@ -102,7 +103,7 @@ def test_triton_answers_what_the_goldens_say(
     manifest = read_manifest(bundle)
     known = read_golden((bundle / "golden.npz").read_bytes(), manifest.inputs)
     (x,) = known.inputs
-    response = stub.ModelInfer(raw_request(x, golden.name), timeout=WAIT_S)
+    response = stub.ModelInfer(raw_request(x.astype(np.float32), golden.name), timeout=WAIT_S)
     assert response.model_version == "1"
     found = side_by_side([raw_output(response)])
     assert excess(found, known.outputs, known.tolerance).max() <= 1
@@ -126,9 +127,7 @@ def test_triton_reads_config_pbtxt_as_it_was_meant(
         assert found == [(t.name, t.datatype, t.shape) for t in getattr(manifest, kind)]
 
 
-def test_the_wheels_triton_has_everything_but_the_backend(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_the_wheels_triton_has_everything_but_the_backend(repository: Path, tmp_path: Path) -> None:
     """Its images have it. What is not read or understood would be told before that."""
     with tritonserver(repository, tmp_path / "backends", free_port()) as popen:
         _, log = popen.communicate(timeout=WAIT_S)

@@ -1,7 +1,7 @@
-"""Triton's backend `onnxruntime`, in Python: what runs a model's file where NVIDIA's is not to be had.
+"""Triton's backend `onnxruntime`, in Python, for a Triton that comes without NVIDIA's own.
 
-Triton calls it for models that name that backend, as our config.pbtxt does, and hands it requests that
-its own front has read, checked and queued. It runs in the environment of nvidia-pytriton.
+Triton calls it for models that name that backend, as our config.pbtxt does, and hands it requests
+that its front has read, checked and queued. It runs in the environment of nvidia-pytriton.
 """
 
 import json
