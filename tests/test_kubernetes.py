@@ -28,7 +28,7 @@ from tests.servers import WAIT_S
 from tests.wire import raw_request
 
 KUBERNETES, KSERVE = ROOT / "deploy" / "kubernetes", ROOT / "deploy" / "kserve"
-NEWEST = "1.37"  # of Kubernetes, as kubernetes-validate knows it
+OLDEST, NEWEST = "1.27", "1.37"  # of Kubernetes: since when probes may be gRPC, and today
 OURS = {"app.kubernetes.io/name": "kanserve"}
 BY_HAND = {"prometheus-adapter.yaml", "prometheusrule.yaml", "servicemonitor.yaml"}
 
@@ -79,9 +79,10 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
 @pytest.mark.parametrize("manifest", resources(KUBERNETES), ids=lambda m: m["kind"])
-def test_kubernetes_takes_every_manifest(manifest: Manifest) -> None:
-    kubernetes_validate.validate(manifest, NEWEST, strict=True)
+def test_kubernetes_takes_every_manifest(manifest: Manifest, version: str) -> None:
+    kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def test_kubernetes_takes_the_pods_of_kserves_runtime() -> None:
