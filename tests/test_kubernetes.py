@@ -218,6 +218,7 @@ def test_pods_may_do_nothing_but_serve(
 ) -> None:
     pod = deployment["spec"]["template"]["spec"]
     assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
     ours = pod["securityContext"] | container["securityContext"]
     for context in (ours, runtime["securityContext"]):
         assert context["runAsNonRoot"] is True
