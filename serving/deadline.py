@@ -20,9 +20,8 @@ class Deadline:
     __slots__ = ("_end",)
 
     def __init__(self, context: grpc.ServicerContext) -> None:
-        left_s = context.time_remaining()
-        self._end = None if left_s is None else time.monotonic() + left_s
+        self._end = time.monotonic() + context.time_remaining()
 
-    def remaining(self) -> float | None:
-        """Tell for how many seconds the answer is wanted; None or infinite for ever."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+    def remaining(self) -> float:
+        """Tell for how many seconds the answer is wanted; without a deadline, for ages."""
+        return max(0.0, self._end - time.monotonic())

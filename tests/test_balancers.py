@@ -18,8 +18,15 @@ from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client import KanClient, Unavailable
 from tests.chaos.replicas import Replica, free_ports, replicas
-from tests.chaos.ways import BALANCERS, CLIENT, Way, envoy_program, every_way, nginx_command
-from tests.chaos.ways import rendered
+from tests.chaos.ways import (
+    BALANCERS,
+    CLIENT,
+    Way,
+    envoy_program,
+    every_way,
+    nginx_command,
+    rendered,
+)
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, await_true
 from tests.wire import raw_output, raw_request
@@ -57,7 +64,7 @@ def test_haproxy_finds_nothing_wrong(tmp_path: Path) -> None:
 def test_envoy_finds_nothing_wrong() -> None:
     program = envoy_program()
     assert program is not None
-    command = [program, "--mode", "validate", "-c", BALANCERS / "envoy.yaml"]
+    command = [program, "--mode", "validate", "-c", str(BALANCERS / "envoy.yaml")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr.lower()
@@ -83,7 +90,7 @@ def test_haproxys_health_check_is_the_one_of_grpc() -> None:
     (message,) = [event for event in events if isinstance(event, DataReceived)]
     assert message.data == framed(health_pb2.HealthCheckRequest().SerializeToString())
     assert any(isinstance(event, StreamEnded) for event in events)
-    (expected,) = re.findall(r"tcp-check expect binary (\S+)", config)
+    (expected,) = re.findall(r"tcp-check expect min-recv 1 binary (\S+)", config)
     serving = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
     assert bytes.fromhex(expected) == framed(serving.SerializeToString())
 
@@ -94,9 +101,7 @@ def framed(message: bytes) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def servers(
-    repository: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[list[Replica]]:
+def servers(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Replica]]:
     """Three that stay as they are."""
     with replicas(tmp_path_factory.mktemp("logs"), [repository] * 3) as found:
         yield found

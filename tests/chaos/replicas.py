@@ -40,12 +40,14 @@ class Replica:
         folder: For its log.
         flags: Of `python -m serving`.
         environment: In addition to this process's.
+        limit: A command that runs the one after it, within some limit.
     """
 
     port: int
     folder: Path
     flags: Sequence[str | Path]
     environment: Mapping[str, str]
+    limit: Sequence[str] = ()
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -73,10 +75,10 @@ class Replica:
     def launch(self) -> None:
         """Start it, without waiting for it."""
         ports = ["--grpc-port", str(self.port), "--metrics-port", "0"]
-        command = [sys.executable, "-m", "serving", *map(str, self.flags), *ports]
+        own = [sys.executable, "-m", "serving", *map(str, self.flags), *ports]
         with self._log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **self.environment}, stderr=log
+                [*self.limit, *own], cwd=ROOT, env={**os.environ, **self.environment}, stderr=log
             )
 
     def await_listening(self) -> None:
@@ -121,6 +123,7 @@ def replicas(
     repositories: Sequence[Path],
     *flags: str | Path,
     environment: Mapping[str, str] | None = None,
+    limits: Sequence[Sequence[str]] = ((), (), ()),
 ) -> Iterator[list[Replica]]:
     """Servers that listen, one over each repository; at the end all are killed.
 
@@ -129,11 +132,14 @@ def replicas(
         repositories: May all be the same.
         flags: Of each of them.
         environment: Of each, in addition to this process's.
+        limits: Of each; see `Replica`.
     """
     own = ("--drain-s", str(DRAIN_S), *flags)
     found = [
-        Replica(port, folder, ("--model-repository", repository, *own), environment or {})
-        for port, repository in zip(free_ports(len(repositories)), repositories, strict=True)
+        Replica(port, folder, ("--model-repository", repository, *own), environment or {}, limit)
+        for port, repository, limit in zip(
+            free_ports(len(repositories)), repositories, limits, strict=True
+        )
     ]
     try:
         for replica in found:

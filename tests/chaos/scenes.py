@@ -21,6 +21,7 @@ def under_load(
     questions: Sequence[Question],
     *flags: str | Path,
     environment: Mapping[str, str] | None = None,
+    limits: Sequence[Sequence[str]] = ((), (), ()),
     tls: Tls | None = None,
 ) -> Iterator[tuple[list[Replica], Load]]:
     """Three servers behind a way, asked all the time, until the end of the block.
@@ -32,10 +33,11 @@ def under_load(
         questions: What is asked.
         flags: Of `python -m serving`.
         environment: Of the servers, in addition to this process's.
+        limits: Of each server; see `Replica`.
         tls: How clients recognise servers.
     """
     with (
-        replicas(folder, repositories, *flags, environment=environment) as servers,
+        replicas(folder, repositories, *flags, environment=environment, limits=limits) as servers,
         way.open([server.address for server in servers], folder) as addresses,
         load(addresses, questions, tls=tls) as running,
     ):

@@ -38,7 +38,9 @@ def markdown(rows: Sequence[Row]) -> str:
     table = [HEAD, *(row.cells for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(HEAD))]
     lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
         for line in table
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -136,7 +136,7 @@ def serves_two(server: Replica) -> bool:
     with grpc.insecure_channel(server.address) as channel:
         request = pb.ModelReadyRequest(name=UNIFORM.name, version="2")
         try:
-            return GRPCInferenceServiceStub(channel).ModelReady(request, timeout=WAIT_S).ready
+            return bool(GRPCInferenceServiceStub(channel).ModelReady(request, timeout=5).ready)
         except grpc.RpcError:  # not known yet
             return False
 
@@ -198,11 +198,14 @@ def test_certificates_are_renewed_under_load(
 ) -> None:
     """Connections live for a second, so that there are always some that meet the new files."""
     authority = Authority.make(tmp_path / "authority")
-    flags = ["--tls-cert", authority.cert, "--tls-key", authority.key]
+    flags: list[str | Path] = ["--tls-cert", authority.cert, "--tls-key", authority.key]
     flags += ["--max-connection-age-s", "1"]
     tls = Tls(ca=authority.roots)
     repositories = [repository] * 3
-    with under_load(CLIENT, tmp_path, repositories, questions, *flags, tls=tls) as (servers, running):
+    with under_load(CLIENT, tmp_path, repositories, questions, *flags, tls=tls) as (
+        servers,
+        running,
+    ):
         for _ in range(4):
             running.fault()
             authority.renew()
@@ -230,9 +233,10 @@ def test_clocks_that_jump_change_no_deadline_and_no_drain(
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",  # its name until 0.9.9
     }
-    with under_load(
-        way, tmp_path, [repository] * 3, questions, environment=environment
-    ) as (servers, running):
+    with under_load(way, tmp_path, [repository] * 3, questions, environment=environment) as (
+        servers,
+        running,
+    ):
         for jump in ("+2d", "-2d", "+0"):
             running.fault()
             offset.write_text(jump)

@@ -64,16 +64,18 @@ def rendered(name: str, backends: Sequence[str], listen: str) -> str:
     for own, backend in zip(NAMES, backends, strict=True):
         host, _, port = backend.partition(":")
         text = text.replace(f"{own}:8001", backend)
-        text = text.replace(f"address: {own}, port_value: 8001", f"address: {host}, port_value: {port}")
+        text = text.replace(
+            f"address: {own}, port_value: 8001", f"address: {host}, port_value: {port}"
+        )
     return text
 
 
 @contextmanager
-def _running(command: Sequence[str | Path], address: str, log: Path) -> Iterator[list[str]]:
+def _running(command: Sequence[str], address: str, log: Path) -> Iterator[list[str]]:
     """A balancer in the foreground, from when it takes connections."""
     host, port = address.split(":")
     with log.open("wb") as output:
-        process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output)
 
     def takes_connections() -> bool:
         assert process.poll() is None, log.read_text()
@@ -120,7 +122,7 @@ def _haproxy(backends: Sequence[str], folder: Path) -> Iterator[list[str]]:
     address = f"127.0.0.1:{free_ports(1)[0]}"
     config = folder / "haproxy.cfg"
     config.write_text(rendered("haproxy.cfg", backends, address))
-    command = ["haproxy", "-db", "-f", config]
+    command = ["haproxy", "-db", "-f", str(config)]
     with _running(command, address, folder / "haproxy.log") as addresses:
         yield addresses
 
@@ -132,7 +134,7 @@ def _envoy(backends: Sequence[str], folder: Path) -> Iterator[list[str]]:
     config.write_text(rendered("envoy.yaml", backends, address))
     program = envoy_program()
     assert program is not None
-    command = [program, "-c", config, "--log-level", "warning"]
+    command = [program, "-c", str(config), "--log-level", "warning"]
     command += ["--concurrency", "1", "--use-dynamic-base-id"]
     with _running(command, address, folder / "envoy.log") as addresses:
         yield addresses
