@@ -51,20 +51,22 @@ def test_versions_change_on_one_server_and_every_answer_is_its_versions(
     others = Path(shutil.copytree(own_repository, tmp_path / "others"))
     place = own_repository / UNIFORM.name / "2"
     repositories = [own_repository, others, others]
-    with under_load(way, tmp_path, repositories, [question], *EXPLICIT) as (servers, running):
-        with grpc.insecure_channel(servers[0].address) as channel:
-            stub = GRPCInferenceServiceStub(channel)
-            for version in ("2", "1", "2"):
-                running.fault()
-                if version == "2":
-                    publish(bundle, place.parent, 2)
-                else:
-                    shutil.rmtree(place)
-                asked = pb.RepositoryModelLoadRequest(model_name=UNIFORM.name)
-                stub.RepositoryModelLoad(asked, timeout=WAIT_S)
-                answer = stub.ModelInfer(raw_request(UNIFORM.x), timeout=WAIT_S)
-                assert answer.model_version == version
-                running.go_on(WELL_S)
+    with (
+        under_load(way, tmp_path, repositories, [question], *EXPLICIT) as (servers, running),
+        grpc.insecure_channel(servers[0].address) as channel,
+    ):
+        stub = GRPCInferenceServiceStub(channel)
+        for version in ("2", "1", "2"):
+            running.fault()
+            if version == "2":
+                publish(bundle, place.parent, 2)
+            else:
+                shutil.rmtree(place)
+            asked = pb.RepositoryModelLoadRequest(model_name=UNIFORM.name)
+            stub.RepositoryModelLoad(asked, timeout=WAIT_S)
+            answer = stub.ModelInfer(raw_request(UNIFORM.x), timeout=WAIT_S)
+            assert answer.model_version == version
+            running.go_on(WELL_S)
     tally = record("versions swapped on one server", way.name, running)
     assert tally.failed == {}, running.messages
 
