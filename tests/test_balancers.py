@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,3 +211,27 @@ def test_without_any_server_clients_are_told_that_it_may_be_back(way: Way, tmp_p
     ):
         client.infer(UNIFORM.name, UNIFORM.x, timeout_s=WAIT_S)
     assert told.value.code == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("way", [way for way in every_way() if way.id in ("haproxy", "envoy")])
+def test_a_server_that_drains_is_left_before_it_stops(
+    way: Way, repository: Path, tmp_path: Path
+) -> None:
+    with (
+        replicas(tmp_path, [repository] * 3, drain_s=600) as servers,
+        way.open([server.address for server in servers], tmp_path) as (address,),
+        grpc.insecure_channel(address) as channel,
+    ):
+        stub = GRPCInferenceServiceStub(channel)
+
+        def share() -> int:
+            before = answered(servers[0])
+            for _ in range(30):
+                stub.ModelInfer(raw_request(UNIFORM.x), timeout=WAIT_S)
+            return answered(servers[0]) - before
+
+        await_true(lambda: share() > 0)
+        servers[0].send(signal.SIGTERM)
+        await_true(lambda: share() == 0)
+        assert servers[0].process is not None
+        assert servers[0].process.poll() is None

@@ -46,21 +46,23 @@ class Proxy:
         try:
             await asyncio.gather(self._pass(reader, there[1]), self._pass(there[0], writer))
         finally:
-            self._writers -= {writer, there[1]}
+            for one in (writer, there[1]):
+                one.close()
+                self._writers.discard(one)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass bytes on, each when it has been on the way for long enough."""
         loop, late = asyncio.get_running_loop(), asyncio.Queue[tuple[float, bytes]]()
 
         async def write() -> None:
-            while True:
-                due, data = await late.get()
-                if due > loop.time():
-                    await asyncio.sleep(due - loop.time())
-                if not data:
-                    break
-                writer.write(data)
-                await writer.drain()
+            data = b"-"
+            with suppress(OSError):
+                while data:
+                    due, data = await late.get()
+                    if due > loop.time():
+                        await asyncio.sleep(due - loop.time())
+                    writer.write(data)
+                    await writer.drain()
             writer.close()
 
         writing = asyncio.create_task(write())
@@ -70,8 +72,7 @@ class Proxy:
             with suppress(OSError):
                 data = await reader.read(_BYTES)
             late.put_nowait((loop.time() + self.delay_s, data))
-        with suppress(OSError):
-            await writing
+        await writing
 
     def serve(self, listening: threading.Event) -> None:
         """Run until the loop is stopped."""
@@ -83,11 +84,16 @@ class Proxy:
         listening.set()
         self._loop.run_forever()
         server.close()
-        tasks = asyncio.all_tasks(self._loop)
+        self._loop.run_until_complete(self._end())
+        self._loop.close()
+
+    async def _end(self) -> None:
+        await self._cut()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        self._loop.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # transports close when the loop comes round
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

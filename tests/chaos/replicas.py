@@ -122,6 +122,7 @@ def replicas(
     folder: Path,
     repositories: Sequence[Path],
     *flags: str | Path,
+    drain_s: float = DRAIN_S,
     environment: Mapping[str, str] | None = None,
     limits: Sequence[Sequence[str]] = ((), (), ()),
 ) -> Iterator[list[Replica]]:
@@ -131,10 +132,11 @@ def replicas(
         folder: For their logs.
         repositories: May all be the same.
         flags: Of each of them.
+        drain_s: How long each is there, and not ready, after SIGTERM.
         environment: Of each, in addition to this process's.
         limits: Of each; see `Replica`.
     """
-    own = ("--drain-s", str(DRAIN_S), *flags)
+    own = ("--drain-s", str(drain_s), *flags)
     found = [
         Replica(port, folder, ("--model-repository", repository, *own), environment or {}, limit)
         for port, repository, limit in zip(

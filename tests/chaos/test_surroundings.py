@@ -164,7 +164,6 @@ def test_clients_that_do_not_read_hold_nobody_up(
         running.go_on(2 * WELL_S)
     tally = record("streams that are not read", way.name, running)
     assert tally.failed == {}, running.messages
-    assert tally.recovered_s < 2.0
 
 
 @pytest.mark.parametrize("way", every_way())
@@ -254,15 +253,13 @@ def test_clocks_that_jump_change_no_deadline_and_no_drain(
     assert tally.failed == {}, running.messages
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of half a megabyte."""
+@pytest.fixture(params=["8k", "12k", "24k", "44k"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """File systems that are full before each of the files is written: 48k are enough."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", place], capture_output=True
-    )
-    if not mounted or mounted.returncode:
+    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted (mount -t tmpfs needs root)")
     try:
         yield place
@@ -274,13 +271,12 @@ def test_an_export_onto_a_full_disk_says_so_in_one_line_and_leaves_nothing(
     small_disk: Path,
 ) -> None:
     command = [sys.executable, "-m", "export", str(UNIFORM.checkpoint), "--activation", "silu"]
-    done = subprocess.run(
-        [*command, "--output", str(small_disk / "models")], cwd=ROOT, capture_output=True, text=True
-    )
+    command += ["--output", str(small_disk / "models")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: ")
-    assert "No space left on device" in error
+    assert "No space left on device; make room" in error
     assert "Traceback" not in done.stderr
     assert list(small_disk.iterdir()) == []
