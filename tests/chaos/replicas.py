@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import ROOT
 from tests.servers import WAIT_S, await_true
@@ -60,13 +61,17 @@ class Replica:
         return self._log_file.read_text()
 
     @property
+    def events(self) -> list[dict[str, Any]]:
+        """What the log says, line by line."""
+        return [json.loads(line) for line in self.log.splitlines()]
+
+    @property
     def _log_file(self) -> Path:
         return self.folder / f"{self.port}.log"
 
     def sample(self, metric: str) -> float:
         """A metric now, summed over its labels."""
-        lines = self.log.splitlines()
-        (listening,) = [json.loads(line) for line in lines if '"event": "listening"' in line]
+        (listening,) = [event for event in self.events if event["event"] == "listening"]
         with urllib.request.urlopen(f"http://{listening['metrics']}/metrics") as response:
             text = response.read().decode()
         found = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(metric)]
