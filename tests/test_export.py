@@ -152,6 +152,24 @@ def test_a_stdout_that_cannot_be_written_is_told(tmp_path: Path, where: str) -> 
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("largest", [8_000, 16_000], ids=["model.onnx", "model.ts"])
+def test_a_file_that_there_is_no_room_for_ends_the_export_and_nothing_is_left(
+    tmp_path: Path, largest: int
+) -> None:
+    """With a limit for the size of files, which torch meets as it does a full disk."""
+    limited = "import resource, sys; from export.__main__ import main;"
+    limited += (
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, {largest})); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", limited, str(UNIFORM), "--output", str(tmp_path / "models")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert "File too large; make room, or choose another --output" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:
     done = run_module("export", UNIFORM, "--output", tmp_path, "--activation", "silu", "--json")
     assert done.returncode == 0, done.stderr
