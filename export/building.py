@@ -39,7 +39,7 @@ def read_network(
         InputError: It is given for a network that has its own.
         NetworkError: The network cannot be built, or its weights do not fit it.
     """
-    # The file is not kept: a large one is mapped, and its pages count until the last tensor lets go.
+    # The file is not kept: a large one is mapped, and its pages count until all tensors let go.
     module = _build(
         read_checkpoint(path, trust_pickle=trust_pickle), activation, prefix, model, report
     )

@@ -34,7 +34,9 @@ Array = NDArray[np.float64]
 
 _BUDGET = 2**22  # numbers of one tensor: large layers go piece by piece
 _FEWEST_POINTS = 64  # on a grid, where there are no samples
-_POINTS = 72  # of a drawn curve, at least; each interval between two knots has as many as the others
+_POINTS = (
+    72  # of a drawn curve, at least; each interval between two knots has as many as the others
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A KAN without the nodes that are idle: whole nodes removed are what makes a pruned one faster.
 
-A node is idle if it has no way to an output, or if what reaches it is the same for every input; then
-it and its edges are left out, and the constants that such nodes contributed are added up in float64.
-A single edge of zeros saves nothing: every layer remains one product of a full matrix.
+A node is idle if it has no way to an output, or if what reaches it is the same for every input. It
+is left out with its edges, and the constants that such nodes contributed are added up in float64. A
+single edge of zeros saves nothing: every layer remains one product of a full matrix.
 
 Inputs and outputs of the network keep their shapes, and NaN or infinity in an input without edges
 still makes every answer NaN, as zeros times NaN do.
@@ -86,8 +86,8 @@ class NarrowKAN(nn.Module):
         nodes: From `find_nodes`.
     """
 
-    inputs: Tensor
-    nothing: Tensor
+    inputs: Tensor | None
+    nothing: Tensor | None
 
     def __init__(self, kan: KAN, nodes: Nodes) -> None:
         super().__init__()
@@ -126,4 +126,3 @@ def _some_of(layer: KANLinear, inputs: Tensor, outputs: Tensor) -> KANLinear:
     some._modules = dict(layer._modules)
     some.in_features, some.out_features = int(inputs.sum()), int(outputs.sum())
     return some
-

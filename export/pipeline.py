@@ -60,6 +60,7 @@ from kan_bundle.manifest import (
     write_manifest,
 )
 
+
 @dataclass(frozen=True)
 class _Target:
     """Where a bundle goes, and whether it may replace another."""
@@ -336,9 +337,7 @@ def _export(
             measure(runtime, answers, reference, scores=scores and network.outputs[0].shape[1] > 1)
             for runtime, answers in found.items()
         ]
-        report.parity(
-            measured, reference.precision, options.precision, pruned=pruning is not None
-        )
+        report.parity(measured, reference.precision, options.precision, pruned=pruning is not None)
         require_parity(measured, network, options.precision)
 
         golden = choose_golden(reference)

@@ -161,7 +161,8 @@ class Report:
             self._print(text)
 
     def _print(self, text: Text) -> None:
-        self._console.print(text, soft_wrap=True)  # a long line is the terminal's to fold
+        # Between words on a terminal; a line of a log is one, however long.
+        self._console.print(text, soft_wrap=not self._console.is_terminal)
 
     def _table(self, *parts: RenderableType) -> None:
         if not self._quiet:

@@ -1,9 +1,9 @@
 """Edges that count for little: what leaving them out would change, and a network without them.
 
-How much an edge counts is said in curves.py. An edge is left out at a threshold if its importance is
-at most that share of the largest in its layer: its base weight and its spline weights become zero,
-and with them the mean that it may have had. What that changes of the answers is measured, in
-float64 where the network can run in it: on the samples, or else on random rows.
+How much an edge counts is said in curves.py. It is left out at a threshold if its importance is at
+most that share of the largest in its layer: its base weight and its spline weights become zero, and
+with them the mean that it may have had. What that changes of the answers is measured, in float64
+where the network can run in it: on the samples, or else on random rows.
 
 A pruned network is another function than the one that was trained. Nothing here says that it is
 good enough.

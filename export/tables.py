@@ -229,19 +229,21 @@ def _sparsity_table(found: Sequence[Sparsity]) -> Table:
 def _sparsity_notes(found: Sequence[Sparsity]) -> list[str]:
     change = next((s.change for s in found if s.change is not None), None)
     lines = [
-        "edges are left out whose importance is at most that share of the largest in their layer;",
-        "nodes are those that are then idle, and left out: they make it faster, edges do not;",
+        "edges are left out whose importance is at most that share of their layer's",
+        "largest; nodes that are then idle go too: they make it faster, edges do not",
     ]
     if change is not None:
         rows = {
             "samples": "rows of the samples",
-            "grid": "random rows within the grid; --samples x.npy asks on real ones",
-            "random": "random rows; --samples x.npy asks on real ones",
+            "grid": "rows in the grid",
+            "random": "random rows",
         }[change.on]
-        lines.append(
-            f"largest and typical (root mean square) change of an output, on {change.rows:,} {rows};"
-        )
-        lines.append(f"of size: of the outputs' own root mean square, {change.size:.3g}")
+        lines += [
+            f"largest and typical (root mean square) change on {change.rows:,} {rows}",
+            f"of size: of the outputs' own root mean square, {change.size:.3g}",
+        ]
+        if change.on != "samples":
+            lines.append("real rows tell more: --samples x.npy")
     return lines
 
 

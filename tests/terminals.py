@@ -1,4 +1,4 @@
-"""A command on a terminal, as people have it: stderr is one, stdout is a pipe or the terminal too."""
+"""A command on a terminal, as people have it: stderr is one, stdout a pipe or the terminal too."""
 
 import os
 import pty

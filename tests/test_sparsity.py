@@ -124,13 +124,13 @@ def test_the_manifest_and_the_file_tell_what_was_left_out(tmp_path: Path, quiet:
 def test_neither_the_module_nor_the_file_is_changed(tmp_path: Path, quiet: Report) -> None:
     kan = uneven([3, 4, 2])
     before = arrays(kan)
-    export_module(kan, name="m", output=tmp_path, prune=0.5, report=quiet)
+    export_module(kan, name="m", output=tmp_path, prune=0.2, report=quiet)
     for key, value in arrays(kan).items():
         np.testing.assert_array_equal(value, before[key])
     file = tmp_path / "m.pt"
     torch.save(kan.state_dict(), file)
     record = record_file(file)
-    export_checkpoint(file, output=tmp_path, activation="silu", prune=0.5, report=quiet)
+    export_checkpoint(file, output=tmp_path, activation="silu", prune=0.2, report=quiet)
     assert record_file(file) == record
 
 
@@ -171,7 +171,7 @@ class WithKAN(nn.Module):
         self.head = uneven([4, 6, 2])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.before(x))) + 1
+        return self.head(torch.tanh(self.before(x))) + 1  # type: ignore[no-any-return]
 
 
 def test_kan_layers_inside_a_network_are_pruned(tmp_path: Path, quiet: Report) -> None:
@@ -365,7 +365,8 @@ def test_inspect_shows_it_on_stdout(tmp_path: Path) -> None:
     done = run_module("export", "inspect", tmp_path / "m.pt", *flags)
     assert done.returncode == 0, done.stderr
     assert "What leaving edges out would change" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    table = done.stdout.partition("What leaving edges out would change")[2]
+    assert max(map(len, table.splitlines())) <= 80
     as_json = run_module("export", "inspect", tmp_path / "m.pt", *flags, "--json")
     steps = json.loads(as_json.stdout)["sparsity"]
     assert [step["threshold"] for step in steps] == list(THRESHOLDS)

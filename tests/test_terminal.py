@@ -122,9 +122,7 @@ def test_what_a_network_prints_does_not_get_into_stdout(tmp_path: Path, stdout_t
     torch.save(Talking().state_dict(), tmp_path / "m.pt")
     network = ("--model", "tests.test_terminal:Talking", "--input-shape", "4", "--json")
     options = ("--output", str(tmp_path / "models"))
-    shown = on_terminal(
-        "export", str(tmp_path / "m.pt"), *network, *options, stdout_too=stdout_too
-    )
+    shown = on_terminal("export", str(tmp_path / "m.pt"), *network, *options, stdout_too=stdout_too)
     assert shown.code == 0, shown.raw
     assert "TALK" in shown.raw
     last = shown.lines[-2] if stdout_too else shown.stdout
@@ -135,7 +133,7 @@ def test_what_a_network_prints_does_not_get_into_stdout(tmp_path: Path, stdout_t
 def test_a_signal_gives_the_terminal_back(
     tmp_path: Path, signum: signal.Signals, code: int
 ) -> None:
-    sent = []
+    sent: list[signal.Signals] = []
 
     def stop(process: subprocess.Popen[bytes], raw: str) -> None:
         if "write model.onnx" in raw and not sent:

@@ -130,7 +130,7 @@ class _PrintCompletion(argparse.Action):
         for each in (parser, *(one for action in commands for one in action.choices.values())):
             for action in each._actions:
                 if str(action.metavar).startswith("FILE"):
-                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+                    action.complete = shtab.FILE
         print(shtab.complete(parser, given[1]))
         parser.exit()
 
