@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
+from export import plot_command
 from export.errors import ExportError, InputError, SigningError
 from export.onnx_graph import DEFAULT_OPSET, OLDEST_OPSET, check_opset
 from export.pipeline import DEFAULT_ACTIVATION, export_checkpoint
@@ -28,7 +29,7 @@ from kan_model.activations import NAMED
 
 _EXPORT_ONLY = (
     *("--model", "--input-shape", "--samples"),
-    *("--name", "--version", "--opset", "--precision", "--inline", "--force"),
+    *("--name", "--version", "--opset", "--precision", "--inline", "--benchmark", "--force"),
     *("--sign-key", "--sign-password-file"),
 )
 _EXAMPLES = """\
@@ -37,6 +38,7 @@ examples:
   python -m export model.pt --activation gelu        the activation it was trained with
   python -m export runs/best.pt --name digits        models/digits, the next free version
   python -m export inspect model.pt                  what is in the file; nothing is exported
+  python -m export plot models/model/1 -o kan.svg    its learned curves as a picture
   python -m export model.pt --precision int8         a quarter of the size, nearly the same answers
   python -m export model.pt --sign-key key.pem       signed, for --require-signature
   python -m export last.ckpt --prefix ema.           one of several KANs in a file
@@ -57,8 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["inspect"]:  # a file of that name is ./inspect
         words[0] = "--inspect"
+    plotting = words[:1] == ["plot"]
     parser = _parser()
-    arguments = parser.parse_args(words)
+    arguments = plot_command.parse(words[1:]) if plotting else parser.parse_args(words)
+    if plotting:
+        arguments.inspect = arguments.sign_password_file = None
     if arguments.inspect and (strays := [flag for flag in _EXPORT_ONLY if _given(arguments, flag)]):
         parser.error(f"inspect exports nothing; leave out {', '.join(strays)}")
     if arguments.sign_password_file and not arguments.sign_key:
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda signum, _: report.end(128 + signum))
     sys.path.insert(0, str(Path.cwd()))  # for --model and --activation, also as kan-export
     run: Callable[[argparse.Namespace, Report], tuple[int, str]] = (
-        _inspect if arguments.inspect else _export
+        _plot if plotting else _inspect if arguments.inspect else _export
     )
     try:
         with _stdout_to_stderr():  # what a user's own network prints is no result
@@ -123,6 +128,7 @@ def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
         opset=arguments.opset or DEFAULT_OPSET,
         precision=arguments.precision or "fp32",
         inline=arguments.inline,
+        benchmark=arguments.benchmark,
         sign_key=arguments.sign_key,
         sign_password=_read_password(arguments.sign_password_file),
         force=arguments.force,
@@ -161,6 +167,10 @@ def _inspect(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
     return code, render_inspection(found)
 
 
+def _plot(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
+    return 0, str(plot_command.plot(arguments))
+
+
 def _print_result(result: str, report: Report) -> int:
     try:
         print(result, flush=True)
@@ -175,7 +185,8 @@ def _print_result(result: str, report: Report) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
-        usage="python -m export [inspect] FILE [options]",
+        usage="python -m export [inspect] FILE [options]\n"
+        "       python -m export plot BUNDLE|CHECKPOINT -o FILE [options]",
         description="Turn a trained efficient-KAN, or a network with KAN layers inside, into a "
         "verified ONNX and TorchScript bundle that python -m serving can serve.",
         epilog=_EXAMPLES,
@@ -227,6 +238,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write KAN layers as standard operators alone, for runtimes that do not know "
         "model-local functions; such a file cannot run fused",
+    )
+    bundle.add_argument(
+        "--benchmark",
+        action="store_true",
+        help="time every runtime at several batch sizes, for report.html",
     )
     bundle.add_argument(
         "--sign-key",

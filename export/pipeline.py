@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 import kan_ops
+from export.benchmark import Benchmark, benchmark, eager_runner
 from export.contract import describe_layers, make_manifest, metadata_props
-from export.errors import InputError
+from export.deviation import describe_deviations
+from export.errors import InputError, cause
 from export.factory import build_module, load_weights
 from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
 from export.lowering import choose_forms, lowered
 from export.network import Network, copy_module, describe_network, example
 from export.onnx_graph import DEFAULT_OPSET, check_opset, load_onnx, write_onnx
+from export.page import Exported, render_page
 from export.parity import Runner, choose_golden, measure, run_probes, swallow_nan
 from export.precision import TOLERANCE, check_precision
 from export.reference import make_reference
@@ -29,6 +32,7 @@ from export.report import Report
 from export.signing import Signer, read_signer
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
+from export.variants import find_variants
 from export.verdict import require_golden, require_parity
 from kan_bundle.golden import side_by_side, write_golden
 from kan_bundle.integrity import record_file
@@ -36,6 +40,7 @@ from kan_bundle.layout import (
     CONFIG_FILE,
     GOLDEN_FILE,
     MODEL_FILE,
+    REPORT_FILE,
     TORCHSCRIPT_FILE,
     BundleFolder,
     check_name,
@@ -73,6 +78,7 @@ class _Options:
     opset: int
     precision: Precision
     inline: bool
+    benchmark: bool
     signer: Signer | None
 
 
@@ -91,6 +97,7 @@ def export_checkpoint(
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
     inline: bool = False,
+    benchmark: bool = False,
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
@@ -116,6 +123,7 @@ def export_checkpoint(
             has its own tolerance (`export.precision`).
         inline: Write KANLinear layers as standard operators alone, for runtimes that do not know
             model-local functions.
+        benchmark: Time every runtime at several batch sizes, for the report.
         sign_key: PEM file of the private key to sign the bundle with; None leaves it unsigned.
         sign_password: What that file is encrypted with, if it is.
         force: Whether an existing version may be replaced.
@@ -139,7 +147,7 @@ def export_checkpoint(
     report = report or Report.silent()
     target = _choose_target(Path(output), path.stem if name is None else name, version, force)
     signer = _choose_signer(sign_key, sign_password)
-    options = _Options(check_opset(opset), check_precision(precision), inline, signer)
+    options = _Options(check_opset(opset), check_precision(precision), inline, benchmark, signer)
     inputs = read_inputs(input_shape, samples)
     with report.stage("read the checkpoint"):
         # Not kept: a large file is mapped, and its pages count until the last tensor lets go.
@@ -164,6 +172,7 @@ def export_module(
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
     inline: bool = False,
+    benchmark: bool = False,
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
@@ -182,6 +191,7 @@ def export_module(
         opset: As above.
         precision: As above.
         inline: As above.
+        benchmark: As above.
         sign_key: As above.
         sign_password: As above.
         force: As above.
@@ -201,7 +211,7 @@ def export_module(
     """
     target = _choose_target(Path(output), name, version, force)
     signer = _choose_signer(sign_key, sign_password)
-    options = _Options(check_opset(opset), check_precision(precision), inline, signer)
+    options = _Options(check_opset(opset), check_precision(precision), inline, benchmark, signer)
     inputs = read_inputs(input_shape, samples)
     own = copy_module(module).cpu().eval()
     return _export(own, inputs, target, options, None, report or Report.silent())
@@ -361,12 +371,31 @@ def _export(
             for runtime, load in runtimes.items():
                 if runtime.startswith("onnxruntime"):
                     require_golden(golden, side_by_side(load()(golden.inputs)))
-        with report.stage("publish"):
-            write_golden(golden, place.path / GOLDEN_FILE)
-            files = {file.name: record_file(file) for file in sorted(place.path.iterdir())}
-            manifest = make_manifest(
-                folder, source, network, layers, options.precision, reference, measured, files
+        timed: Benchmark | None = None
+        if options.benchmark:
+            with report.stage("time every runtime"):
+                all_runtimes = {"eager": lambda: eager_runner(network.call), **runtimes}
+                timed = benchmark(all_runtimes, reference.probes)
+        write_golden(golden, place.path / GOLDEN_FILE)
+        files = {file.name: record_file(file) for file in sorted(place.path.iterdir())}
+        manifest = make_manifest(
+            folder, source, network, layers, options.precision, reference, measured, files
+        )
+        with report.stage(f"write {REPORT_FILE}"):
+            manifest = _with_page(
+                manifest,
+                lambda: Exported(
+                    manifest,
+                    network,
+                    describe_deviations(network, reference, found, measured),
+                    timed,
+                    find_variants(folder, source, options.precision),
+                    report.warnings,
+                ),
+                place.path,
+                report,
             )
+        with report.stage("publish"):
             write_manifest(manifest, place.path)
             if options.signer is not None:
                 options.signer.sign(place.path)
@@ -378,6 +407,26 @@ def _export(
             "kept; compare it before serving this folder with Triton, or rewrite it with --force"
         )
     return manifest
+
+
+def _with_page(
+    manifest: Manifest, tell: Callable[[], Exported], folder: Path, report: Report
+) -> Manifest:
+    """Write the page for people into a version, and list it in the manifest.
+
+    The files are proven by now, so nothing in a picture of them stops the export.
+    """
+    try:
+        page = render_page(tell())
+    except Exception as error:  # whatever an odd network leads to
+        report.warn(
+            f"{REPORT_FILE} could not be made: {cause(error)}; the bundle is complete without it"
+        )
+        return manifest
+    path = folder / REPORT_FILE
+    path.write_text(page, encoding="utf-8")
+    files = dict(manifest.files) | {REPORT_FILE: record_file(path)}
+    return replace(manifest, files=dict(sorted(files.items())))
 
 
 def _say_what_was_found(

@@ -39,6 +39,7 @@ class Report:
             self._console.width = 120
         self._exit_code: int | None = None
         self._in_python = False
+        self.warnings: list[str] = []  # for report.html
 
     @classmethod
     def silent(cls) -> Self:
@@ -73,6 +74,7 @@ class Report:
 
     def warn(self, line: str) -> None:
         """Tell something the user should act on."""
+        self.warnings.append(line)
         if self._in_python:
             warnings.warn(line, stacklevel=3)
         self._console.print(Text(f"warning: {line}", style="bold yellow"))
