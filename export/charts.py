@@ -15,10 +15,10 @@ from export.deviation import DECADES, PARTS, Deviation
 
 WIDTH = 320
 HEIGHT = 150
-LEFT, RIGHT, TOP, BOTTOM = 36.0, 312.0, 10.0, 118.0
+LEFT, RIGHT, TOP, BOTTOM = 42.0, 314.0, 10.0, 124.0
 """Edges of the area that is drawn on; beyond them are the axes' numbers."""
 
-_FIRST = 40.0  # width of the place for what has no logarithm
+_FIRST = 46.0  # width of the place for what has no logarithm
 _GAP = 6.0
 _SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 _LOWEST = 1e-12  # error that is told apart from nothing
@@ -100,7 +100,7 @@ def draw_histogram(deviation: Deviation) -> Histogram:
         if count
     ]
     ticks = [Tick(LEFT + (_FIRST - _GAP) / 2, "exact")]
-    for decade in range(-DECADES, 1, 2):
+    for decade in range(2 - DECADES, 1, 2):  # the first one would run into the word beside it
         ticks.append(Tick(start + (decade + DECADES) * PARTS * step, power(decade)))
     within = deviation.exact + sum(deviation.counts[: PARTS * (DECADES - 1)])
     summary = (
@@ -130,20 +130,20 @@ def draw_scatter(deviation: Deviation, *, from_grid: bool) -> Scatter:
         wrong = error > 0
         bottom, top = _decades(error[wrong].tolist(), (-8, -6))
         up = np.log10(np.where(wrong, error, 1))
-        floor = BOTTOM - 12
+        floor = BOTTOM - 16
         y = np.where(wrong, floor - (up - bottom) / (top - bottom) * (floor - TOP), BOTTOM)
     dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y, strict=True))
     ticks = [Tick(LEFT + (_FIRST - _GAP) / 2, "inside")] if start > LEFT and from_grid else []
     every = max(1, math.ceil((high - low) / 5))
     for i in range(low, high + 1, every):
         place = start + (i - low) / (high - low) * (RIGHT - start)
-        if from_grid and i == low:
+        if from_grid and place < start + _FIRST / 2:
             continue  # its number would run into the word beside it
         ticks.append(Tick(place, power(i)))
     skip = max(1, math.ceil((top - bottom) / 4))
     heights = [
         Tick(floor - (i - bottom) / (top - bottom) * (floor - TOP), power(i))
-        for i in range(bottom, top + 1, skip)
+        for i in range(top, bottom - 1, -skip)
     ]
     where = "within the grid" if from_grid else "with inputs of nothing"
     summary = (

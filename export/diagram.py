@@ -180,13 +180,15 @@ def _middle(
 
 
 def _fit(layer: LayerCurves, place: int, centre: tuple[float, float]) -> Array:
-    """Bring a curve into its frame, each to its own height."""
+    """Bring a curve over the grid, without its margins, into its frame, to the frame's height."""
     curve = layer.curve(place)
-    y = np.nan_to_num(curve.total)
+    per_interval = layer.steps + 1
+    inside = slice(layer.order * per_interval, len(curve.x) - layer.order * per_interval)
+    x, y = curve.x[inside], np.nan_to_num(curve.total[inside])
     low, high = y.min(), y.max()
     width, height = BOX[0] - 2 * _INSIDE, BOX[1] - 2 * _INSIDE
     with np.errstate(over="ignore", invalid="ignore"):
-        across = np.nan_to_num((curve.x - curve.x[0]) / (curve.x[-1] - curve.x[0]))
+        across = np.nan_to_num((x - x[0]) / (x[-1] - x[0]))
         up = np.nan_to_num((y - low) / (high - low)) if high > low else np.full_like(y, 0.5)
     points = np.stack(
         [centre[0] + (across - 0.5) * width, centre[1] - (up - 0.5) * height], axis=1

@@ -127,7 +127,7 @@ def _diagrams(layers: Sequence[LayerData], *, chain: bool) -> list[tuple[str, Di
 
 def _outside(layers: Sequence[LayerData]) -> list[str]:
     return [
-        f"{layer.distribution.outside_in_all:.1%} of the values that reach {layer.curves.name} "
+        f"{_percent(layer.distribution.outside_in_all)} of the values that reach {layer.curves.name} "
         "with the samples lie outside of its grid, where splines fade and only the base path is "
         "left; train with update_grid, or bring the inputs to the grid's range"
         for layer in layers
@@ -138,17 +138,17 @@ def _outside(layers: Sequence[LayerData]) -> list[str]:
 def _verdict(manifest: Manifest) -> tuple[str, str]:
     """Say in a word and a sentence how close the files are."""
     what = manifest.source.file if manifest.source else "the network"
-    worst = max(record.excess for record in manifest.parity)
-    rows = min(record.probes for record in manifest.parity)
-    files = [record.runtime for record in manifest.parity if record.runtime != "eager"]
-    runtimes = ", ".join(files)
+    records = [record for record in manifest.parity if record.runtime != "eager"]
+    worst = max(record.excess for record in records)
+    rows = min(record.probes for record in records)
+    runtimes = f"any of {len(records)} runtimes"
     if manifest.precision == "fp32":
         return "Equal", (
             f"Version {manifest.version} of {manifest.name} computes what {what} computes: at "
             f"{rows:,} inputs the largest error in {runtimes} is {_percent(worst)} of what is "
             "allowed."
         )
-    same = [r.same_argmax for r in manifest.parity if r.same_argmax is not None]
+    same = [r.same_argmax for r in records if r.same_argmax is not None]
     also = f", and the largest output is the same at {_percent(min(same))} of them" if same else ""
     return "Close", (
         f"Version {manifest.version} of {manifest.name} computes nearly what {what} computes, in "

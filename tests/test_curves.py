@@ -33,7 +33,7 @@ def phi(
 
 def golden_layers(golden: Golden) -> list[KANLinear]:
     kan = load_checkpoint(golden.checkpoint, resolve_activation(golden.activation))
-    return list(kan.layers)
+    return list(kan.requires_grad_(False).layers)
 
 
 def all_curves(layer: KANLinear, name: str = "layer") -> LayerCurves:

@@ -240,7 +240,7 @@ def test_samples_are_counted_on_the_grid_and_beside_it(browser: Browser, sampled
         box.get_by_label("Order").select_option("outside")
         expect(rows.first.get_by_role("rowheader")).to_have_text(str(int(np.argmax(outside))))
         attention = page.get_by_role("region", name="Needs attention")
-        share = f"{(np.abs(x) > 1).mean():.1%}"
+        share = f"{100 * (np.abs(x) > 1).mean():.3g} %"
         expect(attention).to_contain_text(f"{share} of the values that reach layers.0")
 
 

@@ -1,8 +1,8 @@
 // The edges of a layer as small multiples: base, spline and their sum over the knots.
 
-const PLANE = { width: 220, height: 132 };
-const AREA = { left: 38, right: 214, top: 8, bottom: 106 };
-const EDGES_A_PAGE = 24;
+const PLANE = { width: 228, height: 132 };
+const AREA = { left: 48, right: 222, top: 8, bottom: 106 };
+const EDGES_A_PAGE = window.matchMedia("(max-width: 46rem)").matches ? 8 : 24;
 
 /** Which row of a layer's knots an input has. */
 function rowOf(layer, input) {
