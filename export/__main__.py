@@ -36,7 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = parse(list(sys.argv[1:] if argv is None else argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    plotting = words[:1] == ["plot"]  # a file of that name is ./plot
+    if plotting:
+        from export import plot_command
+
+        arguments = plot_command.parse(words[1:])
+    else:
+        arguments = parse(words)
     for stream in (sys.stdout, sys.stderr):  # names in a file may be anything
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -44,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from export.report import Report
     from kan_model import KanModelError
 
-    report = Report(quiet=arguments.quiet)
+    report = Report(quiet=not plotting and arguments.quiet)
     signal.signal(signal.SIGTERM, lambda signum, _: report.end(128 + signum))
     sys.path.insert(0, str(Path.cwd()))  # for --model and --activation, also as kan-export
     run: Callable[[argparse.Namespace, Report], tuple[int, str]] = (
-        _inspect if arguments.inspect else _export
+        _plot if plotting else _inspect if arguments.inspect else _export
     )
     try:
         with _stdout_to_stderr():  # what a user's own network prints is no result
@@ -100,6 +107,7 @@ def _export(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
         precision=arguments.precision or "fp32",
         prune=arguments.prune,
         inline=arguments.inline,
+        benchmark=arguments.benchmark,
         sign_key=arguments.sign_key,
         sign_password=_read_password(arguments.sign_password_file),
         force=arguments.force,
@@ -191,6 +199,12 @@ def _measure_sparsity(arguments: argparse.Namespace, report: "Report") -> "list[
             found.append(step)
             advance(1)
     return found
+
+
+def _plot(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
+    from export import plot_command
+
+    return 0, str(plot_command.plot(arguments))
 
 
 def _print_result(result: str, report: "Report") -> int:

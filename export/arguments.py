@@ -30,6 +30,9 @@ examples:
 look first:
   python -m export inspect model.pt                  what is in the file
   python -m export inspect model.pt --sparsity       which edges matter, what pruning costs
+then look closer:
+  python -m export plot model.pt -o kan.svg          its learned curves as a picture
+  python -m export model.pt --benchmark              with times in report.html
 smaller and faster, and no longer quite the same:
   python -m export model.pt --precision int8 --samples x.npy
                                                      a quarter of the size
@@ -43,8 +46,8 @@ for programs and for others:
 """
 
 _EXPORT_ONLY = (
-    *("--name", "--version", "--opset", "--precision", "--prune", "--inline", "--force"),
-    *("--sign-key", "--sign-password-file", "--quiet"),
+    *("--name", "--version", "--opset", "--precision", "--prune", "--inline", "--benchmark"),
+    *("--sign-key", "--sign-password-file", "--force", "--quiet"),
 )
 _OF_NETWORKS = ("--model", "--input-shape", "--samples")
 
@@ -82,7 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the whole command."""
     parser = argparse.ArgumentParser(
         prog="kan-export" if Path(sys.argv[0]).name == "kan-export" else "python -m export",
-        usage="python -m export [inspect] FILE [options]",
+        usage="%(prog)s [inspect] FILE [options]\n"
+        "       %(prog)s plot BUNDLE|CHECKPOINT -o FILE [options]",
         description="Turn a trained efficient-KAN, or a network with KAN layers inside, into a "
         "verified ONNX and TorchScript bundle that python -m serving can serve.",
         epilog=EXAMPLES,
@@ -156,6 +160,11 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
         help="model version, a positive integer (default: the next free one)",
     )
     group.add_argument("--force", action="store_true", help="replace an existing version")
+    group.add_argument(
+        "--benchmark",
+        action="store_true",
+        help="time every runtime at several batch sizes, for report.html",
+    )
     group.add_argument(
         "--sign-key",
         type=Path,

@@ -34,9 +34,7 @@ Array = NDArray[np.float64]
 
 _BUDGET = 2**22  # numbers of one tensor: large layers go piece by piece
 _FEWEST_POINTS = 64  # on a grid, where there are no samples
-_POINTS = (
-    72  # of a drawn curve, at least; each interval between two knots has as many as the others
-)
+_POINTS = 72  # of a drawn curve, at least; each interval between two knots has as many as the others
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class LayerCurves:
-    """The edges of one layer, the most important first.
+    """The edges of one layer, the most important first: all of them, or those that were asked for.
 
     Attributes:
         name: The layer's.
@@ -70,10 +68,11 @@ class LayerCurves:
         out_features: Width of the output.
         order: k, the spline order.
         steps: Parts in which a curve crosses an interval between two knots.
-        knots: Shape (in, G + 2k + 1), or (1, G + 2k + 1) if all inputs have the same.
-        activation: b at `points`, shape (in, points) or (1, points), as the knots.
-        edges: Each edge as `o * in_features + i`, shape (edges,). All of them, or the most
-            important ones.
+        inputs: The inputs whose edges may be here, rising, shape (inputs,).
+        knots: Of these inputs, shape (inputs, G + 2k + 1), or (1, G + 2k + 1) if all of the layer's
+            have the same.
+        activation: b at `curve_points` of the knots, shape (inputs, points) or (1, points).
+        edges: Each edge as `o * in_features + i`, shape (edges,).
         importance: Shape (edges,), in units of the output; NaN if the weights are.
         base_weight: Shape (edges,).
         coefficients: Of the spline, scaler included, shape (edges, G + k).
@@ -85,6 +84,7 @@ class LayerCurves:
     out_features: int
     order: int
     steps: int
+    inputs: NDArray[np.int64]
     knots: Array
     activation: Array
     edges: NDArray[np.int64]
@@ -103,15 +103,28 @@ class LayerCurves:
         output, feature = divmod(int(self.edges[place]), self.in_features)
         return feature, output
 
+    def place(self, feature: int, output: int) -> int | None:
+        """Find the edge from an input to an output; None if it is not here."""
+        found = np.flatnonzero(self.edges == output * self.in_features + feature)
+        return int(found[0]) if found.size else None
+
     def matrix(self) -> Array:
         """Give the importance of every edge, zero where it is not known, shape (out, in)."""
         found = np.zeros(self.in_features * self.out_features)
         found[self.edges] = np.nan_to_num(self.importance)
         return found.reshape(self.out_features, self.in_features)
 
+    def knots_of(self, feature: int) -> Array:
+        """Give the knots of one of `inputs`, shape (G + 2k + 1,)."""
+        knots: Array = self.knots[self._row(feature)]
+        return knots
+
+    def _row(self, feature: int) -> int:
+        return 0 if len(self.knots) == 1 else int(np.searchsorted(self.inputs, feature))
+
     def curve(self, place: int) -> Curve:
         """Evaluate the edge at a place of `edges`."""
-        row = min(self.ends(place)[0], len(self.knots) - 1)
+        row = self._row(self.ends(place)[0])
         x = curve_points(self.knots[row], self.steps)
         coefficients = self.coefficients[place]
         if self.order == 0:
@@ -152,9 +165,9 @@ def importance(layer: KANLinear, samples: Tensor | None = None) -> Tensor:
     """
     knots = layer.grid.detach().double().cpu()
     x = _over_the_grid(layer, knots) if samples is None else _rows(layer, samples)
-    weight = layer.scaled_spline_weight.detach()  # (out, in, n)
+    weight, base = layer.spline_weight.detach(), layer.base_weight.detach()
+    scaler = layer.spline_scaler.detach() if layer.enable_standalone_scale_spline else None
     out, features, functions = weight.shape
-    base = layer.base_weight.detach()
     found = torch.empty(out, features, dtype=torch.float64)
     # Never (points, out, in): the variance is w' S w, with S the covariance of b(x) and the basis.
     numbers = max(len(x) * knots.shape[1], (functions + 1) ** 2)
@@ -163,7 +176,10 @@ def importance(layer: KANLinear, samples: Tensor | None = None) -> Tensor:
         rows = max(1, _BUDGET // (len(some) * (functions + 1)))
         for start in range(0, out, rows):
             part = slice(start, start + rows)
-            w = torch.cat([base[part, some, None], weight[part, some]], dim=-1).double().cpu()
+            spline = weight[part, some].double()
+            if scaler is not None:  # a piece at a time: the whole would be as large as the weights
+                spline = spline * scaler[part, some, None]
+            w = torch.cat([base[part, some, None].double(), spline], dim=-1).cpu()
             squares = (torch.einsum("oic,icd->oid", w, scatter) * w).sum(-1)
             found[part, some] = squares.clamp_min(0).sqrt()
     return found
@@ -191,24 +207,35 @@ def attribution(importances: Sequence[Array]) -> list[Array]:
 
 @torch.no_grad()
 def layer_curves(
-    name: str, layer: KANLinear, samples: Tensor | None = None, most: int | None = None
+    name: str,
+    layer: KANLinear,
+    measured: Tensor,
+    *,
+    sampled: bool,
+    most_edges: int | None = None,
+    most_inputs: int | None = None,
 ) -> LayerCurves:
     """Take what is to be known of a layer's edges.
 
     Args:
         name: Of the layer.
         layer: It is not changed.
-        samples: As in `importance`.
-        most: Keep at most so many edges, the most important ones; None keeps all.
+        measured: From `importance`.
+        sampled: Whether that was over samples.
+        most_edges: Keep at most so many edges, the most important ones; None keeps all.
+        most_inputs: Of so many inputs at most, those whose edges are the most important together.
     """
+    values = measured.cpu().numpy()  # (out, in)
+    inputs = np.arange(layer.in_features)
+    if most_inputs is not None and most_inputs < len(inputs):
+        inputs = np.sort(_largest(np.nan_to_num(values).sum(axis=0), most_inputs))
+    values = values[:, inputs].ravel()
+    kept = _largest(values, len(values) if most_edges is None else most_edges)
+    output, feature = kept // len(inputs), inputs[kept % len(inputs)]
     knots = layer.grid.detach().double().cpu()
-    if bool((knots == knots[:1]).all()):
-        knots = knots[:1]
-    steps = max(2, math.ceil(_POINTS / (knots.shape[1] - 1)))
+    knots = knots[:1] if has_common_knots(layer) else knots[torch.from_numpy(inputs)]
+    steps = steps_between(layer)
     points = torch.from_numpy(curve_points(knots.numpy(), steps))
-    measured = importance(layer, samples).flatten().numpy()
-    edges = _largest(measured, len(measured) if most is None else most)
-    output, feature = np.divmod(edges, layer.in_features)
     places = torch.from_numpy(output), torch.from_numpy(feature)
     weight = layer.spline_weight.detach()[places].double()
     if layer.enable_standalone_scale_spline:
@@ -219,14 +246,25 @@ def layer_curves(
         out_features=layer.out_features,
         order=layer.spline_order,
         steps=steps,
+        inputs=inputs,
         knots=knots.numpy(),
-        activation=_activate(layer, points).numpy(),
-        edges=edges,
-        importance=measured[edges],
+        activation=_activate(layer, points).cpu().numpy(),
+        edges=output * layer.in_features + feature,
+        importance=values[kept],
         base_weight=layer.base_weight.detach()[places].double().cpu().numpy(),
         coefficients=weight.cpu().numpy(),
-        sampled=samples is not None,
+        sampled=sampled,
     )
+
+
+def has_common_knots(layer: KANLinear) -> bool:
+    """Tell whether all inputs of a layer have the same knots."""
+    return bool((layer.grid == layer.grid[:1]).all())
+
+
+def steps_between(layer: KANLinear) -> int:
+    """Choose the parts in which a drawn curve crosses an interval between two knots."""
+    return max(2, math.ceil(_POINTS / (layer.grid.shape[1] - 1)))
 
 
 def _largest(values: Array, most: int) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ bundle that passed becomes visible in the repository.
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,13 +15,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 import kan_ops
+from export.benchmark import Benchmark, benchmark, eager_runner
 from export.building import read_network
 from export.contract import describe_layers, make_manifest, metadata_props
-from export.errors import InputError
-from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
+from export.deviation import describe_deviations
+from export.errors import InputError, cause
+from export.inputs import Inputs, Samples, Shapes, read_inputs
 from export.lowering import choose_forms, lowered
-from export.network import Network, copy_module, describe_network, example
+from export.network import copy_module, describe_network, example
 from export.onnx_graph import DEFAULT_OPSET, check_opset, load_onnx, write_onnx
+from export.page import Exported, render_page
 from export.parity import (
     Runner,
     choose_golden,
@@ -37,6 +40,7 @@ from export.signing import Signer, read_signer
 from export.sparsity import check_threshold, prune_network
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
+from export.variants import find_variants
 from export.verdict import require_golden, require_parity
 from kan_bundle.golden import side_by_side, write_golden
 from kan_bundle.integrity import record_file
@@ -44,6 +48,7 @@ from kan_bundle.layout import (
     CONFIG_FILE,
     GOLDEN_FILE,
     MODEL_FILE,
+    REPORT_FILE,
     TORCHSCRIPT_FILE,
     BundleFolder,
     check_name,
@@ -53,7 +58,6 @@ from kan_bundle.layout import (
     staging,
 )
 from kan_bundle.manifest import (
-    LayerRecord,
     Manifest,
     Precision,
     Source,
@@ -77,6 +81,7 @@ class _Options:
     precision: Precision
     prune: float | None
     inline: bool
+    benchmark: bool
     signer: Signer | None
 
 
@@ -96,6 +101,7 @@ def export_checkpoint(
     precision: Precision = "fp32",
     prune: float | None = None,
     inline: bool = False,
+    benchmark: bool = False,
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
@@ -124,6 +130,7 @@ def export_checkpoint(
             compared with that. None leaves out none.
         inline: Write KANLinear layers as standard operators alone, for runtimes that do not know
             model-local functions.
+        benchmark: Time every runtime at several batch sizes, for the report.
         sign_key: PEM file of the private key to sign the bundle with; None leaves it unsigned.
         sign_password: What that file is encrypted with, if it is.
         force: Whether an existing version may be replaced.
@@ -152,6 +159,7 @@ def export_checkpoint(
         check_precision(precision),
         None if prune is None else check_threshold(prune),
         inline,
+        benchmark,
         signer,
     )
     inputs = read_inputs(input_shape, samples)
@@ -181,6 +189,7 @@ def export_module(
     precision: Precision = "fp32",
     prune: float | None = None,
     inline: bool = False,
+    benchmark: bool = False,
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
@@ -200,6 +209,7 @@ def export_module(
         precision: As above.
         prune: As above.
         inline: As above.
+        benchmark: As above.
         sign_key: As above.
         sign_password: As above.
         force: As above.
@@ -224,6 +234,7 @@ def export_module(
         check_precision(precision),
         None if prune is None else check_threshold(prune),
         inline,
+        benchmark,
         signer,
     )
     inputs = read_inputs(input_shape, samples)
@@ -265,7 +276,7 @@ def _export(
     with report.stage("choose the form of each layer"):
         choices = choose_forms(written)
     layers = describe_layers(written, choices, options.precision, inline=options.inline)
-    _say_what_was_found(report, network, layers)
+    report.found(network, layers)
     folder = target.folder
     notes = metadata_props(folder.name, source, layers, pruning)
     with staging(folder) as place:
@@ -345,21 +356,33 @@ def _export(
             for runtime, load in runtimes.items():
                 if runtime.startswith("onnxruntime"):
                     require_golden(golden, side_by_side(load()(golden.inputs)))
+        timed: Benchmark | None = None
+        if options.benchmark:
+            with report.stage("time every runtime"):
+                all_runtimes = {"eager": lambda: eager_runner(network.call), **runtimes}
+                timed = benchmark(all_runtimes, reference.probes)
         write_golden(golden, place.path / GOLDEN_FILE)
         paths = sorted(place.path.iterdir())
-        with report.stage("publish", sum(map(_size, paths))) as advance:
+        with report.stage("hash the files", sum(map(_size, paths))) as advance:
             files = {file.name: record_file(file, advance) for file in paths}
-            manifest = make_manifest(
-                folder,
-                source,
-                network,
-                layers,
-                options.precision,
-                pruning,
-                reference,
-                measured,
-                files,
+        manifest = make_manifest(
+            folder, source, network, layers, options.precision, pruning, reference, measured, files
+        )
+        with report.stage(f"write {REPORT_FILE}"):
+            manifest = _with_page(
+                manifest,
+                lambda: Exported(
+                    manifest,
+                    network,
+                    describe_deviations(network, reference, found, measured),
+                    timed,
+                    find_variants(folder, source, options.precision),
+                    report.warnings,
+                ),
+                place.path,
+                report,
             )
+        with report.stage("publish"):
             write_manifest(manifest, place.path)
             if options.signer is not None:
                 options.signer.sign(place.path)
@@ -378,29 +401,21 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _say_what_was_found(
-    report: Report,
-    network: Network,
-    layers: Sequence[LayerRecord],
-) -> None:
-    for layer in layers:
-        scaler = "with" if layer.standalone_scaler else "without"
-        report.say(
-            f"{layer.name}: {layer.in_features} -> {layer.out_features}, {layer.grid} grid of "
-            f"{layer.grid_size}, order {layer.spline_order}, {scaler} standalone scaler, "
-            f"{layer.base_activation}"
+def _with_page(
+    manifest: Manifest, tell: Callable[[], Exported], folder: Path, report: Report
+) -> Manifest:
+    """Write the page for people into a version, and list it in the manifest.
+
+    The files are proven by now, so nothing in a picture of them stops the export.
+    """
+    try:
+        page = render_page(tell())
+    except Exception as error:  # whatever an odd network leads to
+        report.warn(
+            f"{REPORT_FILE} could not be made: {cause(error)}; the bundle is complete without it"
         )
-        node = "" if layer.operator is None else f", the body of one {layer.operator}"
-        report.say(
-            f"    written as {layer.lowering}{node}; in float32 off by {layer.lowering_error:.1e} "
-            f"(eager by {layer.eager_error:.1e})"
-        )
-    for kind, specs in (("input", network.inputs.specs), ("output", network.outputs)):
-        for spec in specs:
-            report.say(f"{kind} {spec.name}: {spec.datatype} {shown(spec.shape)}")
-    for note in network.notes:
-        report.warn(note)
-    if not layers:
-        report.warn("the network has no KANLinear layer; it is exported as it is written")
-    if network.exact is not network.call:
-        report.warn("the weights are not all float32; the files are, and are compared with float64")
+        return manifest
+    path = folder / REPORT_FILE
+    path.write_text(page, encoding="utf-8")
+    files = dict(manifest.files) | {REPORT_FILE: record_file(path)}
+    return replace(manifest, files=dict(sorted(files.items())))

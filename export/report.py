@@ -17,8 +17,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 
 from export import tables
+from export.network import Network
 from export.parity import Measurement
-from kan_bundle.manifest import Manifest, Precision, PruningRecord
+from kan_bundle.manifest import LayerRecord, Manifest, Precision, PruningRecord
 
 _WIDTH_OF_A_LOG = 120  # which has none of its own; do not fold the table
 _NARROW = 60  # columns of a terminal that has no room for a bar
@@ -45,6 +46,7 @@ class Report:
         self._exit_code: int | None = None
         self._in_python = False
         self._started = time.perf_counter()
+        self.warnings: list[str] = []  # for report.html
 
     @classmethod
     def silent(cls) -> Self:
@@ -91,6 +93,7 @@ class Report:
 
     def warn(self, line: str) -> None:
         """Tell something the user should act on."""
+        self.warnings.append(line)
         if self._in_python:
             warnings.warn(line, stacklevel=3)
         self._print(Text(f"warning: {line}", style="bold yellow"))
@@ -98,6 +101,19 @@ class Report:
     def fail(self, line: str) -> None:
         """Tell why there is no result."""
         self._print(Text(f"error: {line}", style="bold red"))
+
+    def found(self, network: Network, layers: Sequence[LayerRecord]) -> None:
+        """Tell what is exported, and what its user should know."""
+        for line in tables.found_lines(network, layers):
+            self.say(line)
+        for note in network.notes:
+            self.warn(note)
+        if not layers:
+            self.warn("the network has no KANLinear layer; it is exported as it is written")
+        if network.exact is not network.call:
+            self.warn(
+                "the weights are not all float32; the files are, and are compared with float64"
+            )
 
     def parity(
         self,

@@ -10,16 +10,36 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from export.inputs import shown
+from export.network import Network
 from export.parity import Measurement
 from export.precision import TOLERANCE
 from export.sparsity import Sparsity
-from kan_bundle.manifest import ChangeRecord, Manifest, Precision, PruningRecord
+from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, Precision, PruningRecord
 from kan_model.inspection import Inspection, LayerFacts
 from kan_model.stacks import listed, printable
 
 _MOST_LISTED = 12
 _WIDE = 104  # columns that the whole table of a parity takes
 _UNITS = ("bytes", "KB", "MB", "GB", "TB")
+
+
+def found_lines(network: Network, layers: Sequence[LayerRecord]) -> list[str]:
+    """Say what the layers are and how they are written, and what goes in and comes out."""
+    lines = []
+    for layer in layers:
+        scaler = "with" if layer.standalone_scaler else "without"
+        node = "" if layer.operator is None else f", the body of one {layer.operator}"
+        lines += [
+            f"{layer.name}: {layer.in_features} -> {layer.out_features}, {layer.grid} grid of "
+            f"{layer.grid_size}, order {layer.spline_order}, {scaler} standalone scaler, "
+            f"{layer.base_activation}",
+            f"    written as {layer.lowering}{node}; in float32 off by {layer.lowering_error:.1e} "
+            f"(eager by {layer.eager_error:.1e})",
+        ]
+    for kind, specs in (("input", network.inputs.specs), ("output", network.outputs)):
+        lines += [f"{kind} {spec.name}: {spec.datatype} {shown(spec.shape)}" for spec in specs]
+    return lines
 
 
 def parity(
