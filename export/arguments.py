@@ -124,7 +124,8 @@ class _PrintCompletion(argparse.Action):
             elif kind == "DIR":
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         parser.prog = "kan-export"
-        print(shtab.complete(parser, given[1]))
+        with suppress(OSError):  # who reads may have enough
+            print(shtab.complete(parser, given[1]), flush=True)
         parser.exit()
 
 

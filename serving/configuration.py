@@ -12,7 +12,12 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsError,
+)
 
 from serving.errors import WrongSetting
 
@@ -20,6 +25,9 @@ Source = Literal["flag", "environment", "file", "default"]
 
 PREFIX = "KANSERVE_"
 """Of environment variables."""
+
+SHELLS = ("bash", "zsh", "fish")
+"""For which there is completion."""
 
 _NOT_IN_A_FILE = ("config", "print_config")
 
@@ -84,6 +92,33 @@ def read_settings(kind: type[AnySettings], argv: Sequence[str]) -> AnySettings:
         raise WrongSetting("; ".join(faults)) from error
     except SettingsError as error:
         raise WrongSetting(str(error)) from error
+
+
+def completion(kind: type[BaseSettings], program: str, shell: str) -> str:
+    """Write a static script that completes a command's flags, so that no Python runs at a tab.
+
+    Args:
+        kind: Of the settings.
+        program: Name of the command.
+        shell: bash, zsh or fish.
+
+    Raises:
+        WrongSetting: It is another shell, or the package that writes the script is not installed.
+    """
+    try:
+        import shtab
+    except ImportError as error:
+        raise WrongSetting("--print-completion: shtab writes it: pip install shtab") from error
+    if shell not in SHELLS:
+        raise WrongSetting(f"--print-completion: expected {', '.join(SHELLS)}, found {shell!r}")
+    parser = CliSettingsSource(kind, cli_prog_name=program).root_parser
+    for action in parser._actions:
+        kind = str(action.metavar)
+        if "Path" in kind:
+            action.complete = shtab.FILE
+        elif kind.startswith("{"):  # what the library shows of a Literal
+            action.choices = kind.strip("{}").split(",")
+    return shtab.complete(parser, shell)
 
 
 def as_toml(settings: BaseSettings, argv: Sequence[str]) -> str:

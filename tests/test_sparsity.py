@@ -124,13 +124,13 @@ def test_the_manifest_and_the_file_tell_what_was_left_out(tmp_path: Path, quiet:
 def test_neither_the_module_nor_the_file_is_changed(tmp_path: Path, quiet: Report) -> None:
     kan = uneven([3, 4, 2])
     before = arrays(kan)
-    export_module(kan, name="m", output=tmp_path, prune=0.2, report=quiet)
+    export_module(kan, name="m", output=tmp_path, prune=0.05, report=quiet)
     for key, value in arrays(kan).items():
         np.testing.assert_array_equal(value, before[key])
     file = tmp_path / "m.pt"
     torch.save(kan.state_dict(), file)
     record = record_file(file)
-    export_checkpoint(file, output=tmp_path, activation="silu", prune=0.2, report=quiet)
+    export_checkpoint(file, output=tmp_path, activation="silu", prune=0.05, report=quiet)
     assert record_file(file) == record
 
 

@@ -131,7 +131,8 @@ class _PrintCompletion(argparse.Action):
             for action in each._actions:
                 if str(action.metavar).startswith("FILE"):
                     action.complete = shtab.FILE
-        print(shtab.complete(parser, given[1]))
+        with suppress(OSError):  # who reads may have enough
+            print(shtab.complete(parser, given[1]), flush=True)
         parser.exit()
 
 
