@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from kan_model import KAN, KANLinear
 from kan_model.activations import NAMED
 
-_LEAST_DROPPED = 1 / 8  # of the inputs: taking the others out costs as much as so many of them do
+_FEW = 0.5
+"""Share of the inputs, up to which idle ones stay.
+
+To take the others out of a row costs as much as half of the inputs: fused, at batch 256 on one
+core, [784, 64, 10] takes 1.43, 0.96 and 0.52 of its time without a quarter, a half and three
+quarters of them (onnxruntime 1.32.0, whose Gather copies number by number).
+"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Nodes:
 
 @torch.no_grad()
 def find_nodes(kan: KAN) -> Nodes:
-    """Find out which nodes take part. Outputs always do, and inputs if few of them do not."""
+    """Find out which nodes take part. Outputs always do, and inputs unless most are idle."""
     constant = torch.zeros(kan.layers[0].in_features, dtype=torch.bool)
     value = torch.zeros(len(constant), dtype=torch.float64)
     varying, offsets = [~constant], []
@@ -62,7 +68,7 @@ def find_nodes(kan: KAN) -> Nodes:
     for there, reached in zip(reversed(edges), reversed(varying[:-1]), strict=True):
         wanted = there[wanted].any(dim=0) & reached
         kept.insert(0, wanted)
-    if int((~kept[0]).sum()) < _LEAST_DROPPED * len(kept[0]):
+    if int((~kept[0]).sum()) <= _FEW * len(kept[0]):
         kept[0] = torch.ones_like(kept[0])
     return Nodes(tuple(varying), tuple(kept), tuple(offsets))
 
