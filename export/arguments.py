@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="kan-export" if Path(sys.argv[0]).name == "kan-export" else "python -m export",
         usage="%(prog)s [inspect] FILE [options]\n"
         "       %(prog)s plot BUNDLE|CHECKPOINT -o FILE [options]",
-        description="Turn a trained efficient-KAN, or a network with KAN layers inside, into a "
+        description="Turn a trained efficient-KAN, or a network with KAN layers inside, into a\n"
         "verified ONNX and TorchScript bundle that python -m serving can serve.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

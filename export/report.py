@@ -149,10 +149,9 @@ class Report:
             path: Of its version folder.
             following: Commands with what each is for.
         """
-        self._table(
-            tables.result(manifest, path, time.perf_counter() - self._started),
-            tables.following(following),
-        )
+        self._table(tables.result(manifest, path, time.perf_counter() - self._started))
+        if not self._quiet:  # to be copied, so no line is broken
+            self._console.print(tables.following(following), soft_wrap=True)
 
     @property
     def _moves(self) -> bool:

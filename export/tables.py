@@ -155,13 +155,12 @@ def result(manifest: Manifest, path: str, seconds: float) -> RenderableType:
     return Padding(table, (1, 0, 0, 2))
 
 
-def following(commands: Sequence[tuple[str, str]]) -> RenderableType:
+def following(commands: Sequence[tuple[str, str]]) -> Text:
     """Suggest what to do next, one command a line, to be copied."""
     text = Text("\n")
     for command, purpose in commands:
         text.append(f"  {purpose}\n", style="dim")
         text.append(f"    {command}\n")
-    text.no_wrap, text.overflow = True, "ignore"
     return text
 
 
