@@ -301,11 +301,15 @@ def _covariance(layer: KANLinear, x: Tensor, knots: Tensor) -> Tensor:
     finite = torch.isfinite(x)  # (points, in)
     x = torch.where(finite, x, knots[:, 0])
     basis = b_spline_basis(x, knots, layer.spline_order)  # (points, in, n)
-    functions = torch.cat([_activate(layer, x)[..., None], basis], dim=-1)
-    functions = functions * finite[..., None]
-    count = finite.sum(dim=0).clamp_min(1)[:, None]  # (in, 1)
-    centred = (functions - functions.sum(dim=0) / count) * finite[..., None]
-    return torch.einsum("pic,pid->icd", centred, centred) / count[..., None]
+    functions = torch.cat([_activate(layer, x)[..., None], basis], dim=-1).transpose(0, 1)
+    there = finite.T[..., None]  # (in, points, 1)
+    count = there.sum(dim=1, keepdim=True).clamp_min(1)  # (in, 1, 1)
+    if not bool(finite.all()):
+        functions = functions * there
+    centred = functions - functions.sum(dim=1, keepdim=True) / count
+    if not bool(finite.all()):
+        centred = centred * there
+    return centred.transpose(1, 2) @ centred / count
 
 
 def _activate(layer: KANLinear, x: Tensor) -> Tensor:

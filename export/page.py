@@ -133,7 +133,7 @@ def _outside(layers: Sequence[LayerData]) -> list[str]:
     return [
         f"{_percent(layer.distribution.outside_in_all)} of the values that reach "
         f"{layer.curves.name} with the samples lie outside of its grid, where splines fade and "
-        "only the base path is left; train with update_grid, or bring the inputs to the grid's range"
+        "only the base path is left; train with update_grid, or bring inputs to the grid's range"
         for layer in layers
         if layer.distribution is not None and layer.distribution.outside_in_all > _OUTSIDE
     ]
