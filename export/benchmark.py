@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def benchmark(runtimes: Mapping[str, Callable[[], Runner]], probes: Probes) -> B
         for rows in batches:
             taken = np.arange(rows) % len(few)
             inputs = [np.ascontiguousarray(array[taken]) for array in few.inputs]
-            speeds.append(_time(name, rows, lambda run=run, inputs=inputs: run(inputs)))
+            speeds.append(_time(name, rows, partial(run, inputs)))
     return Benchmark(_machine(), tuple(speeds))
 
 

@@ -20,7 +20,9 @@ LEFT, RIGHT, TOP, BOTTOM = 42.0, 314.0, 10.0, 124.0
 
 _FIRST = 46.0  # width of the place for what has no logarithm
 _GAP = 6.0
-_SUPERSCRIPTS = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+_SUPERSCRIPTS = str.maketrans(
+    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 _LOWEST = 1e-12  # error that is told apart from nothing
 
 
@@ -91,7 +93,10 @@ def draw_histogram(deviation: Deviation) -> Histogram:
     step = (RIGHT - start) / len(deviation.counts)
     places = [(LEFT, _FIRST - _GAP, "exact", deviation.exact)]
     for i, count in enumerate(deviation.counts):
-        ends = [_share_of_allowed(i / PARTS - DECADES), _share_of_allowed((i + 1) / PARTS - DECADES)]
+        ends = [
+            _share_of_allowed(i / PARTS - DECADES),
+            _share_of_allowed((i + 1) / PARTS - DECADES),
+        ]
         text = f"up to {ends[1]} of what is allowed" if i == 0 else f"{ends[0]} to {ends[1]}"
         places.append((start + i * step, step - 1, text, count))
     bars = [

@@ -34,7 +34,9 @@ Array = NDArray[np.float64]
 
 _BUDGET = 2**22  # numbers of one tensor: large layers go piece by piece
 _FEWEST_POINTS = 64  # on a grid, where there are no samples
-_POINTS = 72  # of a drawn curve, at least; each interval between two knots has as many as the others
+_POINTS = (
+    72  # of a drawn curve, at least; each interval between two knots has as many as the others
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Curve:
     @property
     def total(self) -> Array:
         """The edge's function, shape (points,)."""
-        return self.base + self.spline
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.base + self.spline
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class LayerCurves:
 
     def place(self, feature: int, output: int) -> int | None:
         """Find the edge from an input to an output; None if it is not here."""
+        if not 0 <= feature < self.in_features:
+            return None
         found = np.flatnonzero(self.edges == output * self.in_features + feature)
         return int(found[0]) if found.size else None
 
@@ -132,8 +137,10 @@ class LayerCurves:
         else:
             knots = torch.from_numpy(self.knots[row : row + 1])
             basis = b_spline_basis(torch.from_numpy(x)[:, None], knots, self.order)
-            spline = basis[:, 0].numpy() @ coefficients
-        return Curve(x, self.base_weight[place] * self.activation[row], spline)
+            with np.errstate(invalid="ignore"):  # weights may be infinite
+                spline = basis[:, 0].numpy() @ coefficients
+        with np.errstate(over="ignore", invalid="ignore"):
+            return Curve(x, self.base_weight[place] * self.activation[row], spline)
 
 
 def curve_points(knots: Array, steps: int) -> Array:
@@ -294,16 +301,22 @@ def _covariance(layer: KANLinear, x: Tensor, knots: Tensor) -> Tensor:
     finite = torch.isfinite(x)  # (points, in)
     x = torch.where(finite, x, knots[:, 0])
     basis = b_spline_basis(x, knots, layer.spline_order)  # (points, in, n)
-    functions = torch.cat([_activate(layer, x)[..., None], basis], dim=-1)
-    functions = functions * finite[..., None]
-    count = finite.sum(dim=0).clamp_min(1)[:, None]  # (in, 1)
-    centred = (functions - functions.sum(dim=0) / count) * finite[..., None]
-    return torch.einsum("pic,pid->icd", centred, centred) / count[..., None]
+    functions = torch.cat([_activate(layer, x)[..., None], basis], dim=-1).transpose(0, 1)
+    there = finite.T[..., None]  # (in, points, 1)
+    count = there.sum(dim=1, keepdim=True).clamp_min(1)  # (in, 1, 1)
+    if not bool(finite.all()):
+        functions = functions * there
+    centred = functions - functions.sum(dim=1, keepdim=True) / count
+    if not bool(finite.all()):
+        centred = centred * there
+    return centred.transpose(1, 2) @ centred / count
 
 
 def _activate(layer: KANLinear, x: Tensor) -> Tensor:
     """Apply the base activation in float64, or in float32 if it insists on it."""
+    y: Tensor
     try:
-        return copy.deepcopy(layer.base_activation).double()(x).double()
+        y = copy.deepcopy(layer.base_activation).double()(x)
     except RuntimeError:
-        return layer.base_activation(x.to(layer.base_weight.dtype).to(layer.grid.device)).double()
+        y = layer.base_activation(x.to(layer.base_weight.dtype).to(layer.grid.device))
+    return y.double()

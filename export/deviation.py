@@ -129,9 +129,7 @@ def _describe(
     )
 
 
-def _describe_worst(
-    measurement: Measurement, reference: Reference, network: Network
-) -> WorstProbe:
+def _describe_worst(measurement: Measurement, reference: Reference, network: Network) -> WorstProbe:
     worst = measurement.worst
     inputs = []
     for spec, array in zip(network.inputs.specs, reference.probes.inputs, strict=True):

@@ -101,9 +101,7 @@ def make_diagram(layers: Sequence[LayerCurves]) -> Diagram:
     chosen.reverse()
     height = _ROW * len(layers) + 2 * _MARGIN
     ys = [height - _MARGIN - _ROW * i for i in range(len(rows))]
-    xs = [
-        {node: WIDTH * (i + 0.5) / len(row) for i, node in enumerate(row)} for row in rows
-    ]
+    xs = [{node: WIDTH * (i + 0.5) / len(row) for i, node in enumerate(row)} for row in rows]
     ends = ["input", *["hidden"] * (len(rows) - 2), "output"]
     nodes = [
         Node(str(node), x, y, end)
@@ -190,9 +188,7 @@ def _fit(layer: LayerCurves, place: int, centre: tuple[float, float]) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         across = np.nan_to_num((x - x[0]) / (x[-1] - x[0]))
         up = np.nan_to_num((y - low) / (high - low)) if high > low else np.full_like(y, 0.5)
-    points = np.stack(
-        [centre[0] + (across - 0.5) * width, centre[1] - (up - 0.5) * height], axis=1
-    )
+    points = np.stack([centre[0] + (across - 0.5) * width, centre[1] - (up - 0.5) * height], axis=1)
     every = max(1, len(points) // 80)
     return points[::every] if layer.order else points
 
@@ -207,6 +203,7 @@ def _notes(
         if len(places) < all_edges:
             notes.append(
                 f"{layer.name}: {len(places)} of {all_edges:,} edges, "
-                f"{len(row)} of {widths[i]:,} inputs, {len(rows[i + 1])} of {widths[i + 1]:,} outputs"
+                f"{len(row)} of {widths[i]:,} inputs, "
+                f"{len(rows[i + 1])} of {widths[i + 1]:,} outputs"
             )
     return notes

@@ -19,9 +19,9 @@ from kan_model import KANLinear
 BINS = 24
 """Equal parts of a grid in which values are counted."""
 
-_MOST_ROWS = 2048
+_MOST_ROWS = 1024
 _BUDGET = 2**21  # numbers of the samples that are run, and of what is kept of one layer
-_BATCH = 16
+_BATCH = 64
 
 
 @dataclass(frozen=True)

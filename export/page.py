@@ -61,32 +61,36 @@ def render_page(exported: Exported) -> str:
     layers = _describe_layers(network)
     chain = network.kan is not None
     style, script = _asset("report.css"), "\n".join(_asset(name) for name in _SCRIPTS)
-    return _environment().from_string(_asset("report.html")).render(
-        exported=exported,
-        manifest=exported.manifest,
-        verdict=_verdict(exported.manifest),
-        attention=[*exported.warnings, *_outside(layers)],
-        charts=[
-            (d, draw_histogram(d), draw_scatter(d, from_grid=has_grid(network)))
-            for d in exported.deviations
-        ],
-        from_grid=has_grid(network),
-        plane={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
-        | {"top": TOP, "bottom": BOTTOM},
-        speeds=_table_of_speeds(exported.benchmark),
-        fastest=_fastest,
-        layers=layers,
-        leading=network.leading,
-        records={record.name: record for record in exported.manifest.layers},
-        diagrams=_diagrams(layers, chain=chain),
-        diagram_width=DIAGRAM_WIDTH,
-        box=BOX,
-        variants=[_describe_variant(m) for m in _in_order(exported)],
-        sampled=network.inputs.samples is not None,
-        data=embed(layers, chain=chain),
-        style=style,
-        script=script,
-        policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}",
+    return (
+        _environment()
+        .from_string(_asset("report.html"))
+        .render(
+            exported=exported,
+            manifest=exported.manifest,
+            verdict=_verdict(exported.manifest),
+            attention=[*exported.warnings, *_outside(layers)],
+            charts=[
+                (d, draw_histogram(d), draw_scatter(d, from_grid=has_grid(network)))
+                for d in exported.deviations
+            ],
+            from_grid=has_grid(network),
+            plane={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
+            | {"top": TOP, "bottom": BOTTOM},
+            speeds=_table_of_speeds(exported.benchmark),
+            fastest=_fastest,
+            layers=layers,
+            leading=network.leading,
+            records={record.name: record for record in exported.manifest.layers},
+            diagrams=_diagrams(layers, chain=chain),
+            diagram_width=DIAGRAM_WIDTH,
+            box=BOX,
+            variants=[_describe_variant(m) for m in _in_order(exported)],
+            sampled=network.inputs.samples is not None,
+            data=embed(layers, chain=chain),
+            style=style,
+            script=script,
+            policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}",
+        )
     )
 
 
@@ -127,9 +131,9 @@ def _diagrams(layers: Sequence[LayerData], *, chain: bool) -> list[tuple[str, Di
 
 def _outside(layers: Sequence[LayerData]) -> list[str]:
     return [
-        f"{_percent(layer.distribution.outside_in_all)} of the values that reach {layer.curves.name} "
-        "with the samples lie outside of its grid, where splines fade and only the base path is "
-        "left; train with update_grid, or bring the inputs to the grid's range"
+        f"{_percent(layer.distribution.outside_in_all)} of the values that reach "
+        f"{layer.curves.name} with the samples lie outside of its grid, where splines fade and "
+        "only the base path is left; train with update_grid, or bring inputs to the grid's range"
         for layer in layers
         if layer.distribution is not None and layer.distribution.outside_in_all > _OUTSIDE
     ]
@@ -182,8 +186,11 @@ def _in_order(exported: Exported) -> list[Manifest]:
 
 def _describe_variant(manifest: Manifest) -> dict[str, object]:
     """Tell what a version costs and how far it is off, as onnxruntime runs it without kan_ops."""
-    sizes = [manifest.files[name].size_bytes for name in (MODEL_FILE, WEIGHTS_FILE)
-             if name in manifest.files]
+    sizes = [
+        manifest.files[name].size_bytes
+        for name in (MODEL_FILE, WEIGHTS_FILE)
+        if name in manifest.files
+    ]
     record = next(r for r in manifest.parity if r.runtime == "onnxruntime cpu")
     return {"manifest": manifest, "size": sum(sizes), "record": record}
 
@@ -235,5 +242,3 @@ def _seconds(value: float | None) -> str:
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
     return f"{value * 1e6:.3g} \N{MICRO SIGN}s"
-
-

@@ -78,9 +78,7 @@ def plot(arguments: argparse.Namespace) -> Path:
         KanModelError: The checkpoint cannot be used.
         OSError: Something cannot be read or written.
     """
-    curves = read_curves(
-        arguments.model, activation=arguments.activation, prefix=arguments.prefix
-    )
+    curves = read_curves(arguments.model, activation=arguments.activation, prefix=arguments.prefix)
     figure = _draw(curves, arguments)
     import matplotlib
 
@@ -111,9 +109,7 @@ def _draw(curves: Curves, arguments: argparse.Namespace) -> "Figure":
     layer = layers[number]
     if arguments.input is not None and arguments.output is not None:
         return plot_edge(layer, arguments.input, arguments.output)
-    return plot_layer(
-        layer, feature=arguments.input, output=arguments.output, most=arguments.most
-    )
+    return plot_layer(layer, feature=arguments.input, output=arguments.output, most=arguments.most)
 
 
 def _picture(text: str) -> Path:

@@ -163,9 +163,7 @@ def plot_layer(
     all_edges = layer.in_features * layer.out_features
     figure.suptitle(f"{_name(layer)}: {len(places)} of {all_edges:,} edges", fontsize=10)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False
-    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     return figure
 
 
@@ -177,8 +175,8 @@ def plot_network(layers: Sequence[LayerCurves]) -> "Figure":
     """
     diagram = make_diagram(layers)
     scale = 9.0 / WIDTH
-    figure = _figure((9.0, diagram.height * scale))
-    axes = figure.add_axes((0, 0, 1, 1))
+    figure = _figure((9.0, diagram.height * scale), layout=None)
+    axes: Any = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, WIDTH)
     axes.set_ylim(diagram.height, 0)
     axes.set_axis_off()
@@ -207,7 +205,7 @@ def plot_network(layers: Sequence[LayerCurves]) -> "Figure":
     return figure
 
 
-def _figure(size: tuple[float, float]) -> "Figure":
+def _figure(size: tuple[float, float], layout: str | None = "constrained") -> "Figure":
     """Make a figure of its own, in inches, which no window and no global state know of.
 
     Raises:
@@ -219,7 +217,7 @@ def _figure(size: tuple[float, float]) -> "Figure":
         raise InputError(
             "plots need matplotlib; install it with: pip install 'kanserve[plot]'"
         ) from error
-    return Figure(figsize=size, layout="constrained")
+    return Figure(figsize=size, layout=layout)
 
 
 def _draw_edge(axes: Any, layer: LayerCurves, place: int) -> None:

@@ -22,8 +22,7 @@ def phi(
     """The base and the spline of one edge, by the oracle."""
     knots = layer.grid[feature].double().numpy()
     basis = [
-        basis_function(x, knots, c, layer.spline_order)
-        for c in range(layer.spline_weight.shape[2])
+        basis_function(x, knots, c, layer.spline_order) for c in range(layer.spline_weight.shape[2])
     ]
     spline = float(np.dot(layer.spline_weight[output, feature].detach().double().numpy(), basis))
     scaler = float(layer.spline_scaler[output, feature])

@@ -420,7 +420,8 @@ def test_text_from_models_is_never_taken_for_html_and_links_stay_here(shown: Sho
 
 def test_a_report_runs_its_script_and_reaches_nothing(browser: Browser) -> None:
     """Its own script draws; another's, in its place, finds no server, no page and no storage."""
-    content = b"""<!doctype html><title>report</title><style>p { color: rgb(1, 2, 3) }</style><p></p>
+    content = b"""<!doctype html><title>report</title><style>p { color: rgb(1, 2, 3) }</style>
+    <p></p>
     <img src="/status.svg"><script>
     const tried = {};
     const attempt = async (name, act) => {
