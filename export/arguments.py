@@ -21,28 +21,27 @@ OPSETS = (17, 20)
 
 EXAMPLES = """\
 examples:
-  python -m export model.pt                          models/model/1, SiLU assumed
-  python -m export model.pt --activation gelu        the activation it was trained with
-  python -m export runs/best.pt --name digits        models/digits, the next free version
-  python -m export last.ckpt --prefix ema.           one of several KANs in a file
+  python -m export model.pt                      models/model/1, SiLU assumed
+  python -m export model.pt --activation gelu    as it was trained
+  python -m export runs/best.pt --name digits    models/digits, the next version
+  python -m export last.ckpt --prefix ema.       one of several KANs in a file
   python -m export head.pt --model nets:build --input-shape 3,8,8
-                                                     a network with KAN layers inside
-look first:
-  python -m export inspect model.pt                  what is in the file
-  python -m export inspect model.pt --sparsity       which edges matter, what pruning costs
-then look closer:
-  python -m export plot model.pt -o kan.svg          its learned curves as a picture
-  python -m export model.pt --benchmark              with times in report.html
-smaller and faster, and no longer quite the same:
+                                                 a network with KAN layers inside
+look closer:
+  python -m export inspect model.pt              what is in the file
+  python -m export inspect model.pt --sparsity   which edges count, and cost
+  python -m export plot model.pt -o kan.svg      the learned curves
+  python -m export model.pt --benchmark          with times in report.html
+smaller or faster, and no longer quite the same:
   python -m export model.pt --precision int8 --samples x.npy
-                                                     a quarter of the size
+                                                 a quarter of the size
   python -m export model.pt --prune 0.01 --samples x.npy
-                                                     without the edges that matter least
+                                                 without edges that count little
 for programs and for others:
-  python -m export model.pt --json                   path and manifest, on stdout
-  python -m export model.pt --quiet --force          only warnings and errors
-  python -m export model.pt --inline                 standard operators alone
-  python -m export model.pt --sign-key key.pem       signed, for --require-signature
+  python -m export model.pt --json               path and manifest, on stdout
+  python -m export model.pt --quiet --force      only warnings and errors
+  python -m export model.pt --inline             standard operators alone
+  python -m export model.pt --sign-key key.pem   signed, for --require-signature
 """
 
 _EXPORT_ONLY = (

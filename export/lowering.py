@@ -212,7 +212,7 @@ def lowered(
     Raises:
         NetworkError: It fails on the samples that are to choose the scales of int8.
     """
-    samples = inputs_of_layers(network) if precision == "int8" else {}
+    samples = _inputs_of_layers(network) if precision == "int8" else {}
     with torch.no_grad():
         forms = {
             module: LoweredKANLinear(
@@ -224,7 +224,7 @@ def lowered(
         yield network.call
 
 
-def inputs_of_layers(network: Network) -> Mapping[str, Tensor]:
+def _inputs_of_layers(network: Network) -> Mapping[str, Tensor]:
     """Run some samples, and take finite rows that reach each KANLinear, shape (rows, in).
 
     There are none without samples, or if none is finite.

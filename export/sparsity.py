@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.curves import importance
+from export.distribution import reaching
 from export.eager import LARGEST_BATCH, evaluate, in_double
 from export.errors import InputError, NetworkError, cause, refused_samples
-from export.lowering import inputs_of_layers
 from export.narrowing import NarrowKAN, can_be_narrowed, edges_of, find_nodes
 from export.network import Arrays, Network, describe_network
 from export.probes import ORDINARY, make_probes
@@ -123,7 +123,11 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
             "--prune, --sparsity: they are about the edges of KANLinear layers, and the network "
             "has none; leave them out"
         )
-    reached = inputs_of_layers(network)
+    try:  # the rows that report.html tells of
+        samples = network.inputs.samples
+        reached = {} if samples is None else reaching(network, samples)
+    except Exception as error:  # the network's own code may fail in any way
+        raise refused_samples(error) from error
     shares = {
         name: _share(importance(layer, reached.get(name))) for name, layer in network.layers.items()
     }

@@ -5,6 +5,7 @@ This module knows no single setting: settings.py has them.
 
 import os
 import tomllib
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -111,13 +112,13 @@ def completion(kind: type[BaseSettings], program: str, shell: str) -> str:
         raise WrongSetting("--print-completion: shtab writes it: pip install shtab") from error
     if shell not in SHELLS:
         raise WrongSetting(f"--print-completion: expected {', '.join(SHELLS)}, found {shell!r}")
-    parser = CliSettingsSource(kind, cli_prog_name=program).root_parser
+    parser: ArgumentParser = CliSettingsSource(kind, cli_prog_name=program).root_parser
     for action in parser._actions:
-        kind = str(action.metavar)
-        if "Path" in kind:
-            action.complete = shtab.FILE
-        elif kind.startswith("{"):  # what the library shows of a Literal
-            action.choices = kind.strip("{}").split(",")
+        shown = str(action.metavar)
+        if "Path" in shown:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif shown.startswith("{"):  # a Literal
+            action.choices = shown.strip("{}").split(",")
     return shtab.complete(parser, shell)
 
 

@@ -214,7 +214,7 @@ def test_samples_from_the_whole_file_choose_the_scales() -> None:
     kan = KAN([2, 1])
     samples = np.linspace(-1, 1, 4000, dtype=np.float32).reshape(2000, 2)
     network = describe_network(kan, read_inputs(None, samples))
-    reached = lowering.inputs_of_layers(network)["layers.0"]
+    reached = lowering._inputs_of_layers(network)["layers.0"]
     assert float(reached.min()) == -1
     assert float(reached.max()) == 1
     assert len(reached) <= 512
