@@ -217,39 +217,50 @@ def test_certificates_are_renewed_under_load(
     assert tally.failed == {}, running.messages
 
 
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+CLOCK = """
+import os, pathlib, time
+
+file, now = pathlib.Path(os.environ["CLOCK_OFFSET_FILE"]), time.time
+time.time = lambda: now() + float(file.read_text())
+"""
 
 
-@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed (Debian's `faketime`)")
 @pytest.mark.parametrize("way", every_way())
 def test_clocks_that_jump_change_no_deadline_and_no_drain(
     way: Way, repository: Path, questions: list[Question], record: Record, tmp_path: Path
 ) -> None:
-    """The servers' wall clocks jump by days, on and back; their monotonic clocks do not."""
+    """The wall clock that the servers' Python sees jumps by days; the monotonic one does not.
+
+    libfaketime would move that of C, too, and has every sleep fail (0.9.10, Python 3.11).
+    """
     offset = tmp_path / "offset"
-    offset.write_text("+0")
-    environment = {
-        "LD_PRELOAD": str(FAKETIME),
-        "FAKETIME_TIMESTAMP_FILE": str(offset),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "DONT_FAKE_MONOTONIC": "1",  # its name until 0.9.9
-    }
-    with under_load(way, tmp_path, [repository] * 3, questions, environment=environment) as (
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+
+    def jump(days: float) -> None:
+        aside = tmp_path / "aside"
+        aside.write_text(str(86_400 * days))
+        aside.replace(offset)
+
+    jump(0)
+    environment = {"PYTHONPATH": str(tmp_path), "CLOCK_OFFSET_FILE": str(offset)}
+    repositories = [repository] * 3
+    with under_load(way, tmp_path, repositories, questions, environment=environment) as (
         servers,
         running,
     ):
-        for jump in ("+2d", "-2d", "+0"):
+        before = running.count()
+        for days in (2, -2, 0):
             running.fault()
-            offset.write_text(jump)
+            jump(days)
             running.go_on(WELL_S)
+        assert running.count() > before
         running.fault()
         servers[0].send(signal.SIGTERM)
-        offset.write_text("-2d")
+        jump(-2)
         started = time.monotonic()
         assert servers[0].process is not None
         assert servers[0].process.wait(WAIT_S) == 0
-        assert time.monotonic() - started < DRAIN_S + 5
+        assert time.monotonic() - started < DRAIN_S + 10  # the grace would be over by then
     tally = record("clocks jump by two days", way.name, running)
     assert tally.failed == {}, running.messages
 
