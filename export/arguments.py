@@ -26,7 +26,7 @@ examples:
   python -m export runs/best.pt --name digits    models/digits, the next version
   python -m export last.ckpt --prefix ema.       one of several KANs in a file
   python -m export head.pt --model nets:build --input-shape 3,8,8
-                                                 a network with KAN layers inside
+                                                 your own, with KAN layers in it
 look closer:
   python -m export inspect model.pt              what is in the file
   python -m export inspect model.pt --sparsity   which edges count, and cost
