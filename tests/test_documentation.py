@@ -290,19 +290,3 @@ def test_links_lead_to_files_that_are_there() -> None:
     for page in (*PAGES, *beside):
         for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)]*)?\)", page.read_text()):
             assert ":" in link or (page.parent / link).exists(), f"{page.name}: {link}"
-
-
-def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path],
-        cwd=ROOT,
-        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    for page in PAGES[1:]:
-        name = page.relative_to(ROOT / "docs").with_suffix(".html")
-        assert (tmp_path / name).exists()
