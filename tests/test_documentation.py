@@ -89,7 +89,7 @@ class Reader:
     def _run_bash(self, place: str, text: str) -> None:
         environment = os.environ | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",  # there are as many tests as processors
+            "OMP_NUM_THREADS": "1",  # the same for what it starts
             "HERE": str(self.folder.parent),
             "KANSERVE_GRPC_PORT": str(self.ports["8001"]),
             "KANSERVE_METRICS_PORT": str(self.ports["8002"]),
@@ -162,8 +162,11 @@ def reader(
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     known = set(sys.modules)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # there are as many tests as processors
     with free_ports() as ports:
         yield Reader(folder, ports)
+    torch.set_num_threads(threads)
     if (tmp_path / "server.pid").exists():
         os.kill(int((tmp_path / "server.pid").read_text()), 9)
     for name in set(sys.modules) - known:
