@@ -63,7 +63,8 @@ class Reader:
     folder: Path
     ports: dict[str, int]
 
-    def with_ports(self, text: str) -> str:
+    def with_addresses(self, text: str) -> str:
+        text = text.replace("HOST:", "127.0.0.1:")
         for port, free in self.ports.items():
             text = re.sub(rf"\b{port}\b", str(free), text)
         return text
@@ -97,7 +98,7 @@ class Reader:
         output = self.folder.parent / "output"
         with output.open("w") as file:  # not a pipe, which a server would keep open
             done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", SHELL + self.with_ports(text)],
+                ["bash", "-euo", "pipefail", "-c", SHELL + self.with_addresses(text)],
                 cwd=self.folder,
                 env=environment,
                 stdout=file,
@@ -108,7 +109,7 @@ class Reader:
         assert done.returncode == 0, f"{place}\n{text}\n{output.read_text()}"
 
     def run_python(self, block: Block, names: dict[str, Any]) -> None:
-        text = self.with_ports(block.text)
+        text = self.with_addresses(block.text)
         if "tritonclient" in text:  # its versions clash with ours
             assert TRITONCLIENT.exists(), "run `make test`, which makes the environment"
             subprocess.run([TRITONCLIENT, "-c", text], check=True, timeout=TIMEOUT_S)
