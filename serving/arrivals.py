@@ -19,6 +19,8 @@ import structlog
 from grpc import _server
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
+from serving.deadline import Deadline
+
 _log = structlog.get_logger()
 
 
@@ -64,12 +66,13 @@ class Arrival:
         context: What grpcio gives to handlers.
     """
 
-    __slots__ = ("_on_end", "_present", "_rpc_event", "_state", "context")
+    __slots__ = ("_deadline", "_on_end", "_present", "_rpc_event", "_state", "context")
 
     def __init__(
         self, rpc_event: Any, state: Any, request_deserializer: Any, present: "set[Arrival]"
     ) -> None:
         self.context = _server._Context(rpc_event, state, request_deserializer)
+        self._deadline = Deadline(self.context)
         self._rpc_event = rpc_event
         self._state = state
         self._on_end: Callable[[Arrival], Any] | None = None
@@ -85,7 +88,7 @@ class Arrival:
 
     def time_remaining(self) -> float | None:
         """Tell for how many seconds the answer is wanted."""
-        return self.context.time_remaining()
+        return self._deadline.remaining()
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         """Have something called when the call has ended; tell whether it has not yet."""

@@ -1,4 +1,7 @@
-"""grpc.health.v1: whether the server can be sent requests.
+"""grpc.health.v1: whether the server can be sent requests, and whether it lives.
+
+The two are asked for under different names. Who restarts a server asks for `live`, which is SERVING
+as long as the process answers: one that drains, or has no model, must not be killed for that.
 
 The servicer of grpcio-health-checking is not used, for two reasons seen in 1.81: it keeps every
 service name it was ever asked to watch, so a client can fill the memory, and it cannot end its
@@ -17,6 +20,8 @@ from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc as pb_grpc
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
+LIVE = "live"
+"""The name by which liveness is asked for."""
 
 _THREADS = 2
 _MOST_WATCHERS = 1024
@@ -29,26 +34,29 @@ class _Watcher:
     """Who wants to be told of every change.
 
     Args:
+        service: What it watches.
         send: Returns when the client's buffers have taken the message, which may be never.
     """
 
+    service: str
     send: Send
     told: Any = None
     sending: threading.Lock = field(default_factory=threading.Lock)
 
 
 class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
-    """The same status for every service it knows. Safe to call from several threads.
+    """The same status for every service, and another for `LIVE`. Safe to call from several threads.
 
     At first it is not ready. Nothing here waits for a client: a watcher that does not read, or goes
     away while it is told, holds up neither the server nor the other watchers.
 
     Args:
-        services: Names that may be asked for; the empty one stands for the whole server.
+        services: Names that may be asked for, beside `LIVE`; the empty one stands for the whole
+            server.
     """
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._services = frozenset(services)
+        self._services = frozenset({*services, LIVE})
         self._lock = threading.Lock()  # never held while something is sent
         self._status = _status(False)
         self._watchers: set[_Watcher] = set()
@@ -92,7 +100,7 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
     ) -> pb.HealthCheckResponse:
         if request.service not in self._services:
             context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
-        return self._status
+        return self._status_of(request.service)
 
     def _watch(
         self, request: pb.HealthCheckRequest, context: grpc.ServicerContext, send: Send
@@ -101,7 +109,7 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
             send(pb.HealthCheckResponse(status=pb.HealthCheckResponse.SERVICE_UNKNOWN))
             send(None)
             return
-        watcher = _Watcher(send)
+        watcher = _Watcher(request.service, send)
 
         def forget() -> None:  # called in gRPC's own thread, which nothing may hold up
             with self._lock:
@@ -118,12 +126,17 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
     def _tell(self, watcher: _Watcher) -> None:
         """Send a watcher what is so now, if it has not been told."""
         # Whoever is sending already looks again when that is done.
-        while watcher.told != self._status and watcher.sending.acquire(blocking=False):
+        while watcher.told != self._status_of(watcher.service) and watcher.sending.acquire(
+            blocking=False
+        ):
             try:
-                watcher.told = self._status
+                watcher.told = self._status_of(watcher.service)
                 watcher.send(watcher.told)
             finally:
                 watcher.sending.release()
+
+    def _status_of(self, service: str) -> Any:
+        return _status(True) if service == LIVE else self._status
 
 
 def _status(ready: bool) -> Any:

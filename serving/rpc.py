@@ -20,6 +20,7 @@ from protos import inference_pb2 as pb
 from serving import arrivals
 from serving.access import NOT_ALLOWED, UNKNOWN_CALLER, Access, Group
 from serving.arrivals import Arrival, Arrivals, Refusals
+from serving.deadline import Deadline
 from serving.errors import Forbidden, NotOffered, Overloaded, Unauthenticated, VisibleError
 from serving.failures import Failure, failure_of
 from serving.pools import Behavior, CountingPool, Inline
@@ -207,11 +208,12 @@ class RpcHandlers(grpc.GenericRpcHandler):
     def _infer(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
         """Answer a request in a thread of its own."""
         record = self._telemetry.begin("ModelInfer", context)
+        call = _Threaded(context, Deadline(context))
         request = None
         try:
             self._admit("ModelInfer", context)
             request = pb.ModelInferRequest.FromString(raw)
-            return _written(self._service.infer(request, context), record)
+            return _written(self._service.infer(request, call), record)
         except Exception as error:
             failure = failure_of("ModelInfer", request, error)
             record.failed(failure, request)
@@ -233,7 +235,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
             )
             failure.end(context)
         strict = _STRICT in {(key, value) for key, value in context.invocation_metadata()}
-        stream = _Stream(context, send)
+        stream = _Stream(context, send, Deadline(context))
         with self._lock:
             self._open.add(stream)
         try:
@@ -332,12 +334,27 @@ def _written(answer: Answer, record: Record, *, in_stream: bool = False) -> byte
     return content
 
 
+@dataclass(frozen=True)
+class _Threaded:
+    """The `Call` of a request that has a thread of its own."""
+
+    context: grpc.ServicerContext
+    deadline: Deadline
+
+    def time_remaining(self) -> float | None:
+        return self.deadline.remaining()
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        return self.context.add_callback(callback)
+
+
 @dataclass(eq=False)
 class _Stream:
     """A stream that is open, and the `Call` of each of its requests in turn."""
 
     context: grpc.ServicerContext
     send: Callable[[bytes | None], None]
+    deadline: Deadline
     busy: threading.Lock = field(default_factory=threading.Lock)
     ended: bool = False
     given_up: Callable[[], None] | None = None
@@ -347,7 +364,7 @@ class _Stream:
         self.context.add_callback(lambda: self.given_up and self.given_up())
 
     def time_remaining(self) -> float | None:
-        return self.context.time_remaining()
+        return self.deadline.remaining()
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         self.given_up = callback  # before it is known that the call goes on: one of both tells

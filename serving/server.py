@@ -17,7 +17,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from kan_bundle.errors import IntegrityError
 from kan_bundle.layout import BundleFolder, find_bundles
@@ -163,6 +163,7 @@ def running(
         registry = CollectorRegistry()
         registry.register(metrics.ModelCollector(repository, lambda: readiness.ready))
         registry.register(counters)
+        ProcessCollector(registry=registry)  # memory, CPU time, open files
         dispatcher = cleanup.enter_context(Dispatcher(_slots(settings)))
         service = InferenceService(
             repository,

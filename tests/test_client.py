@@ -9,10 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client import (
     AsyncKanClient,
@@ -336,6 +338,23 @@ def test_nothing_fails_while_one_of_two_servers_ends(repository: Path) -> None:
             assert_close(client.infer(UNIFORM.name, UNIFORM.x), UNIFORM.y64)
             calls += 1
         assert first.popen.returncode == 0
+
+
+def test_what_a_server_cancels_in_the_moment_of_its_end_is_asked_again() -> None:
+    class Ending(Bare):
+        def ModelInfer(
+            self, request: pb.ModelInferRequest, context: grpc.ServicerContext
+        ) -> pb.ModelInferResponse:
+            if not self.requests:
+                self.requests.append(request)
+                context.abort(grpc.StatusCode.CANCELLED, "")
+            return super().ModelInfer(request, context)
+
+    servicer = Ending()
+    with answering(servicer) as port, KanClient(f"127.0.0.1:{port}", timeout_s=WAIT_S) as client:
+        found = client.infer("pair", {"a": A, "n": N}, output="twice")
+    np.testing.assert_array_equal(found, 2 * A)
+    assert len(servicer.requests) == 2
 
 
 def test_what_a_killed_server_leaves_unanswered_is_asked_of_the_other(repository: Path) -> None:

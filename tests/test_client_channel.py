@@ -63,7 +63,7 @@ def test_every_channel_has_the_configuration_that_readme_shows() -> None:
     assert config["healthCheckConfig"] == {"serviceName": ""}
     (method,) = config["methodConfig"]
     assert method["name"] == [{"service": "inference.GRPCInferenceService"}]
-    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert method["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
     assert "timeout" not in method  # it would cap what a call asks for
 
 

@@ -43,12 +43,13 @@ TIMEOUT_S = 300
 
 # What a page finds where its reader is: a model that was exported, a server of it.
 EXPORTED = ("docs/operator.md", "docs/settings.md", "docs/security.md", "docs/migration/triton.md")
-SERVED = ("docs/client.md",)
+SERVED = ("docs/client.md", "docs/operating.md")
 
 NOT_RUN = {
     "installs packages": 4,
-    "takes minutes": 1,
+    "takes minutes": 2,
     "needs another project": 1,
+    "needs Kubernetes": 3,
     "needs MLServer": 1,
     "needs TorchServe": 1,
     "needs Triton": 1,

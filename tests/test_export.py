@@ -102,15 +102,18 @@ def test_adapted_grids_are_told_from_uniform_ones(repository: Path) -> None:
 def test_config_pbtxt_is_tritons_text_format(repository: Path, golden: Golden) -> None:
     text = (repository / golden.name / "config.pbtxt").read_text()
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    assert config.name == golden.name
+    manifest = read_manifest(bundle(repository, golden))
+    assert config.name == manifest.name
     assert config.platform == "onnxruntime_onnx"
+    assert config.default_model_filename in manifest.files
     assert config.max_batch_size > 1
-    assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [
-        ("input", model_config_pb2.TYPE_FP32, [golden.widths[0]])
-    ]
-    assert [(t.name, t.data_type, list(t.dims)) for t in config.output] == [
-        ("output", model_config_pb2.TYPE_FP32, [golden.widths[-1]])
-    ]
+    for kind in ("input", "output"):
+        ours = [(t.name, f"TYPE_{t.datatype}", t.shape) for t in getattr(manifest, f"{kind}s")]
+        found = [
+            (t.name, model_config_pb2.DataType.Name(t.data_type), (-1, *t.dims))
+            for t in getattr(config, kind)
+        ]
+        assert found == ours
     assert config.HasField("dynamic_batching")
 
 
@@ -147,6 +150,24 @@ def test_a_stdout_that_cannot_be_written_is_told(tmp_path: Path, where: str) -> 
     assert "the work is done, but stdout cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("largest", [8_000, 16_000], ids=["model.onnx", "model.ts"])
+def test_a_file_that_there_is_no_room_for_ends_the_export_and_nothing_is_left(
+    tmp_path: Path, largest: int
+) -> None:
+    """With a limit for the size of files, which torch meets as it does a full disk."""
+    limited = "import resource, sys; from export.__main__ import main;"
+    limited += (
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, {largest})); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", limited, str(UNIFORM), "--output", str(tmp_path / "models")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert "File too large; make room, or choose another --output" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:

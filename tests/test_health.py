@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from grpc_health.v1 import health_pb2 as pb
 
-from serving.health import HealthService
+from serving.health import LIVE, HealthService
 
 WAIT_S = 30.0  # for what happens at once unless something is wrong
 SERVING, NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
@@ -19,13 +19,16 @@ class Watch:
     Args:
         health: Whose status.
         on_send: Called in the middle of sending.
+        service: What is watched.
     """
 
-    def __init__(self, health: HealthService, on_send: Callable[["Watch"], object]) -> None:
+    def __init__(
+        self, health: HealthService, on_send: Callable[["Watch"], object], service: str = ""
+    ) -> None:
         self._on_send = on_send
         self._seen: list[Any] = []
         self._changed = threading.Condition()
-        health.Watch(pb.HealthCheckRequest(), cast(Any, self), self._send)
+        health.Watch(pb.HealthCheckRequest(service=service), cast(Any, self), self._send)
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         self.go_away = callback
@@ -93,3 +96,16 @@ def test_the_end_is_told_to_all_watchers(health: HealthService) -> None:
     health.close()
     for watch in watches:
         watch.await_seen(NOT_SERVING, None)
+
+
+def test_a_live_process_stays_so_while_readiness_comes_and_goes(health: HealthService) -> None:
+    ready, live = (Watch(health, lambda _: None, name) for name in ("", LIVE))
+    seen = [NOT_SERVING]
+    for is_ready in (True, False):
+        ready.await_seen(*seen)
+        health.set(is_ready)
+        seen.append(SERVING if is_ready else NOT_SERVING)
+    ready.await_seen(*seen)
+    live.await_seen(SERVING)
+    health.close()
+    live.await_seen(SERVING, None)

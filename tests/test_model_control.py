@@ -174,8 +174,11 @@ def test_a_model_to_load_that_is_not_there_stops_the_start(root: Path) -> None:
 def test_a_folder_that_is_polled_is_served_as_it_changes(root: Path, bundles: Bundles) -> None:
     with served(root, model_control="poll", poll_s=0.01) as (server, stub):
         with grpc.insecure_channel(server.address) as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            health = health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest())
             assert next(watch).status == HEALTH.NOT_SERVING
+            live = health.Check(health_pb2.HealthCheckRequest(service="live"))
+            assert live.status == HEALTH.SERVING  # nobody need restart a server that waits
             bundles.publish(root, 1)
             assert next(watch).status == HEALTH.SERVING
             bundles.publish(root, 2)

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import yaml
 
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.conftest import ROOT, STATE_DICTS
@@ -119,6 +120,22 @@ def test_metrics_are_named_as_prometheus_likes(prometheus: Prometheus, repositor
         text = response.read()
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
     assert (done.returncode, done.stderr.decode()) == (0, "")
+
+
+def test_the_autoscalers_metric_is_how_many_requests_are_in_a_server(
+    prometheus: Prometheus,
+) -> None:
+    """The client asks for one after the other, so there is never more than one."""
+    values = yaml.safe_load((ROOT / "deploy/kubernetes/prometheus-adapter.yaml").read_text())
+    (rule,) = values["rules"]["custom"]
+    query = rule["metricsQuery"]
+    for place, filled in (
+        ("Series", rule["seriesQuery"].partition("{")[0]),
+        ("LabelMatchers", ""),
+        ("GroupBy", "instance"),
+    ):
+        query = query.replace(f"<<.{place}>>", filled)
+    await_true(lambda: 0 < prometheus.value(query) < 1)
 
 
 def queries() -> list[str]:

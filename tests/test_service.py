@@ -315,7 +315,7 @@ def test_bad_requests_never_disturb_their_neighbours(stub: GRPCInferenceServiceS
         list(pool.map(one, rng.permutation(200)))
 
 
-@pytest.mark.parametrize("service", ["", SERVICE])
+@pytest.mark.parametrize("service", ["", SERVICE, "live"])
 def test_health_is_serving(server: Server, service: str) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)

@@ -62,11 +62,13 @@ def test_it_starts_serves_drains_and_stops(repository: Path, tmp_path: Path) -> 
 def test_draining_turns_readiness_off_while_requests_are_still_answered(repository: Path) -> None:
     with serving("--model-repository", repository, "--drain-s", "600") as process:
         with grpc.insecure_channel(process.address) as channel:
-            stub = GRPCInferenceServiceStub(channel)
-            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            stub, health = GRPCInferenceServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest())
             assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
             process.popen.send_signal(signal.SIGTERM)
             assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            live = health.Check(health_pb2.HealthCheckRequest(service="live"))
+            assert live.status == health_pb2.HealthCheckResponse.SERVING
             assert not stub.ServerReady(pb.ServerReadyRequest()).ready
             assert stub.ServerLive(pb.ServerLiveRequest()).live
             assert raw_output(stub.ModelInfer(raw_request(UNIFORM.x))).shape == UNIFORM.y64.shape

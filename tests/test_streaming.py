@@ -4,6 +4,7 @@ import gc
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,3 +197,20 @@ def test_the_end_of_the_server_ends_streams_after_what_they_work_on(
         assert not stopping.is_alive()
         for requests in (idle, busy):
             requests.close()
+
+
+def test_a_clock_that_is_set_forward_ends_no_stream(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(repository) as (_, stub):
+        requests = Requests()
+        stream = stub.ModelStreamInfer(iter(requests), timeout=WAIT_S)
+        requests.send(raw_request(UNIFORM.x))
+        assert not next(stream).error_message
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 86_400)
+        requests.send(raw_request(UNIFORM.x))
+        answer = next(stream)
+        assert not answer.error_message
+        np.testing.assert_allclose(raw_output(answer.infer_response), UNIFORM.y64, **CLOSE)
+        requests.close()

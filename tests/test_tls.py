@@ -1,6 +1,7 @@
 """TLS as clients see it: whom the server lets in, and certificates that change."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ def test_health_has_a_port_of_its_own_without_tls(repository: Path, authority: A
         next(changes)
         server.drain()
         assert next(changes).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        server.stop(0, threading.Event())  # on this port the process answers to its end
+        live = stub.Check(health_pb2.HealthCheckRequest(service="live"), timeout=WAIT_S)
+        assert live.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_workers_share_certificates_and_the_port_for_health(

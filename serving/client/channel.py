@@ -1,8 +1,8 @@
 """The way to the servers: addresses, and what gRPC does by itself on it.
 
 Requests are spread over every address and sent to those that say they are ready; what one of them
-leaves unanswered (UNAVAILABLE) is asked of another; calls wait for a server that is not up yet, as
-long as they may. gRPC does all of it, as `service_config` says. Nothing here connects.
+leaves unanswered (UNAVAILABLE, CANCELLED) is asked of another; calls wait for a server that is not
+up yet, as long as they may. gRPC does all of it, as `service_config` says. Nothing here connects.
 """
 
 import ipaddress
@@ -29,7 +29,9 @@ _RETRIES = {
     "initialBackoff": "0.02s",
     "maxBackoff": "0.5s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    # CANCELLED, too: gRPC's server ends a call with it that comes in the moment in which it stops,
+    # which a balancer without health checks passes on. A call that is cancelled here is over.
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
 _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_send_message_length", -1),
