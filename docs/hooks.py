@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 _LOG = logging.getLogger("mkdocs.hooks")
+_BESIDE = "repository/"  # where they are in the site: SECURITY.md is not security.md
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 _IMAGE = re.compile(r"(!\[[^\]]*\])\(([^)\s]+)\)")
 
@@ -31,20 +32,21 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the files beside docs/ that are part of the site."""
     root = Path(config.config_file_path).parent
     for name in config.extra["beside"]:
-        files.append(File.generated(config, name, abs_src_path=str(root / name)))
+        path = str(root / name)
+        files.append(File.generated(config, f"{_BESIDE}{name}", abs_src_path=path))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Rewrite links that leave docs/."""
     root = Path(config.config_file_path).parent
     source = page.file.src_uri
-    beside = source in config.extra["beside"]
-    here = posixpath.dirname(source if beside else f"docs/{source}")
+    beside = source.startswith(_BESIDE)
+    here = posixpath.dirname(source.removeprefix(_BESIDE) if beside else f"docs/{source}")
 
     def target(link: str) -> tuple[str, str | None]:
         """Find where a link leads in the repository, and what it is from this page of the site."""
         path = posixpath.normpath(posixpath.join(here, link))
-        name = path.removeprefix("docs/")
+        name = path.removeprefix("docs/") if path.startswith("docs/") else _BESIDE + path
         if files.get_file_from_path(name) is None:
             return path, None
         return path, posixpath.relpath(name, posixpath.dirname(source) or ".")

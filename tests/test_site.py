@@ -76,7 +76,7 @@ def pages(site: Path) -> list[str]:
 
 def test_every_page_is_there(site: Path) -> None:
     expected = {str(p.relative_to(ROOT / "docs").with_suffix(".html")) for p in PAGES[1:]}
-    assert expected | {f"{name}.html" for name in BESIDE} <= set(pages(site))
+    assert expected | {f"repository/{name}.html" for name in BESIDE} <= set(pages(site))
 
 
 def test_every_public_name_has_its_reference(site: Path) -> None:
