@@ -15,7 +15,7 @@ OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
 OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules .venv-envoy
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo benchmark benchmark-serving test optional-clients test-full-size test-chaos fuzz fuzz-wire lint format protos clean
+.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos fuzz fuzz-wire lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -32,6 +32,10 @@ benchmark: $(VENV)/benchmarks
 # minute and no others.
 benchmark-serving: $(VENV)/benchmarks $(if $(findstring --quick,$(BENCHMARK)),,$(RIVALS:%=%/installed))
 	$(BIN)/python -m benchmarks.serving --output build/benchmark $(BENCHMARK)
+
+# The site, into build/docs. A link that leads nowhere is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 test: lint $(OTHER_VENVS:%=%/installed) optional-clients
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
@@ -81,7 +85,7 @@ protos: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt kan_ops/CMakeLists.txt $(CPP)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,signing,otel,examples,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,signing,otel,examples,docs,dev]'
 	@$(BIN)/python -m kan_ops || true
 	touch $@
 

@@ -1,6 +1,6 @@
 """`python -m tests.fuzzing`: good and malformed requests, mixed, at a server of their own.
 
-Each must end with a status that the README names for it, and each good one with the right answer;
+Each must end with a status that docs/wire.md names for it, and each good one with the right answer;
 after all of them the server is the same process and has grown by less than 20 MB since it was warm.
 `make fuzz-wire` sends a million, `make test` some thousands.
 """

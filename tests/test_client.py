@@ -42,7 +42,7 @@ ROWS = np.random.default_rng(0).uniform(-1, 1, (2500, 4)).astype(np.float32)
 
 
 def assert_close(found: NDArray[Any], y64: NDArray[np.float64]) -> None:
-    """README's tolerance of a float32 model."""
+    """The tolerance of a float32 model."""
     assert found.shape == y64.shape
     assert (np.abs(found - y64) <= 1e-5 * np.maximum(1, np.abs(y64))).all()
 

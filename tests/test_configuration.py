@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.settings import Settings
-from tests.conftest import ROOT, run_module
+from tests.conftest import run_module
 
 FILE = """
 model_repository = "models"
@@ -124,12 +123,3 @@ def test_a_wrong_value_is_told_with_where_it_was_given(
 ) -> None:
     done = run_module("serving", "--model-repository", ".", *arguments, environment=environment)
     assert f"--grpc-port (KANSERVE_GRPC_PORT), {place}: " in done.stderr
-
-
-def test_the_readme_has_every_setting() -> None:
-    text = (ROOT / "README.md").read_text()
-    for name in Settings.model_fields:
-        flag = f"--{name.replace('_', '-')}"
-        assert f"`{flag}" in text, flag
-        if name != "print_config":
-            assert f"`KANSERVE_{name.upper()}`" in text, name

@@ -1,0 +1,145 @@
+"""The documentation as a site: built without a warning, and read without a network."""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, expect, sync_playwright
+
+from tests.conftest import ROOT
+from tests.pages import PAGES
+
+BUILD_S = 300
+FLAGS = ["--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+BESIDE = ("SECURITY", "CHANGELOG", "CONTRIBUTING")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` does; every link and every anchor leads somewhere."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=BUILD_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        # Chromium's own sandbox is not to be had as root; the pages are ours.
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=FLAGS, chromium_sandbox=False
+        )
+        yield browser
+        browser.close()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and tells nobody."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    """The site behind a web server."""
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def pages(site: Path) -> list[str]:
+    return sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
+
+
+def test_every_page_is_there(site: Path) -> None:
+    expected = {str(p.relative_to(ROOT / "docs").with_suffix(".html")) for p in PAGES[1:]}
+    assert expected | {f"repository/{name}.html" for name in BESIDE} <= set(pages(site))
+
+
+def test_every_public_name_has_its_reference(site: Path) -> None:
+    for module, page in (
+        ("kan_model", "kan_model"),
+        ("export", "export"),
+        ("serving.client", "client"),
+    ):
+        text = (site / "reference" / f"{page}.html").read_text()
+        names = __import__(module, fromlist=["__all__"]).__all__
+        assert names
+        missing = [name for name in names if not re.search(rf'id="[\w.]+\.{name}"', text)]
+        assert missing == []
+
+
+def test_no_page_asks_anybody_else(site: Path, address: str, browser: Browser) -> None:
+    asked: list[str] = []
+    page = browser.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda said: asked.append(f"console: {said.text}"))
+    for name in pages(site):
+        page.goto(f"{address}/{name}", wait_until="load")
+    page.close()
+    assert len(asked) > len(pages(site))
+    others = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+    assert others == []
+
+
+def test_pages_are_read_from_a_folder_too(site: Path, browser: Browser) -> None:
+    asked: list[str] = []
+    page = browser.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    page.get_by_role("link", name="tutorial", exact=True).click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Tutorial")
+    page.close()
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def test_formulas_are_drawn(address: str, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(f"{address}/mathematics.html")
+    formulas = page.locator("math")
+    expect(formulas.first).to_be_visible()
+    assert formulas.count() > 8
+    assert all(f.bounding_box()["height"] > 15 for f in formulas.all())  # type: ignore[index]
+    page.close()
+
+
+def test_a_word_is_found(address: str, browser: Browser) -> None:
+    page = browser.new_page()
+    page.goto(f"{address}/index.html")
+    page.locator("input[name=query]").click()
+    page.keyboard.type("Schoenberg")
+    found = page.locator(".md-search-result__link").first
+    expect(found).to_have_attribute("href", re.compile("mathematics"), timeout=30_000)
+    page.close()
+
+
+def test_no_page_is_wider_than_a_phone(address: str, site: Path, browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    for name in pages(site):
+        page.goto(f"{address}/{name}", wait_until="load")
+        wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert wide <= 0, name
+    page.close()
