@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 _EXAMPLES = """\
 examples:
@@ -69,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=["bash", "zsh", "fish"],
+        help="print a script that completes kan-client, for that shell to read",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     way = _way()
     infer = commands.add_parser("infer", parents=[way], help="have the rows of a file answered")
@@ -108,6 +115,25 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="write what was found")
     bench.add_argument("--plot", type=_svg, metavar="FILE.svg", help="draw it")
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints a static script for a shell, so that no Python runs at a tab."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any, **_: Any) -> None:
+        """Print it, and end the process."""
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--print-completion: shtab writes it: pip install shtab")
+        commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for each in (parser, *(one for action in commands for one in action.choices.values())):
+            for action in each._actions:
+                if str(action.metavar).startswith("FILE"):
+                    action.complete = shtab.FILE
+        with suppress(OSError):  # who reads may have enough
+            print(shtab.complete(parser, given[1]), flush=True)
+        parser.exit()
 
 
 def _way() -> argparse.ArgumentParser:
