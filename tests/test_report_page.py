@@ -23,6 +23,7 @@ from export.inputs import read_inputs
 from export.network import describe_network
 from export.page import Exported, render_page
 from export.report import Report
+from export.sparsity import prune_network
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
 from kan_model import KAN, KANLinear
@@ -240,6 +241,29 @@ def test_samples_are_counted_on_the_grid_and_beside_it(browser: Browser, sampled
         attention = page.get_by_role("region", name="Needs attention")
         share = f"{100 * (np.abs(x) > 1).mean():.3g} %"
         expect(attention).to_contain_text(f"{share} of the values that reach layers.0")
+
+
+def test_a_pruned_version_is_not_called_the_checkpoint(
+    browser: Browser, repository: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = describe_network(KAN([4, 6, 2]).eval(), None)
+    written, pruning = prune_network(network, 0.3)
+    zeroed = sum(layer.zeroed for layer in pruning.layers)
+    manifest = read_manifest(repository / UNIFORM.name / "1")
+    layers = tuple(replace(manifest.layers[0], name=name) for name in written.layers)
+    manifest = replace(manifest, layers=layers, pruning=pruning)
+    file = tmp_path / "report.html"
+    file.write_text(render_page(Exported(manifest, network, ())))
+    with shown(browser, file) as page:
+        expect(page.locator(".verdict")).to_contain_text(
+            f"computes what {UNIFORM.name}.pt computes without {zeroed} of 36 edges"
+        )
+        attention = page.get_by_role("region", name="Needs attention")
+        expect(attention).to_contain_text(f"{zeroed} of 36 edges were left out")
+        draw_all(page)
+        last = page.locator(".layer").first.locator(".edge figcaption .note").last
+        expect(last).to_have_text("0")
 
 
 def test_names_from_outside_are_never_html(browser: Browser, sampled: Path) -> None:
