@@ -167,20 +167,19 @@ def _verdict(manifest: Manifest) -> tuple[str, str]:
     name = f"Version {manifest.version} of {manifest.name}"
     without = "" if manifest.pruning is None else f" without {_left_out(manifest.pruning)}"
     records = [record for record in manifest.parity if record.runtime != "eager"]
-    worst = max(record.excess for record in records)
     rows = min(record.probes for record in records)
-    runtimes = f"any of {len(records)} runtimes"
+    largest = _percent(max(record.excess for record in records))
+    error = (
+        f"at {rows:,} inputs the largest error in any of {len(records)} runtimes is {largest} of "
+        "what is allowed"
+    )
     if manifest.precision == "fp32":
-        return "Equal", (
-            f"{name} computes what {what} computes{without}: at {rows:,} inputs the largest error in {runtimes} is {_percent(worst)} of what is "
-            "allowed."
-        )
+        return "Equal", f"{name} computes what {what} computes{without}: {error}."
     same = [r.same_argmax for r in records if r.same_argmax is not None]
     also = f", and the largest output is the same at {_percent(min(same))} of them" if same else ""
     return "Close", (
-        f"{name} computes nearly what {what} computes{without}, in {manifest.precision}: at {rows:,} inputs the largest error in {runtimes} is "
-        f"{_percent(worst)} of what is allowed, {TOLERANCE[manifest.precision]:g} of an output's "
-        f"size{also}."
+        f"{name} computes nearly what {what} computes{without}, in {manifest.precision}: {error}, "
+        f"{TOLERANCE[manifest.precision]:g} of an output's size{also}."
     )
 
 
