@@ -14,7 +14,7 @@ OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
 OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo benchmark benchmark-serving test optional-clients test-full-size fuzz fuzz-wire lint format protos clean
+.PHONY: demo benchmark benchmark-serving test optional-clients test-full-size test-container fuzz fuzz-wire lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -43,6 +43,11 @@ optional-clients:
 # VGG16-KAN: 10 GB of memory, 9 GB of disk below $TMPDIR, some minutes.
 test-full-size: $(VENV)/installed
 	$(BIN)/pytest -m full_size -s tests/full_size
+
+# Builds the images and runs them, confined: needs root and, of Debian, buildah, podman, runc,
+# netavark, aardvark-dns, iptables and debootstrap. Some minutes; images and layers stay below build/.
+test-container: $(VENV)/installed
+	$(BIN)/pytest -m container -s tests/containers
 
 # Random layers on every kernel of the fused operator, with address and undefined-behaviour
 # sanitizers; needs a C++ compiler.
