@@ -45,7 +45,8 @@ test-full-size: $(VENV)/installed
 	$(BIN)/pytest -m full_size -s tests/full_size
 
 # Builds the images and runs them, confined: needs root and, of Debian, buildah, podman, runc,
-# netavark, aardvark-dns, iptables and debootstrap. Some minutes; images and layers stay below build/.
+# netavark, aardvark-dns, iptables, catatonit and debootstrap. Some minutes; images and layers stay
+# below build/.
 test-container: $(VENV)/installed
 	$(BIN)/pytest -m container -s tests/containers
 

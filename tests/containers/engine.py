@@ -5,6 +5,7 @@ Nothing is pulled: images are built, or are stand-ins under the names of those t
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import time
@@ -17,7 +18,7 @@ from typing import Any
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "build" / "containers"
-PROGRAMS = ("buildah", "podman", "runc", "debootstrap", "iptables")
+PROGRAMS = ("buildah", "podman", "runc", "debootstrap", "iptables", "catatonit")
 PYTHON_IMAGE = "docker.io/library/python:3.11-slim-bookworm"
 STAND_IN = Path(__file__).parent / "stand_in.sh"
 
@@ -30,10 +31,10 @@ CONFINED = (
     "--health-interval=disable",  # podman has systemd look; `podman healthcheck run` does it once
 )
 
-# crun, the default, needs a capability that a container in a container lacks; runc does not.
+# crun, the default, and limits above our own need a capability that not every root has.
 _CONTAINERS_CONF = """\
 [containers]
-default_ulimits = ["nofile=10000:10000", "nproc=10000:10000"]
+default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
@@ -53,7 +54,7 @@ def lacking() -> str:
     """Say why containers cannot be run here; empty if they can."""
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
-        packages = "buildah podman runc netavark aardvark-dns iptables debootstrap"
+        packages = "buildah podman runc netavark aardvark-dns iptables catatonit debootstrap"
         return f"{', '.join(absent)} not installed (Debian's packages {packages})"
     return "" if os.geteuid() == 0 else "containers are run as root here"
 
@@ -62,10 +63,14 @@ def environment() -> dict[str, str]:
     """Write the configuration, and give what points buildah and podman there."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     found = dict(os.environ)
+    limits = {
+        "files": min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 20_000),
+        "processes": min(resource.getrlimit(resource.RLIMIT_NPROC)[1], 10_000),
+    }
     for name, text in (("CONTAINERS_CONF", _CONTAINERS_CONF),
                        ("CONTAINERS_STORAGE_CONF", _STORAGE_CONF)):  # fmt: skip
         file = FOLDER / f"{name.lower()}.conf"
-        file.write_text(text.format(folder=FOLDER))
+        file.write_text(text.format(folder=FOLDER, **limits))
         found[name] = str(file)
     return found
 

@@ -99,7 +99,7 @@ def project(cpu_image: str, base_image: str, digits: Path) -> Iterator[Project]:
             cwd=FOLDER,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=120,
         )
         assert done.returncode == 0, done.stdout + done.stderr
 

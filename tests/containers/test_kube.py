@@ -28,6 +28,7 @@ def playable(deployment: dict[str, Any], image: str, models: Path) -> dict[str, 
     container["image"] = image
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         container.pop(probe, None)  # podman has systemd run them
+    container.pop("ports")  # podman would publish them on this machine, for both replicas
     pod.pop("topologySpreadConstraints", None)
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     pod["volumes"] = [
