@@ -100,7 +100,8 @@ def test_prometheus_scrapes_every_server_where_its_metrics_are() -> None:
     shutil.which("promtool") is None, reason="promtool is not installed (Debian's `prometheus`)"
 )
 def test_prometheus_takes_its_configuration_and_finds_its_rules() -> None:
-    command = ["promtool", "check", "config", DEPLOY / "monitoring" / "prometheus.yml"]
+    file = DEPLOY / "monitoring" / "prometheus.yml"
+    command = ["promtool", "check", "config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "9 rules found" in done.stdout
