@@ -38,9 +38,11 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && /opt/kanserve/bin/python -P -m kan_ops
 
 FROM wheel AS cuda-environment
+COPY constraints-cuda.txt .
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --without-pip /opt/kanserve \
-    && tools/bin/pip --python /opt/kanserve/bin/python install --constraint constraints.txt \
+    && tools/bin/pip --python /opt/kanserve/bin/python install \
+        --constraint constraints.txt --constraint constraints-cuda.txt \
         "$(echo wheels/*.whl)[gpu,otel]" cryptography
 
 FROM wheel AS export-environment

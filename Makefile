@@ -48,7 +48,7 @@ test-full-size: $(VENV)/installed
 # netavark, aardvark-dns, iptables, catatonit and debootstrap. Some minutes; images and layers stay
 # below build/.
 test-container: $(VENV)/installed
-	$(BIN)/pytest -m container -s tests/containers
+	$(BIN)/pytest -m container -s -o faulthandler_timeout=1800 tests/containers
 
 # Random layers on every kernel of the fused operator, with address and undefined-behaviour
 # sanitizers; needs a C++ compiler.
