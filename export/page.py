@@ -28,7 +28,7 @@ from export.inputs import shown
 from export.network import Network
 from export.precision import TOLERANCE
 from kan_bundle.layout import MODEL_FILE, WEIGHTS_FILE
-from kan_bundle.manifest import Manifest
+from kan_bundle.manifest import Manifest, PruningRecord
 
 _SCRIPTS = ("numbers.js", "edges.js", "inputs.js", "page.js")
 _OUTSIDE = 0.01  # share of the samples' values beyond the grid from which on it is told first
@@ -68,7 +68,7 @@ def render_page(exported: Exported) -> str:
             exported=exported,
             manifest=exported.manifest,
             verdict=_verdict(exported.manifest),
-            attention=[*exported.warnings, *_outside(layers)],
+            attention=[*exported.warnings, *_pruned(exported.manifest.pruning), *_outside(layers)],
             charts=[
                 (d, draw_histogram(d), draw_scatter(d, from_grid=has_grid(network)))
                 for d in exported.deviations
@@ -80,7 +80,6 @@ def render_page(exported: Exported) -> str:
             fastest=_fastest,
             layers=layers,
             leading=network.leading,
-            records={record.name: record for record in exported.manifest.layers},
             diagrams=_diagrams(layers, chain=chain),
             diagram_width=DIAGRAM_WIDTH,
             box=BOX,
@@ -129,6 +128,29 @@ def _diagrams(layers: Sequence[LayerData], *, chain: bool) -> list[tuple[str, Di
     return [(layer.name, make_diagram([layer])) for layer in curves]
 
 
+def _pruned(pruning: PruningRecord | None) -> list[str]:
+    """Say what leaving out edges changed, if any were."""
+    if pruning is None:
+        return []
+    change = pruning.change
+    rows = {
+        "samples": "of the samples",
+        "grid": "within the first layer's grid",
+        "random": "of random numbers",
+    }
+    return [
+        f"{_left_out(pruning)} were left out, of importance up to {pruning.threshold:g} of the "
+        f"largest in their layer: at {change.rows:,} rows {rows[change.on]} the answers change "
+        f"by {change.typical:.2g} (root mean square; at most {change.largest:.2g}), where outputs "
+        f"are {change.size:.2g} in size"
+    ]
+
+
+def _left_out(pruning: PruningRecord) -> str:
+    zeroed = sum(layer.zeroed for layer in pruning.layers)
+    return f"{zeroed:,} of {sum(layer.edges for layer in pruning.layers):,} edges"
+
+
 def _outside(layers: Sequence[LayerData]) -> list[str]:
     return [
         f"{_percent(layer.distribution.outside_in_all)} of the values that reach "
@@ -142,23 +164,22 @@ def _outside(layers: Sequence[LayerData]) -> list[str]:
 def _verdict(manifest: Manifest) -> tuple[str, str]:
     """Say in a word and a sentence how close the files are."""
     what = manifest.source.file if manifest.source else "the network"
+    name = f"Version {manifest.version} of {manifest.name}"
+    without = "" if manifest.pruning is None else f" without {_left_out(manifest.pruning)}"
     records = [record for record in manifest.parity if record.runtime != "eager"]
-    worst = max(record.excess for record in records)
     rows = min(record.probes for record in records)
-    runtimes = f"any of {len(records)} runtimes"
+    largest = _percent(max(record.excess for record in records))
+    error = (
+        f"at {rows:,} inputs the largest error in any of {len(records)} runtimes is {largest} of "
+        "what is allowed"
+    )
     if manifest.precision == "fp32":
-        return "Equal", (
-            f"Version {manifest.version} of {manifest.name} computes what {what} computes: at "
-            f"{rows:,} inputs the largest error in {runtimes} is {_percent(worst)} of what is "
-            "allowed."
-        )
+        return "Equal", f"{name} computes what {what} computes{without}: {error}."
     same = [r.same_argmax for r in records if r.same_argmax is not None]
     also = f", and the largest output is the same at {_percent(min(same))} of them" if same else ""
     return "Close", (
-        f"Version {manifest.version} of {manifest.name} computes nearly what {what} computes, in "
-        f"{manifest.precision}: at {rows:,} inputs the largest error in {runtimes} is "
-        f"{_percent(worst)} of what is allowed, {TOLERANCE[manifest.precision]:g} of an output's "
-        f"size{also}."
+        f"{name} computes nearly what {what} computes{without}, in {manifest.precision}: {error}, "
+        f"{TOLERANCE[manifest.precision]:g} of an output's size{also}."
     )
 
 

@@ -376,7 +376,7 @@ def _export(
                     network,
                     describe_deviations(network, reference, found, measured),
                     timed,
-                    find_variants(folder, source, options.precision),
+                    find_variants(folder, source, options.precision, pruning),
                     report.warnings,
                 ),
                 place.path,

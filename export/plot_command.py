@@ -15,10 +15,12 @@ FORMATS = (".svg", ".png", ".pdf")
 
 _EXAMPLES = """\
 examples:
-  python -m export plot models/digits/1 -o network.svg                        the whole network
-  python -m export plot models/digits/1 --layer 0 -o layer.pdf                its strongest edges
-  python -m export plot digits.pt --layer 1 --output 3 -o three.png           those of an output
-  python -m export plot digits.pt --layer 0 --input 3 --output 5 -o edge.svg  one edge
+  python -m export plot models/m/1 -o kan.svg             the whole network
+  python -m export plot models/m/1 --layer 0 -o l.pdf     its strongest edges
+  python -m export plot m.pt --layer 1 --output 3 -o o.png
+                                                          those of one output
+  python -m export plot m.pt --layer 0 --input 3 --output 5 -o e.svg
+                                                          one edge
 """
 
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -205,7 +205,9 @@ def plot_network(layers: Sequence[LayerCurves]) -> "Figure":
     return figure
 
 
-def _figure(size: tuple[float, float], layout: str | None = "constrained") -> "Figure":
+def _figure(
+    size: tuple[float, float], layout: Literal["constrained"] | None = "constrained"
+) -> "Figure":
     """Make a figure of its own, in inches, which no window and no global state know of.
 
     Raises:

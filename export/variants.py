@@ -2,13 +2,16 @@
 
 from kan_bundle.errors import BundleError
 from kan_bundle.layout import BundleFolder, parse_version
-from kan_bundle.manifest import Manifest, Precision, Source, read_manifest
+from kan_bundle.manifest import Manifest, Precision, PruningRecord, Source, read_manifest
 
 _MOST = 64  # versions that are looked at, the newest ones
 
 
 def find_variants(
-    folder: BundleFolder, source: Source | None, precision: Precision
+    folder: BundleFolder,
+    source: Source | None,
+    precision: Precision,
+    pruning: PruningRecord | None = None,
 ) -> tuple[Manifest, ...]:
     """Find the newest version in each other precision.
 
@@ -16,6 +19,7 @@ def find_variants(
         folder: Of the version that is being written.
         source: Its checkpoint; a module that was exported from Python has none, and no variants.
         precision: Its own, of which no other version is told.
+        pruning: What was left out of it; a version with other edges is another function.
     """
     model = folder.path.parent
     if source is None or not model.is_dir():
@@ -29,7 +33,12 @@ def find_variants(
             manifest = read_manifest(model / str(version))
         except BundleError:  # somebody else's, or damaged: it is no variant
             continue
-        if manifest.source and manifest.source.sha256 == source.sha256:
+        same = manifest.source is not None and manifest.source.sha256 == source.sha256
+        if same and _threshold(manifest.pruning) == _threshold(pruning):
             found.setdefault(manifest.precision, manifest)
     found.pop(precision, None)
     return tuple(found.values())
+
+
+def _threshold(pruning: PruningRecord | None) -> float | None:
+    return None if pruning is None else pruning.threshold

@@ -151,7 +151,7 @@ def test_edges_that_a_report_has_no_room_for_come_from_the_checkpoint(tmp_path: 
         }
     )
     feature, output = layer.ends(5)
-    assert plot_edge(layer, feature, output)
+    assert plot_edge(layer, feature, output).axes
     with pytest.raises(InputError, match="holds the 2 most important of 6 edges"):
         plot_edge(few, feature, output)
 

@@ -19,12 +19,11 @@ from playwright.sync_api import Browser, Page, expect
 from torch import nn
 
 from export import export_checkpoint
-from export.contract import describe_layers
 from export.inputs import read_inputs
-from export.lowering import choose_forms
 from export.network import describe_network
 from export.page import Exported, render_page
 from export.report import Report
+from export.sparsity import prune_network
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
 from kan_model import KAN, KANLinear
@@ -45,7 +44,7 @@ def rendered(module: nn.Module, repository: Path, samples: np.ndarray | None = N
     shape = None if samples is not None or isinstance(module, KAN) else 3
     network = describe_network(module.eval(), read_inputs(shape, samples))
     manifest = read_manifest(repository / UNIFORM.name / "1")
-    layers = describe_layers(network, choose_forms(network), "fp32", inline=False)
+    layers = tuple(replace(manifest.layers[0], name=name) for name in network.layers)
     return render_page(Exported(replace(manifest, layers=layers), network, ()))
 
 
@@ -228,7 +227,7 @@ def test_samples_are_counted_on_the_grid_and_beside_it(browser: Browser, sampled
     with shown(browser, sampled / "2" / "report.html") as page:
         draw_all(page)
         box = page.locator("details.inputs").first
-        box.get_by_label("Order", exact=True).select_option("number")
+        box.get_by_role("combobox").select_option("number")
         rows = box.locator("tbody tr")
         expect(rows).to_have_count(4)
         for number, row in enumerate(rows.all()):
@@ -237,11 +236,34 @@ def test_samples_are_counted_on_the_grid_and_beside_it(browser: Browser, sampled
             assert numbers_in(cells[5]) == [pytest.approx(100 * outside[number], rel=6e-3)]
         shares = [numbers_in(row.get_by_role("cell").last.inner_text())[0] for row in rows.all()]
         assert sum(shares) == pytest.approx(100, abs=0.5)
-        box.get_by_label("Order", exact=True).select_option("outside")
+        box.get_by_role("combobox").select_option("outside")
         expect(rows.first.get_by_role("rowheader")).to_have_text(str(int(np.argmax(outside))))
         attention = page.get_by_role("region", name="Needs attention")
         share = f"{100 * (np.abs(x) > 1).mean():.3g} %"
         expect(attention).to_contain_text(f"{share} of the values that reach layers.0")
+
+
+def test_a_pruned_version_is_not_called_the_checkpoint(
+    browser: Browser, repository: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = describe_network(KAN([4, 6, 2]).eval(), None)
+    written, pruning = prune_network(network, 0.3)
+    zeroed = sum(layer.zeroed for layer in pruning.layers)
+    manifest = read_manifest(repository / UNIFORM.name / "1")
+    layers = tuple(replace(manifest.layers[0], name=name) for name in written.layers)
+    manifest = replace(manifest, layers=layers, pruning=pruning)
+    file = tmp_path / "report.html"
+    file.write_text(render_page(Exported(manifest, network, ())))
+    with shown(browser, file) as page:
+        expect(page.locator(".verdict")).to_contain_text(
+            f"computes what {UNIFORM.name}.pt computes without {zeroed} of 36 edges"
+        )
+        attention = page.get_by_role("region", name="Needs attention")
+        expect(attention).to_contain_text(f"{zeroed} of 36 edges were left out")
+        draw_all(page)
+        last = page.locator(".layer").first.locator(".edge figcaption .note").last
+        expect(last).to_have_text("0")
 
 
 def test_names_from_outside_are_never_html(browser: Browser, sampled: Path) -> None:
@@ -348,7 +370,7 @@ def test_a_large_model_stays_small_and_quick(
         pytest.param([1, 1], {}, id="one edge"),
         pytest.param([2, 2], {"spline_order": 0, "grid_size": 1}, id="a staircase of one step"),
         pytest.param([100, 100], {}, id="10,000 edges"),
-        pytest.param([2000, 2000], {"grid_size": 2}, id="more than there is room for"),
+        pytest.param([400, 400], {"grid_size": 2}, id="more than there is room for"),
         pytest.param([2, 2], {"grid_size": 200}, id="a fine grid"),
         pytest.param([2] * 40, {}, id="many layers"),
     ],
