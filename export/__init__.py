@@ -1,5 +1,7 @@
 """From a trained KAN to a verified bundle: `python -m export`, and the same in Python."""
 
+from typing import TYPE_CHECKING, Any
+
 from export.errors import (
     ConversionError,
     ExportError,
@@ -8,7 +10,9 @@ from export.errors import (
     ParityError,
     SigningError,
 )
-from export.pipeline import export_checkpoint, export_module
+
+if TYPE_CHECKING:
+    from export.pipeline import export_checkpoint, export_module
 
 __all__ = [
     "ConversionError",
@@ -20,3 +24,12 @@ __all__ = [
     "export_checkpoint",
     "export_module",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is asked for, so that help and wrong usage come at once."""
+    if name in ("export_checkpoint", "export_module"):
+        from export import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,42 +9,25 @@ import errno
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from export.errors import ExportError, InputError, SigningError
-from export.onnx_graph import DEFAULT_OPSET, OLDEST_OPSET, check_opset
-from export.pipeline import DEFAULT_ACTIVATION, export_checkpoint
-from export.precision import PRECISIONS
-from export.report import Report, render_inspection
-from kan_bundle import __version__
+from export.arguments import OPSETS, parse
+from export.errors import ExportError, SigningError
 from kan_bundle.errors import BundleError
-from kan_bundle.layout import parse_version
-from kan_model import KanModelError, inspect_checkpoint, resolve_activation
-from kan_model.activations import NAMED
+from kan_bundle.manifest import Manifest
 
-_EXPORT_ONLY = (
-    *("--model", "--input-shape", "--samples"),
-    *("--name", "--version", "--opset", "--precision", "--inline", "--force"),
-    *("--sign-key", "--sign-password-file"),
-)
+if TYPE_CHECKING:
+    from export.report import Report
+    from export.sparsity import Sparsity
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_EXAMPLES = """\
-examples:
-  python -m export model.pt                          models/model/1, SiLU assumed
-  python -m export model.pt --activation gelu        the activation it was trained with
-  python -m export runs/best.pt --name digits        models/digits, the next free version
-  python -m export inspect model.pt                  what is in the file; nothing is exported
-  python -m export model.pt --precision int8         a quarter of the size, nearly the same answers
-  python -m export model.pt --sign-key key.pem       signed, for --require-signature
-  python -m export last.ckpt --prefix ema.           one of several KANs in a file
-  python -m export head.pt --model nets:build --input-shape 3,224,224
-                                                     a network of your own with KAN layers inside
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,22 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["inspect"]:  # a file of that name is ./inspect
-        words[0] = "--inspect"
-    parser = _parser()
-    arguments = parser.parse_args(words)
-    if arguments.inspect and (strays := [flag for flag in _EXPORT_ONLY if _given(arguments, flag)]):
-        parser.error(f"inspect exports nothing; leave out {', '.join(strays)}")
-    if arguments.sign_password_file and not arguments.sign_key:
-        parser.error("--sign-password-file is that of --sign-key; give both or neither")
+    plotting = words[:1] == ["plot"]  # a file of that name is ./plot
+    if plotting:
+        from export import plot_command
+
+        arguments = plot_command.parse(words[1:])
+    else:
+        arguments = parse(words)
     for stream in (sys.stdout, sys.stderr):  # names in a file may be anything
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    report = Report()
+    # These import torch, as everything from here on.
+    from export.report import Report
+    from kan_model import KanModelError
+
+    report = Report(quiet=not plotting and arguments.quiet)
     signal.signal(signal.SIGTERM, lambda signum, _: report.end(128 + signum))
     sys.path.insert(0, str(Path.cwd()))  # for --model and --activation, also as kan-export
     run: Callable[[argparse.Namespace, Report], tuple[int, str]] = (
-        _inspect if arguments.inspect else _export
+        _plot if plotting else _inspect if arguments.inspect else _export
     )
     try:
         with _stdout_to_stderr():  # what a user's own network prints is no result
@@ -108,11 +94,9 @@ def _stdout_to_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-def _given(arguments: argparse.Namespace, flag: str) -> bool:
-    return bool(getattr(arguments, flag.removeprefix("--").replace("-", "_")))
+def _export(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
+    from export.pipeline import export_checkpoint
 
-
-def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
     manifest = export_checkpoint(
         arguments.checkpoint,
         output=arguments.output,
@@ -124,15 +108,18 @@ def _export(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
         input_shape=arguments.input_shape,
         samples=arguments.samples,
         trust_pickle=arguments.trust_pickle,
-        opset=arguments.opset or DEFAULT_OPSET,
+        opset=arguments.opset or OPSETS[1],
         precision=arguments.precision or "fp32",
+        prune=arguments.prune,
         inline=arguments.inline,
+        benchmark=arguments.benchmark,
         sign_key=arguments.sign_key,
         sign_password=_read_password(arguments.sign_password_file),
         force=arguments.force,
         report=report,
     )
     path = arguments.output / manifest.name / str(manifest.version)
+    report.result(manifest, str(path), _following(arguments, manifest))
     if arguments.json:
         return 0, json.dumps({"path": str(path), "manifest": asdict(manifest)})
     return 0, str(path)
@@ -150,8 +137,29 @@ def _read_password(path: Path | None) -> str | None:
         ) from error
 
 
-def _inspect(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
+def _following(arguments: argparse.Namespace, manifest: Manifest) -> list[tuple[str, str]]:
+    """Suggest commands, of the kind that this one was called by."""
+    installed = Path(sys.argv[0]).name == "kan-export"
+    serve, client = ("kan-serve", "kan-client") if installed else (
+        "python -m serving", "python -m serving.client"
+    )  # fmt: skip
+    folder = arguments.output / manifest.name / str(manifest.version)
+    rows = arguments.samples[0] if len(arguments.samples or ()) == 1 else "x.npy"
+    name = shlex.quote(manifest.name)
+    found = [
+        (f"{serve} --model-repository {shlex.quote(str(arguments.output))}", "serve it"),
+        (f"{client} infer --model {name} --input {shlex.quote(rows)} --output y.npy", "ask it"),
+    ]
+    if "report.html" in manifest.files:
+        found.append((shlex.quote(str(folder / "report.html")), "read how it does, in a browser"))
+    return found
+
+
+def _inspect(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
     """Tell what is in the file; the exit code says whether an export would take it."""
+    from export import tables
+    from kan_model import inspect_checkpoint, resolve_activation
+
     name = arguments.activation
     found = inspect_checkpoint(
         arguments.checkpoint,
@@ -159,13 +167,52 @@ def _inspect(arguments: argparse.Namespace, report: Report) -> tuple[int, str]:
         prefix=arguments.prefix,
         trust_pickle=arguments.trust_pickle,
     )
+    if arguments.model is not None:  # whether it fits is found out by building it
+        found = replace(found, refused=None)
+    sparsity: list[Sparsity] = []
+    if arguments.sparsity and found.refused is None:
+        sparsity = _measure_sparsity(arguments, report)
     code = 0 if found.refused is None else 1
     if arguments.json:
-        return code, json.dumps(asdict(found), allow_nan=False)
-    return code, render_inspection(found)
+        content = asdict(found)
+        if arguments.sparsity:
+            content["sparsity"] = [asdict(step) for step in sparsity]
+        return code, json.dumps(content, allow_nan=False)
+    return code, tables.inspection(found, sparsity)
 
 
-def _print_result(result: str, report: Report) -> int:
+def _measure_sparsity(arguments: argparse.Namespace, report: "Report") -> "list[Sparsity]":
+    from export.building import read_network
+    from export.inputs import read_inputs
+    from export.network import describe_network
+    from export.sparsity import THRESHOLDS, prune_further
+
+    inputs = read_inputs(arguments.input_shape, arguments.samples)
+    with report.stage("read the network"):
+        module = read_network(
+            arguments.checkpoint,
+            activation=arguments.activation,
+            prefix=arguments.prefix,
+            model=arguments.model,
+            trust_pickle=arguments.trust_pickle,
+            report=report,
+        )
+        network = describe_network(module, inputs)
+    with report.stage("leave out more and more edges", len(THRESHOLDS)) as advance:
+        found = []
+        for step in prune_further(network, THRESHOLDS):
+            found.append(step)
+            advance(1)
+    return found
+
+
+def _plot(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
+    from export import plot_command
+
+    return 0, str(plot_command.plot(arguments))
+
+
+def _print_result(result: str, report: "Report") -> int:
     try:
         print(result, flush=True)
     except (OSError, ValueError) as error:  # a pipe that was closed, a full disk
@@ -174,139 +221,6 @@ def _print_result(result: str, report: Report) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m export",
-        usage="python -m export [inspect] FILE [options]",
-        description="Turn a trained efficient-KAN, or a network with KAN layers inside, into a "
-        "verified ONNX and TorchScript bundle that python -m serving can serve.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="a state dict, a trainer's checkpoint or a whole module written by torch.save, or a "
-        "safetensors file",
-    )
-    parser.add_argument(
-        "--inspect",
-        action="store_true",
-        help="print what is in the file and export nothing; 'inspect FILE' does the same",
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-    bundle = parser.add_argument_group("the bundle")
-    bundle.add_argument(
-        "--output",
-        type=Path,
-        default=Path("models"),
-        metavar="DIR",
-        help="the model repository (default: models)",
-    )
-    bundle.add_argument("--name", help="model name (default: the file's stem)")
-    bundle.add_argument(
-        "--version",
-        type=_version,
-        metavar="N",
-        help="model version, a positive integer (default: the next free one)",
-    )
-    bundle.add_argument(
-        "--opset",
-        type=_opset,
-        metavar="N",
-        help=f"version of ONNX's operators, from {OLDEST_OPSET} on (default: {DEFAULT_OPSET})",
-    )
-    bundle.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        help="of the KAN layers' weights and products; below fp32 the model is smaller and only "
-        "approximately what was trained (default: fp32)",
-    )
-    bundle.add_argument(
-        "--inline",
-        action="store_true",
-        help="write KAN layers as standard operators alone, for runtimes that do not know "
-        "model-local functions; such a file cannot run fused",
-    )
-    bundle.add_argument(
-        "--sign-key",
-        type=Path,
-        metavar="KEY.pem",
-        help="sign the version with this private key, in OpenSSF's model signing format, for "
-        "python -m serving --require-signature",
-    )
-    bundle.add_argument(
-        "--sign-password-file",
-        type=Path,
-        metavar="FILE",
-        help="the password of that key is the first line of this file",
-    )
-    bundle.add_argument("--force", action="store_true", help="replace an existing version")
-
-    file = parser.add_argument_group("what is in the file")
-    file.add_argument(
-        "--activation",
-        metavar="NAME",
-        help=f"base activation, if the file does not tell it: {', '.join(NAMED)}, or "
-        f"package.module:Class (default: {DEFAULT_ACTIVATION}, with a warning)",
-    )
-    file.add_argument(
-        "--prefix",
-        metavar="PREFIX",
-        help="take the weights behind this prefix, where the file holds several sets or more "
-        "than a KAN; inspect shows them",
-    )
-    file.add_argument(
-        "--trust-pickle",
-        action="store_true",
-        help="RUN the code in the file; only for files from people whose programs you would run",
-    )
-
-    network = parser.add_argument_group("a network of your own")
-    network.add_argument(
-        "--model",
-        metavar="PACKAGE.MODULE:FACTORY",
-        help="a function without arguments that builds the network the weights belong to; it is "
-        "imported and run",
-    )
-    network.add_argument(
-        "--input-shape",
-        action="append",
-        metavar="[NAME=]SIZES",
-        help="sizes of one row of an input, without the batch: 3,224,224 or image=3,224,224; once "
-        "for each input, in the order of forward",
-    )
-    network.add_argument(
-        "--samples",
-        action="append",
-        metavar="[NAME=]FILE",
-        help="rows of real data, to compare on, to take shapes from, and to choose the scales of "
-        "int8 on: .npy, or .npz with an array for each input",
-    )
-    parser.add_argument("--kanserve-version", action="version", version=f"kanserve {__version__}")
-    return parser
-
-
-def _version(text: str) -> int:
-    number = parse_version(text)
-    if number is None:
-        raise argparse.ArgumentTypeError(
-            f"expected a positive integer of at most 18 digits, found {text!r}"
-        )
-    return number
-
-
-def _opset(text: str) -> int:
-    try:
-        return check_opset(int(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("--opset: ")) from None
 
 
 if __name__ == "__main__":

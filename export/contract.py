@@ -24,6 +24,7 @@ from kan_bundle.manifest import (
     Manifest,
     ParityRecord,
     Precision,
+    PruningRecord,
     Source,
 )
 from kan_model.activations import activation_name
@@ -36,6 +37,7 @@ def make_manifest(
     network: Network,
     layers: tuple[LayerRecord, ...],
     precision: Precision,
+    pruning: PruningRecord | None,
     reference: Reference,
     measured: Sequence[Measurement],
     files: Mapping[str, FileRecord],
@@ -56,6 +58,7 @@ def make_manifest(
         files=dict(files),
         parity=tuple(_parity_record(m, precision) for m in measured),
         versions=_versions(),
+        pruning=pruning,
     )
 
 
@@ -85,7 +88,10 @@ def describe_layers(
 
 
 def metadata_props(
-    name: str, source: Source | None, layers: Sequence[LayerRecord]
+    name: str,
+    source: Source | None,
+    layers: Sequence[LayerRecord],
+    pruning: PruningRecord | None = None,
 ) -> Mapping[str, str]:
     """Say in a file itself what it is and where it comes from."""
     notes = {
@@ -95,6 +101,8 @@ def metadata_props(
     }
     if source is not None:
         notes |= {"kanserve.source": source.file, "kanserve.source_sha256": source.sha256}
+    if pruning is not None:
+        notes |= {"kanserve.pruning": json.dumps(asdict(pruning))}
     return notes
 
 

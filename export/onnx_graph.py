@@ -22,6 +22,7 @@ from onnxscript import optimizer, version_converter
 from torch import Tensor
 
 import kan_ops
+from export.arguments import OPSETS
 from export.errors import ConversionError, InputError, cause, conversion
 from export.functions import WithBodies
 from export.graph_names import name_after_modules
@@ -30,8 +31,7 @@ from export.network import Call
 from export.parity import Runner
 from kan_bundle.layout import WEIGHTS_FILE
 
-DEFAULT_OPSET = 20
-OLDEST_OPSET = 17
+OLDEST_OPSET, DEFAULT_OPSET = OPSETS
 _BY_TORCH = (18, 25)  # opsets that the exporter writes itself; converters make others of them
 LARGEST_INLINE = 2**30
 """Bytes of weights inside the file. protobuf ends at twice that, and reads it all into memory."""

@@ -80,25 +80,34 @@ class Measurement:
         return self.excess <= 1.0
 
 
-def run_probes(run: Runner, reference: Reference) -> NDArray[np.float64]:
+def rows_to_run(reference: Reference) -> int:
+    """Count the rows that `run_probes` runs."""
+    return len(BATCH_SIZES) * len(reference.probes)
+
+
+def run_probes(
+    run: Runner, reference: Reference, advance: Callable[[int], None] = lambda rows: None
+) -> NDArray[np.float64]:
     """Run every probe in batches of each of `BATCH_SIZES`.
 
     Args:
         run: A runtime.
         reference: From `make_reference`.
+        advance: Is told how many rows have been run, time and again.
 
     Returns:
         Outputs, shape (batch sizes, rows, numbers).
     """
     probes = reference.probes
+
+    def run_from(start: int, size: int) -> NDArray[Any]:
+        answers = side_by_side(run([array[start : start + size] for array in probes.inputs]))
+        advance(len(answers))
+        return answers
+
     return np.stack(
         [
-            np.concatenate(
-                [
-                    side_by_side(run([array[i : i + size] for array in probes.inputs]))
-                    for i in range(0, len(probes), size)
-                ]
-            )
+            np.concatenate([run_from(i, size) for i in range(0, len(probes), size)])
             for size in BATCH_SIZES
         ]
     ).astype(np.float64)

@@ -6,7 +6,7 @@ bundle that passed becomes visible in the repository.
 
 import gc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,20 +15,32 @@ from numpy.typing import NDArray
 from torch import nn
 
 import kan_ops
+from export.benchmark import Benchmark, benchmark, eager_runner
+from export.building import read_network
 from export.contract import describe_layers, make_manifest, metadata_props
-from export.errors import InputError
-from export.factory import build_module, load_weights
-from export.inputs import Inputs, Samples, Shapes, read_inputs, shown
+from export.deviation import describe_deviations
+from export.errors import InputError, cause
+from export.inputs import Inputs, Samples, Shapes, read_inputs
 from export.lowering import choose_forms, lowered
-from export.network import Network, copy_module, describe_network, example
+from export.network import copy_module, describe_network, example
 from export.onnx_graph import DEFAULT_OPSET, check_opset, load_onnx, write_onnx
-from export.parity import Runner, choose_golden, measure, run_probes, swallow_nan
+from export.page import Exported, render_page
+from export.parity import (
+    Runner,
+    choose_golden,
+    measure,
+    rows_to_run,
+    run_probes,
+    swallow_nan,
+)
 from export.precision import TOLERANCE, check_precision
 from export.reference import make_reference
 from export.report import Report
 from export.signing import Signer, read_signer
+from export.sparsity import check_threshold, prune_network
 from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
+from export.variants import find_variants
 from export.verdict import require_golden, require_parity
 from kan_bundle.golden import side_by_side, write_golden
 from kan_bundle.integrity import record_file
@@ -36,6 +48,7 @@ from kan_bundle.layout import (
     CONFIG_FILE,
     GOLDEN_FILE,
     MODEL_FILE,
+    REPORT_FILE,
     TORCHSCRIPT_FILE,
     BundleFolder,
     check_name,
@@ -45,17 +58,11 @@ from kan_bundle.layout import (
     staging,
 )
 from kan_bundle.manifest import (
-    LayerRecord,
     Manifest,
     Precision,
     Source,
     write_manifest,
 )
-from kan_model import resolve_activation
-from kan_model.checkpoint import Checkpoint, read_checkpoint
-from kan_model.stacks import listed, neighbours
-
-DEFAULT_ACTIVATION = "silu"
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,9 @@ class _Options:
 
     opset: int
     precision: Precision
+    prune: float | None
     inline: bool
+    benchmark: bool
     signer: Signer | None
 
 
@@ -90,7 +99,9 @@ def export_checkpoint(
     trust_pickle: bool = False,
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
+    prune: float | None = None,
     inline: bool = False,
+    benchmark: bool = False,
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
@@ -114,8 +125,12 @@ def export_checkpoint(
         opset: Version of ONNX's standard operators to write.
         precision: Of the KAN layers' weights and products; below float32 an approximation, which
             has its own tolerance (`export.precision`).
+        prune: Leave out the KAN layers' edges whose importance is at most this share of the largest
+            in their layer (`export.sparsity`); what is written is then another function, and is
+            compared with that. None leaves out none.
         inline: Write KANLinear layers as standard operators alone, for runtimes that do not know
             model-local functions.
+        benchmark: Time every runtime at several batch sizes, for the report.
         sign_key: PEM file of the private key to sign the bundle with; None leaves it unsigned.
         sign_password: What that file is encrypted with, if it is.
         force: Whether an existing version may be replaced.
@@ -139,17 +154,26 @@ def export_checkpoint(
     report = report or Report.silent()
     target = _choose_target(Path(output), path.stem if name is None else name, version, force)
     signer = _choose_signer(sign_key, sign_password)
-    options = _Options(check_opset(opset), check_precision(precision), inline, signer)
+    options = _Options(
+        check_opset(opset),
+        check_precision(precision),
+        None if prune is None else check_threshold(prune),
+        inline,
+        benchmark,
+        signer,
+    )
     inputs = read_inputs(input_shape, samples)
-    with report.stage("read the checkpoint"):
-        # Not kept: a large file is mapped, and its pages count until the last tensor lets go.
-        module = _build(
-            read_checkpoint(path, trust_pickle=trust_pickle), activation, prefix, model, report
+    with report.stage("read the checkpoint", _size(path)) as advance:
+        module = read_network(
+            path,
+            activation=activation,
+            prefix=prefix,
+            model=model,
+            trust_pickle=trust_pickle,
+            report=report,
         )
-        if trust_pickle:
-            report.warn(f"--trust-pickle: the code in {path} was RUN, as a program of yours")
         file = os.fsencode(path.name).decode(errors="replace")
-        source = Source(file, record_file(path).sha256)
+        source = Source(file, record_file(path, advance).sha256)
     return _export(module, inputs, target, options, source, report)
 
 
@@ -163,7 +187,9 @@ def export_module(
     samples: Samples | None = None,
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
+    prune: float | None = None,
     inline: bool = False,
+    benchmark: bool = False,
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
@@ -181,7 +207,9 @@ def export_module(
         samples: As above.
         opset: As above.
         precision: As above.
+        prune: As above.
         inline: As above.
+        benchmark: As above.
         sign_key: As above.
         sign_password: As above.
         force: As above.
@@ -201,7 +229,14 @@ def export_module(
     """
     target = _choose_target(Path(output), name, version, force)
     signer = _choose_signer(sign_key, sign_password)
-    options = _Options(check_opset(opset), check_precision(precision), inline, signer)
+    options = _Options(
+        check_opset(opset),
+        check_precision(precision),
+        None if prune is None else check_threshold(prune),
+        inline,
+        benchmark,
+        signer,
+    )
     inputs = read_inputs(input_shape, samples)
     own = copy_module(module).cpu().eval()
     return _export(own, inputs, target, options, None, report or Report.silent())
@@ -219,52 +254,6 @@ def _choose_signer(key: Path | str | None, password: str | None) -> Signer | Non
     return None if key is None else read_signer(Path(key), password)
 
 
-def _build(
-    file: Checkpoint,
-    activation: str | None,
-    prefix: str | None,
-    model: str | Callable[[], nn.Module] | None,
-    report: Report,
-) -> nn.Module:
-    """Make the network of a file: the user's own, the file's own, or a KAN."""
-    if model is not None or file.module is not None:
-        if activation is not None:
-            raise InputError(
-                "--activation: the network says itself which activations it has; leave it out"
-            )
-        if model is None:
-            assert file.module is not None
-            return file.module.eval().cpu()
-        module = build_module(model)
-        found = load_weights(module, file, prefix)
-        if found:
-            report.say(f"weights behind the prefix {found!r}")
-        return module.eval().cpu()
-
-    stack = file.find_kan(prefix)
-    kan = file.build_kan(stack, None if activation is None else resolve_activation(activation))
-    if stack.prefix:
-        report.say(f"KAN behind the prefix {stack.prefix!r}")
-    if stack.around:
-        report.warn(
-            f"the file holds a pickled {', '.join(stack.around)}; what it does besides the KAN "
-            f"at {stack.prefix!r} is code, which is not in the file: the KAN ALONE is exported; to "
-            "export the whole, give the network with --model package.module:factory"
-        )
-    left_out = neighbours(file.states, stack)
-    if left_out and prefix is None:
-        report.warn(
-            f"the file also holds tensors at {listed(left_out)}; the KAN ALONE is exported. If "
-            "they belong to one network, give it with --model package.module:factory"
-        )
-    if activation is None and any(layer.activation is None for layer in stack.layers.values()):
-        report.warn(
-            f"the file does not say which base activation was trained; {DEFAULT_ACTIVATION} is "
-            "ASSUMED. If it was another, every answer is wrong: name it with --activation"
-        )
-    return kan
-
-
 def _export(
     module: nn.Module,
     inputs: Inputs | None,
@@ -279,15 +268,20 @@ def _export(
             f"--precision {options.precision}: it is that of KANLinear layers, and the network has "
             "none; leave it out"
         )
+    written, pruning = network, None
+    if options.prune is not None:
+        with report.stage("leave out edges"):
+            written, pruning = prune_network(network, options.prune)
+        report.pruned(pruning)
     with report.stage("choose the form of each layer"):
-        choices = choose_forms(network)
-    layers = describe_layers(network, choices, options.precision, inline=options.inline)
-    _say_what_was_found(report, network, layers)
+        choices = choose_forms(written)
+    layers = describe_layers(written, choices, options.precision, inline=options.inline)
+    report.found(network, layers)
     folder = target.folder
-    notes = metadata_props(folder.name, source, layers)
+    notes = metadata_props(folder.name, source, layers, pruning)
     with staging(folder) as place:
         model_path, script_path = place.path / MODEL_FILE, place.path / TORCHSCRIPT_FILE
-        with lowered(network, choices, options.precision) as call:
+        with lowered(written, choices, options.precision) as call:
             rows = example(network.inputs, 2)
             with report.stage(f"write {MODEL_FILE}"):
                 given = [spec.name for spec in network.inputs.specs]
@@ -335,9 +329,10 @@ def _export(
             else:
                 runtimes["onnxruntime cpu, fused"] = lambda: load_onnx(model_path, fused=True)
         runtimes["torchscript"] = lambda: load_torchscript(script_path)
-        with report.stage("compare the files as written"):
+        total = len(runtimes) * rows_to_run(reference)
+        with report.stage("compare the files as written", total) as advance:
             for runtime, load in runtimes.items():
-                found = {**found, runtime: run_probes(load(), reference)}
+                found = {**found, runtime: run_probes(load(), reference, advance)}
                 gc.collect()  # one runtime at a time, where memory is short
         if network.kan is None and (swallowed := swallow_nan(found, reference)).any():
             report.warn(
@@ -353,7 +348,7 @@ def _export(
             measure(runtime, answers, reference, scores=scores and network.outputs[0].shape[1] > 1)
             for runtime, answers in found.items()
         ]
-        report.parity(measured, reference.precision, options.precision)
+        report.parity(measured, reference.precision, options.precision, pruned=pruning is not None)
         require_parity(measured, network, options.precision)
 
         golden = choose_golden(reference)
@@ -361,12 +356,33 @@ def _export(
             for runtime, load in runtimes.items():
                 if runtime.startswith("onnxruntime"):
                     require_golden(golden, side_by_side(load()(golden.inputs)))
-        with report.stage("publish"):
-            write_golden(golden, place.path / GOLDEN_FILE)
-            files = {file.name: record_file(file) for file in sorted(place.path.iterdir())}
-            manifest = make_manifest(
-                folder, source, network, layers, options.precision, reference, measured, files
+        timed: Benchmark | None = None
+        if options.benchmark:
+            with report.stage("time every runtime"):
+                all_runtimes = {"eager": lambda: eager_runner(network.call), **runtimes}
+                timed = benchmark(all_runtimes, reference.probes)
+        write_golden(golden, place.path / GOLDEN_FILE)
+        paths = sorted(place.path.iterdir())
+        with report.stage("hash the files", sum(map(_size, paths))) as advance:
+            files = {file.name: record_file(file, advance) for file in paths}
+        manifest = make_manifest(
+            folder, source, network, layers, options.precision, pruning, reference, measured, files
+        )
+        with report.stage(f"write {REPORT_FILE}"):
+            manifest = _with_page(
+                manifest,
+                lambda: Exported(
+                    manifest,
+                    network,
+                    describe_deviations(network, reference, found, measured),
+                    timed,
+                    find_variants(folder, source, options.precision, pruning),
+                    report.warnings,
+                ),
+                place.path,
+                report,
             )
+        with report.stage("publish"):
             write_manifest(manifest, place.path)
             if options.signer is not None:
                 options.signer.sign(place.path)
@@ -380,29 +396,26 @@ def _export(
     return manifest
 
 
-def _say_what_was_found(
-    report: Report,
-    network: Network,
-    layers: Sequence[LayerRecord],
-) -> None:
-    for layer in layers:
-        scaler = "with" if layer.standalone_scaler else "without"
-        report.say(
-            f"{layer.name}: {layer.in_features} -> {layer.out_features}, {layer.grid} grid of "
-            f"{layer.grid_size}, order {layer.spline_order}, {scaler} standalone scaler, "
-            f"{layer.base_activation}"
+def _size(path: Path) -> int:
+    """Count the bytes of a file, if it can be read."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _with_page(
+    manifest: Manifest, tell: Callable[[], Exported], folder: Path, report: Report
+) -> Manifest:
+    """Write the page for people into a version, and list it in the manifest.
+
+    The files are proven by now, so nothing in a picture of them stops the export.
+    """
+    try:
+        page = render_page(tell())
+    except Exception as error:  # whatever an odd network leads to
+        report.warn(
+            f"{REPORT_FILE} could not be made: {cause(error)}; the bundle is complete without it"
         )
-        node = "" if layer.operator is None else f", the body of one {layer.operator}"
-        report.say(
-            f"    written as {layer.lowering}{node}; in float32 off by {layer.lowering_error:.1e} "
-            f"(eager by {layer.eager_error:.1e})"
-        )
-    for kind, specs in (("input", network.inputs.specs), ("output", network.outputs)):
-        for spec in specs:
-            report.say(f"{kind} {spec.name}: {spec.datatype} {shown(spec.shape)}")
-    for note in network.notes:
-        report.warn(note)
-    if not layers:
-        report.warn("the network has no KANLinear layer; it is exported as it is written")
-    if network.exact is not network.call:
-        report.warn("the weights are not all float32; the files are, and are compared with float64")
+        return manifest
+    path = folder / REPORT_FILE
+    path.write_text(page, encoding="utf-8")
+    files = dict(manifest.files) | {REPORT_FILE: record_file(path)}
+    return replace(manifest, files=dict(sorted(files.items())))

@@ -1,29 +1,31 @@
-"""What a person reads: the stages of an export with their times, the parity table, an inspection.
+"""What a person reads while an export runs: its stages with their times, facts, warnings, tables.
 
-The story of an export goes to stderr; stdout is for the result alone.
+All of it goes to stderr; stdout is for the result alone. What moves (a spinner, a bar, a clock) is
+shown on a terminal that can show it, and gone when its stage ends; a log has finished lines only.
+Colours are left out where `NO_COLOR` is set, and where stderr is no terminal.
 """
 
-import io
-import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn, Self
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from export import tables
+from export.network import Network
 from export.parity import Measurement
-from export.precision import TOLERANCE
-from kan_bundle.manifest import Precision
-from kan_model.inspection import Inspection, LayerFacts
-from kan_model.stacks import listed, printable
+from kan_bundle.manifest import LayerRecord, Manifest, Precision, PruningRecord
 
-_MOST_LISTED = 12
+_WIDTH_OF_A_LOG = 120  # which has none of its own; do not fold the table
+_NARROW = 60  # columns of a terminal that has no room for a bar
+
+Advance = Callable[[int], None]
+"""Is told how much more has been done, in the unit of the stage's total."""
 
 
 class Report:
@@ -31,14 +33,20 @@ class Report:
 
     Args:
         console: Where to tell it; by default stderr, in colour on a terminal.
+        quiet: Tell warnings and errors alone.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        if not self._console.is_terminal:  # a log has no width of its own; do not fold the table
-            self._console.width = 120
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        # FORCE_COLOR asks for colours in a log, and is no reason to move about in it.
+        moves = sys.stderr.isatty() if console is None else None
+        self._console = console or Console(stderr=True, highlight=False, force_interactive=moves)
+        if not self._console.is_terminal:
+            self._console.width = _WIDTH_OF_A_LOG
+        self._quiet = quiet
         self._exit_code: int | None = None
         self._in_python = False
+        self._started = time.perf_counter()
+        self.warnings: list[str] = []  # for report.html
 
     @classmethod
     def silent(cls) -> Self:
@@ -58,117 +66,120 @@ class Report:
         sys.exit(exit_code)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Show that a stage runs and, when it has succeeded, how long it took."""
+    def stage(self, name: str, total: int = 0) -> Iterator[Advance]:
+        """Show that a stage runs and, when it has succeeded, how long it took.
+
+        Args:
+            name: What is done.
+            total: How much of it there is, in whatever unit; 0 if that is not known.
+
+        Yields:
+            What to call with how much more has been done.
+        """
         if self._exit_code is not None:
             sys.exit(self._exit_code)
         started = time.perf_counter()
-        with self._console.status(name):
-            yield
-        self._console.print(Text(f"  {name:<36}{time.perf_counter() - started:7.2f} s"))
+        if self._moves:
+            with self._progress() as progress:
+                task = progress.add_task(name, total=total or None)
+                yield lambda done: progress.advance(task, done)
+        else:
+            yield lambda done: None
+        self._line(Text(f"  {name:<36}{time.perf_counter() - started:7.2f} s"))
 
     def say(self, line: str) -> None:
         """Tell a fact."""
-        self._console.print(Text(f"  {line}"))
+        self._line(Text(f"  {line}"))
 
     def warn(self, line: str) -> None:
         """Tell something the user should act on."""
+        self.warnings.append(line)
         if self._in_python:
             warnings.warn(line, stacklevel=3)
-        self._console.print(Text(f"warning: {line}", style="bold yellow"))
+        self._print(Text(f"warning: {line}", style="bold yellow"))
 
     def fail(self, line: str) -> None:
         """Tell why there is no result."""
-        self._console.print(Text(f"error: {line}", style="bold red"))
+        self._print(Text(f"error: {line}", style="bold red"))
+
+    def found(self, network: Network, layers: Sequence[LayerRecord]) -> None:
+        """Tell what is exported, and what its user should know."""
+        for line in tables.found_lines(network, layers):
+            self.say(line)
+        for note in network.notes:
+            self.warn(note)
+        if not layers:
+            self.warn("the network has no KANLinear layer; it is exported as it is written")
+        if network.exact is not network.call:
+            self.warn(
+                "the weights are not all float32; the files are, and are compared with float64"
+            )
 
     def parity(
-        self, measurements: Sequence[Measurement], reference: str, precision: Precision
+        self,
+        measurements: Sequence[Measurement],
+        reference: str,
+        precision: Precision,
+        *,
+        pruned: bool = False,
     ) -> None:
         """Show how far each runtime is from the network in the precision of the reference."""
-        exact = precision == "fp32"
-        table = Table(
-            title=f"Distance from the network in {reference}",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-        )
-        table.add_column("runtime", no_wrap=True)
-        headers = ("rows", "max abs", "max rel", "max ULP", "from eager", "of allowed")
-        for header in headers if exact else (*headers, "same argmax"):
-            table.add_column(header, justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
-        for m in measurements:
-            table.add_row(
-                m.runtime,
-                str(m.rows),
-                f"{m.max_absolute:.2e}",
-                f"{m.max_relative:.2e}",
-                f"{m.max_ulp:.3g}",
-                f"{m.max_from_eager:.2e}",
-                f"{m.excess:.0%}" if math.isfinite(m.excess) else "NaN",
-                *([] if exact else ["" if m.same_argmax is None else f"{m.same_argmax:.2%}"]),
-                Text("equal" if exact else "close", style="green")
-                if m.passed
-                else Text("DIFFERS", style="bold red"),
-            )
-        self._console.print(table)
-        self._console.print(
-            Text(
-                "  max rel is |y - y64| / max(1, |y64|); ULPs are float32's, at y64\n"
-                f"  allowed is {_share(precision)} of an output's size, or twice eager's error if "
-                "that is more",
-                style="dim",
+        network = "pruned network" if pruned else "network"
+        self._table(
+            *tables.parity(
+                measurements, f"the {network} in {reference}", precision, self._console.width
             )
         )
 
+    def pruned(self, pruning: PruningRecord) -> None:
+        """Show what was left out and what it changes, and warn that it is another function."""
+        for line in tables.pruning_lines(pruning):
+            self.say(line)
+        if pruning.change.largest > 0:
+            self.warn(
+                "pruned: this is NO LONGER the checkpoint's function. The files are proven equal "
+                "to the pruned network; whether that is good enough is for your own test to say"
+            )
 
-def _share(precision: Precision) -> str:
-    return f"{TOLERANCE[precision]:g}".replace("e-0", "e-")
+    def result(self, manifest: Manifest, path: str, following: Sequence[tuple[str, str]]) -> None:
+        """Show what was made, and what to do with it.
 
+        Args:
+            manifest: Of the bundle.
+            path: Of its version folder.
+            following: Commands with what each is for.
+        """
+        self._table(tables.result(manifest, path, time.perf_counter() - self._started))
+        if not self._quiet:  # to be copied, so no line is broken
+            self._console.print(tables.following(following), soft_wrap=True)
 
-def render_inspection(found: Inspection) -> str:
-    """Show what a file holds, as text for stdout."""
-    console = Console(file=io.StringIO(), highlight=False, soft_wrap=True, width=200)
-    console.print(
-        f"{printable(found.file)}: {found.format}, {found.size_bytes:,} bytes", markup=False
-    )
-    for kan in found.kans:
-        at = f"prefix {kan.prefix!r}" if kan.prefix else "no prefix"
-        console.print(f"\n{kan.kind} with {at}: {kan.parameters:,} parameters", markup=False)
-        if kan.layers:
-            console.print(_layer_table(kan.layers))
-        kinds = (("WRONG", kan.faults), ("not in the file", kan.unknown), ("note", kan.doubts))
-        for label, lines in kinds:
-            for line in lines:
-                console.print(f"  {label}: {line}", markup=False)
-    if found.other_tensors:
-        names = listed(found.other_tensors, _MOST_LISTED)
-        console.print(f"\n{len(found.other_tensors)} other tensors: {names}", markup=False)
-    verdict = "takes it" if found.refused is None else f"REFUSES it: {found.refused}"
-    console.print(f"\nexport {verdict}", markup=False)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
+    @property
+    def _moves(self) -> bool:
+        console = self._console
+        still = self._quiet or console.quiet or console.is_dumb_terminal
+        return console.is_terminal and console.is_interactive and not still
 
-
-def _layer_table(layers: Sequence[LayerFacts]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("layer", no_wrap=True)
-    for header in ("in", "out", "grid", "order"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for header in ("knots", "range", "scaler", "activation", "type"):
-        table.add_column(header, no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    for layer in layers:
-        ends = layer.grid_range
-        table.add_row(
-            Text(printable(layer.name)),
-            str(layer.in_features),
-            str(layer.out_features),
-            str(layer.grid_size),
-            str(layer.spline_order),
-            layer.grid,
-            f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "not finite",
-            "yes" if layer.standalone_scaler else "no",
-            Text(printable(layer.base_activation or "not in the file")),
-            layer.dtype,
-            f"{layer.parameters:,}",
+    def _progress(self) -> Progress:
+        plain = not (self._console.encoding or "").lower().startswith("utf")
+        bar = [BarColumn(bar_width=24)] if self._console.width >= _NARROW else []
+        return Progress(
+            SpinnerColumn("line" if plain else "dots"),
+            TextColumn("{task.description}", markup=False),
+            *bar,
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
         )
-    return table
+
+    def _line(self, text: Text) -> None:
+        if not self._quiet:
+            self._print(text)
+
+    def _print(self, text: Text) -> None:
+        # Between words on a terminal; a line of a log is one, however long.
+        self._console.print(text, soft_wrap=not self._console.is_terminal)
+
+    def _table(self, *parts: RenderableType) -> None:
+        if not self._quiet:
+            for part in parts:
+                self._console.print(part)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -14,11 +14,19 @@ from kan_bundle.manifest import FileRecord
 _CHUNK = 2**20  # bytes
 
 
-def record_file(path: Path) -> FileRecord:
-    """Take a file's size and SHA-256."""
+def record_file(path: Path, advance: Callable[[int], None] = lambda read: None) -> FileRecord:
+    """Take a file's size and SHA-256.
+
+    Args:
+        path: The file.
+        advance: Is told how many bytes have been read, time and again.
+    """
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(os.fstat(file.fileno()).st_size, digest)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+        return FileRecord(os.fstat(file.fileno()).st_size, digest.hexdigest())
 
 
 def check_file(path: Path, expected: FileRecord) -> None:

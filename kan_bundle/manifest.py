@@ -158,6 +158,66 @@ class ParityRecord:
 
 @_STRICT
 @dataclass(frozen=True)
+class PrunedLayer:
+    """What pruning left of a KANLinear.
+
+    Attributes:
+        name: Its name in the network.
+        edges: Of the checkpoint's layer, inputs times outputs.
+        zeroed: Those of them that have no weight any more.
+    """
+
+    name: str
+    edges: _Count
+    zeroed: Annotated[int, Field(ge=0)]
+
+
+@_STRICT
+@dataclass(frozen=True)
+class ChangeRecord:
+    """How far the answers of a pruned network are from the checkpoint's, both in float64.
+
+    Attributes:
+        on: The rows: samples that were given, random ones within the first layer's grid, or, of a
+            network whose inputs do not reach such a layer, just random ones.
+        rows: Number of them.
+        largest: Largest change of an output.
+        typical: Root mean square of all changes.
+        size: Root mean square of the outputs before.
+        same_argmax: Share of the rows whose largest output is the same as before; None unless
+            there is one output of several numbers.
+    """
+
+    on: Literal["samples", "grid", "random"]
+    rows: _Count
+    largest: Annotated[float, Field(ge=0)]
+    typical: Annotated[float, Field(ge=0)]
+    size: Annotated[float, Field(ge=0)]
+    same_argmax: Annotated[float, Field(ge=0, le=1)] | None
+
+
+@_STRICT
+@dataclass(frozen=True)
+class PruningRecord:
+    """Edges that were left out on request: the bundle computes another function than its source.
+
+    Attributes:
+        threshold: Edges whose importance is at most this share of the largest in their layer were
+            left out.
+        layers: What is left of each KANLinear, in the network's order.
+        nodes_removed: Of a KAN: inputs, nodes of each hidden layer and outputs that the files do
+            without. The tensors of the model keep their shapes.
+        change: What that changed.
+    """
+
+    threshold: Annotated[float, Field(ge=0, lt=1)]
+    layers: tuple[PrunedLayer, ...]
+    nodes_removed: tuple[int, ...] | None
+    change: ChangeRecord
+
+
+@_STRICT
+@dataclass(frozen=True)
 class Manifest:
     """The contract between export and serving.
 
@@ -178,6 +238,8 @@ class Manifest:
         files: Every file of the version folder but the manifest and its signature.
         parity: One record per runtime.
         versions: Versions of the programs that took part, by name.
+        pruning: What was left out of the source; None if nothing was. Parity is then that with the
+            pruned network.
     """
 
     format: Literal[1]
@@ -194,6 +256,7 @@ class Manifest:
     files: dict[_FileName, FileRecord]
     parity: tuple[ParityRecord, ...]
     versions: dict[str, str]
+    pruning: PruningRecord | None = None
 
 
 _ADAPTER = TypeAdapter(Manifest)

@@ -1,7 +1,7 @@
 """`python -m serving --model-repository DIR`: the command line of the server.
 
 Exit codes: 0 stopped by a signal, 1 refused to start, 2 wrong usage. stdout stays empty but for
-`--print-config`; stderr has one JSON object a line.
+`--print-config` and `--print-completion`; stderr has one JSON object a line.
 """
 
 import gc
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    given = sys.argv[1:] if argv is None else argv
+    given = list(sys.argv[1:] if argv is None else argv)
     listening, stop, stop_now = threading.Event(), threading.Event(), threading.Event()
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import structlog
 
     from kan_bundle.errors import BundleError
-    from serving.configuration import as_toml, read_settings
+    from serving.configuration import as_toml, completion, read_settings
     from serving.errors import StartupError, WrongSetting
     from serving.logs import configure_logging
     from serving.settings import Settings
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging("info")
     log = structlog.get_logger()
     try:
+        if given[:1] == ["--print-completion"]:
+            print(completion(Settings, "kan-serve", "".join(given[1:])))
+            return 0
         settings = read_settings(Settings, given)
         if settings.print_config:
             print(as_toml(settings, given), end="")

@@ -5,6 +5,7 @@ This module knows no single setting: settings.py has them.
 
 import os
 import tomllib
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -12,7 +13,12 @@ from typing import Any, Literal, TypeVar
 import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsError,
+)
 
 from serving.errors import WrongSetting
 
@@ -20,6 +26,9 @@ Source = Literal["flag", "environment", "file", "default"]
 
 PREFIX = "KANSERVE_"
 """Of environment variables."""
+
+SHELLS = ("bash", "zsh", "fish")
+"""For which there is completion."""
 
 _NOT_IN_A_FILE = ("config", "print_config")
 
@@ -84,6 +93,33 @@ def read_settings(kind: type[AnySettings], argv: Sequence[str]) -> AnySettings:
         raise WrongSetting("; ".join(faults)) from error
     except SettingsError as error:
         raise WrongSetting(str(error)) from error
+
+
+def completion(kind: type[BaseSettings], program: str, shell: str) -> str:
+    """Write a static script that completes a command's flags, so that no Python runs at a tab.
+
+    Args:
+        kind: Of the settings.
+        program: Name of the command.
+        shell: bash, zsh or fish.
+
+    Raises:
+        WrongSetting: It is another shell, or the package that writes the script is not installed.
+    """
+    try:
+        import shtab
+    except ImportError as error:
+        raise WrongSetting("--print-completion: shtab writes it: pip install shtab") from error
+    if shell not in SHELLS:
+        raise WrongSetting(f"--print-completion: expected {', '.join(SHELLS)}, found {shell!r}")
+    parser: ArgumentParser = CliSettingsSource(kind, cli_prog_name=program).root_parser
+    for action in parser._actions:
+        shown = str(action.metavar)
+        if "Path" in shown:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif shown.startswith("{"):  # a Literal
+            action.choices = shown.strip("{}").split(",")
+    return shtab.complete(parser, shell)
 
 
 def as_toml(settings: BaseSettings, argv: Sequence[str]) -> str:

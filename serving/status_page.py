@@ -37,9 +37,13 @@ _TEXT = "text/plain; charset=utf-8"
 
 _CLOSED = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _PAGE_POLICY = f"{_CLOSED}; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'"
-# A report brings its own styles and pictures. It is a file of the bundle, so it runs no script, and
-# is no page of this origin.
-_REPORT_POLICY = f"{_CLOSED}; style-src 'unsafe-inline'; img-src data:; sandbox"
+# A report brings its own script, styles and pictures. It is a file of the bundle, so it may draw
+# and no more: it is no page of this origin (sandbox), asks nobody for anything (default-src), sends
+# no form and opens no window.
+_REPORT_POLICY = (
+    f"{_CLOSED}; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "sandbox allow-scripts"
+)
 
 
 def make_app(registry: CollectorRegistry, read_report: ReadReport) -> WSGIApplication:

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 
 from export import export_checkpoint
@@ -23,6 +25,7 @@ from export.report import Report
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server, running
 from serving.settings import Settings
+from tests.browsing import FLAGS
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -103,6 +106,21 @@ def stub(server: Server) -> Iterator[GRPCInferenceServiceStub]:
     """A client of `server`."""
     with grpc.insecure_channel(server.address) as channel:
         yield GRPCInferenceServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window; a page has a profile of its own (tests/browsing.py)."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        # Chromium's own sandbox is not to be had as root; the pages are ours.
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=FLAGS, chromium_sandbox=False
+        )
+        yield browser
+        browser.close()
 
 
 def run_module(

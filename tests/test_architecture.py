@@ -33,7 +33,9 @@ NEVER = {
 
 
 # What the client may have, beside Python's own: it works where the server's dependencies are not.
-CLIENT = {"google", "grpc", "matplotlib", "numpy", "protos", "rich", "serving"}
+CLIENT = {
+    *("google", "grpc", "grpc_health", "matplotlib", "numpy", "protos", "rich", "serving", "shtab"),
+}
 
 
 def modules(file: Path) -> set[str]:

@@ -43,11 +43,12 @@ TIMEOUT_S = 300
 
 # What a page finds where its reader is: a model that was exported, a server of it.
 EXPORTED = ("docs/operator.md", "docs/settings.md", "docs/security.md", "docs/migration/triton.md")
-SERVED = ("docs/client.md", "docs/operating.md")
+SERVED = ("docs/client.md", "docs/containers.md", "docs/operating.md")
 
 NOT_RUN = {
     "installs packages": 4,
     "takes minutes": 2,
+    "needs a container engine": 2,
     "needs another project": 1,
     "needs Kubernetes": 3,
     "needs MLServer": 1,
@@ -234,7 +235,7 @@ def test_every_flag_of_a_server_that_is_started_is_known() -> None:
     [
         ("-m", "serving"),
         ("-m", "export"),
-        *(("-m", "serving.client", name) for name in ("infer", "models", "bench")),
+        *(("-m", "serving.client", name) for name in ("infer", "models", "bench", "health")),
     ],
     ids=lambda words: " ".join(words[1:]),
 )

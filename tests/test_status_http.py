@@ -42,6 +42,14 @@ def add_report(folder: Path) -> None:
     write_manifest(replace(manifest, files=files), folder)
 
 
+def drop_report(folder: Path) -> None:
+    """Take the report out of a version, as one that an older kanserve exported."""
+    (folder / "report.html").unlink()
+    manifest = read_manifest(folder)
+    files = {name: record for name, record in manifest.files.items() if name != "report.html"}
+    write_manifest(replace(manifest, files=files), folder)
+
+
 @pytest.fixture(scope="module")
 def reported(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose version 2 has a report, whose version 1 is left out, and 3 is damaged."""
@@ -173,20 +181,38 @@ def test_head_of_the_metrics_tells_their_length(server: Server) -> None:
     assert ask(server.metrics_address, "/metrics", "POST")[0] == 405
 
 
-def test_a_report_is_shown_as_it_was_exported_and_can_do_nothing(reported: Server) -> None:
+def test_a_report_is_shown_as_it_was_exported_and_may_only_draw(reported: Server) -> None:
     status, headers, content = ask(reported.metrics_address, f"/reports/{NAME}/2")
     assert (status, content) == (200, REPORT)
     assert headers["Content-Type"] == "text/html; charset=utf-8"
-    policy = headers["Content-Security-Policy"].split("; ")
-    assert "sandbox" in policy  # no script, and no page of this origin
-    assert "default-src 'none'" in policy
-    assert not [part for part in policy if part.startswith("script-src")]
+    parts = headers["Content-Security-Policy"].split("; ")
+    policy = {name: value for name, _, value in (part.partition(" ") for part in parts)}
+    assert policy.pop("sandbox") == "allow-scripts"  # and nothing else: no page of this origin
+    assert policy.pop("default-src") == "'none'"  # no connection, to here or elsewhere
+    assert policy.pop("script-src") == policy.pop("style-src") == "'unsafe-inline'"
+    assert policy.pop("img-src") == "data:"
+    assert set(policy.values()) == {"'none'"}
 
 
-def test_a_version_without_a_report_has_none_to_show(server: Server) -> None:
-    status, _, content = ask(server.metrics_address, f"/reports/{NAME}/1")
-    assert status == 404
-    assert b"has no report" in content
+def test_a_version_without_a_report_has_none_to_show_and_tells_no_path_of_one(
+    repository: Path, tmp_path: Path
+) -> None:
+    drop_report(publish(repository / NAME / "1", tmp_path / NAME, 1))
+    with served(tmp_path) as (server, _):
+        status, _, content = ask(server.metrics_address, f"/reports/{NAME}/1")
+        assert status == 404
+        assert b"has no report" in content
+        text = ask(server.metrics_address, "/metrics")[2].decode()
+    infos = [line for line in text.splitlines() if line.startswith("kanserve_model_info{")]
+    assert len(infos) == 1
+    assert 'report=""' in infos[0]
+
+
+def test_the_report_of_an_export_is_what_is_shown(server: Server, repository: Path) -> None:
+    for golden in STATE_DICTS:
+        status, headers, content = ask(server.metrics_address, f"/reports/{golden.name}/1")
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert content == (repository / golden.name / "1" / "report.html").read_bytes()
 
 
 def test_a_report_that_was_changed_is_not_shown(repository: Path, tmp_path: Path) -> None:
@@ -219,13 +245,6 @@ def test_metrics_tell_what_a_version_is_and_how_exact_it_was_at_export(
     told = {s.labels["runtime"]: s.value for s in samples if s.name == "kanserve_model_parity"}
     assert told == {record.runtime: record.excess for record in manifest.parity}
     assert "torchscript" in told
-
-
-def test_a_version_without_a_report_tells_no_path_of_one(server: Server) -> None:
-    text = ask(server.metrics_address, "/metrics")[2].decode()
-    infos = [line for line in text.splitlines() if line.startswith("kanserve_model_info{")]
-    assert len(infos) == len(STATE_DICTS)
-    assert all('report=""' in line for line in infos)
 
 
 def test_several_processes_show_one_page_and_the_reports_of_any(

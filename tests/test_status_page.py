@@ -3,18 +3,17 @@
 The clock of the page is the test's, so that a rate is a number and not a guess.
 """
 
+import json
 import math
 import random
-import shutil
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -23,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from serving import exposition
 from serving.errors import ModelNotFound
+from tests.browsing import contrast, luminance, opened
 from tests.bundles import publish
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, await_true, served
@@ -31,28 +31,6 @@ from tests.wire import raw_request
 UNIFORM = STATE_DICTS[0]
 DASH = "\N{EN DASH}"  # what is not known
 START = 1_700_000_000  # seconds since 1970, for the clock of the page
-FLAGS = [
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        # Chromium's own sandbox is not to be had as root; the pages are ours.
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=FLAGS, chromium_sandbox=False
-        )
-        yield browser
-        browser.close()
 
 
 def no_report(model: str, version: str) -> bytes:
@@ -109,26 +87,6 @@ class Shown:
 
     def headline(self, title: str) -> Any:
         return self.chart(title).locator(".headline")
-
-
-@contextmanager
-def opened(browser: Browser, **options: Any) -> Iterator[Page]:
-    """A page in a profile of its own, on which nothing may go wrong."""
-    wrong: list[str] = []
-    with browser.new_context(**options) as context:
-        page = context.new_page()
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on(
-            "console",
-            lambda message: (
-                wrong.append(message.text)
-                if message.type == "error" and "net::ERR" not in message.text
-                else None
-            ),
-        )
-        page.set_default_timeout(30_000)
-        yield page
-    assert not wrong
 
 
 @pytest.fixture
@@ -460,20 +418,42 @@ def test_text_from_models_is_never_taken_for_html_and_links_stay_here(shown: Sho
     expect(links).to_have_attribute("href", "/reports/good/1")
 
 
-def test_a_report_has_its_styles_and_runs_no_script(browser: Browser) -> None:
-    content = (
-        b"<title>report</title><style>p { color: rgb(1, 2, 3) }</style><p>text</p>"
-        b"<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
-    )
+def test_a_report_runs_its_script_and_reaches_nothing(browser: Browser) -> None:
+    """Its own script draws; another's, in its place, finds no server, no page and no storage."""
+    content = b"""<!doctype html><title>report</title><style>p { color: rgb(1, 2, 3) }</style>
+    <p></p>
+    <img src="/status.svg"><script>
+    const tried = {};
+    const attempt = async (name, act) => {
+      try { tried[name] = String(await act()); } catch (error) { tried[name] = "refused"; }
+    };
+    (async () => {
+      await attempt("fetch", () => fetch("/metrics").then((answer) => answer.text()));
+      await attempt("elsewhere", () => fetch("data:,x").then((answer) => answer.text()));
+      await attempt("storage", () => localStorage.length);
+      await attempt("cookie", () => document.cookie);
+      await attempt("window", () => { if (!open("/")) throw 1; });
+      await attempt("module", () => import("/words.js"));
+      await attempt("worker", () => { new Worker("/words.js"); });
+      document.querySelector("p").textContent = JSON.stringify(tried);
+    })();
+    </script>"""
+    asked: list[str] = []
     with (
         exposition.served(CollectorRegistry(), lambda *_: content, "127.0.0.1", 0) as address,
         browser.new_context() as context,
     ):
         page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
         page.goto(f"http://{address}/reports/digits/1")
         expect(page.locator("p")).to_have_css("color", "rgb(1, 2, 3)")
-        expect(page).to_have_title("report")
+        expect(page.locator("p")).to_contain_text("worker")
+        tried = json.loads(page.locator("p").inner_text())
+        names = ("fetch", "elsewhere", "storage", "cookie", "window", "module", "worker")
+        assert tried == dict.fromkeys(names, "refused")
         assert page.evaluate("self.origin") == "null"  # it could not even read the status page
+        assert page.evaluate("document.querySelector('img').naturalWidth") == 0
+        assert len(context.pages) == 1
 
 
 def calls_of(address: str) -> float:
@@ -515,18 +495,6 @@ def test_it_shows_a_real_server_and_what_that_does(
         expect(requests.locator(".headline")).to_have_text("3")
         rows = page.locator("figure", has_text="Rows a second")
         expect(rows.locator(".headline")).to_have_text(f"{3 * len(UNIFORM.x):,}")
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance, as WCAG 2.2 defines it, of `rgb(r, g, b)`."""
-    parts = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

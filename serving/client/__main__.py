@@ -1,16 +1,18 @@
-"""`kan-client infer|models|bench`: the client from a shell.
+"""`kan-client infer|models|health|bench`: the client from a shell.
 
 The result alone goes to stdout, the story to stderr. Exit codes: 0 done, 1 refused or not answered,
 2 wrong usage, 128 and more ended by a signal.
 """
 
 import argparse
-import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
+
+from serving.client import flags
 
 _EXAMPLES = """\
 examples:
@@ -18,6 +20,7 @@ examples:
   kan-client infer --model digits --input x.npy --output y.npy
   kan-client infer --model digits --input x.csv > y.csv
   kan-client infer --model digits --input x.npy --address a:8001,b:8001 --output y.npz
+  kan-client health --address a:8001,b:8001 && echo ready
   kan-client bench --model digits --rate 100,200,400 --seconds 5 --plot digits.svg
   kan-client models --address kan.example:443 --ca ca.pem --token-file token
 """
@@ -35,12 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at import; what matters is told anyway
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
-    from serving.client import commands
     from serving.client.errors import ClientError, WrongSetting
 
     try:
-        command: Callable[[argparse.Namespace], None] = getattr(commands, arguments.command)
-        command(arguments)
+        code = _command(arguments.command)(arguments) or 0
         sys.stdout.flush()
     except ClientError as error:
         _fail(str(error))
@@ -55,7 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _fail("interrupted")
         return 128 + signal.SIGINT
-    return 0
+    return code
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], int | None]:
+    """Import a command: most of them take numpy along, a probe does not."""
+    if name == "health":
+        from serving.client.health import health
+
+        return health
+    from serving.client import commands
+
+    command: Callable[[argparse.Namespace], None] = getattr(commands, name)
+    return command
 
 
 def _fail(line: str) -> None:
@@ -69,8 +82,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=["bash", "zsh", "fish"],
+        help="print a script that completes kan-client, for that shell to read",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    way = _way()
+    way = flags.way(30, "for each message")
     infer = commands.add_parser("infer", parents=[way], help="have the rows of a file answered")
     _add_model(infer)
     infer.add_argument(
@@ -87,6 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     models = commands.add_parser("models", parents=[way], help="list what there is")
     models.add_argument("--json", action="store_true", help="as JSON")
+    health = commands.add_parser(
+        "health",
+        parents=[flags.way(2, "for the answers of all")],
+        help="ask whether servers take requests; exit code 0 if every one says SERVING",
+    )
+    health.add_argument(
+        "--service", default="", metavar="NAME",
+        help="of which service; by default of the server, which is its readiness",
+    )  # fmt: skip
     bench = commands.add_parser(
         "bench", parents=[way], help="send requests at random moments, so many a second"
     )
@@ -98,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R[,R]",
         help="requests a second, one load each",
     )
-    bench.add_argument("--seconds", type=_positive, default=5.0, help="of each load (5)")
+    bench.add_argument("--seconds", type=flags.positive, default=5.0, help="of each load (5)")
     bench.add_argument("--rows", type=_count, default=1, help="in a request (1)")
     bench.add_argument(
         "--in-flight", type=_count, default=64, help="most requests under way at a time (64)"
@@ -110,24 +138,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _way() -> argparse.ArgumentParser:
-    """Make the flags that say how to reach the servers."""
-    way = argparse.ArgumentParser(add_help=False)
-    group = way.add_argument_group("servers")
-    group.add_argument(
-        "--address", default="127.0.0.1:8001", metavar="A[,B]",
-        help="host:port, several of them, or dns:///name:port (127.0.0.1:8001)",
-    )  # fmt: skip
-    group.add_argument("--tls", action="store_true", help="use TLS; every flag below does, too")
-    group.add_argument("--ca", metavar="FILE", help="PEM of who vouches for the server")
-    group.add_argument("--cert", metavar="FILE", help="PEM of this client's certificate")
-    group.add_argument("--key", metavar="FILE", help="PEM of its key")
-    group.add_argument("--server-name", metavar="NAME", help="in the server's certificate")
-    group.add_argument("--token-file", metavar="FILE", help="a bearer token, read at every call")
-    group.add_argument(
-        "--timeout-s", type=_positive, default=30.0, metavar="S", help="for each message (30)"
-    )
-    return way
+class _PrintCompletion(argparse.Action):
+    """Prints a static script for a shell, so that no Python runs at a tab."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any, **_: Any) -> None:
+        """Print it, and end the process."""
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--print-completion: shtab writes it: pip install shtab")
+        commands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for each in (parser, *(one for action in commands for one in action.choices.values())):
+            for action in each._actions:
+                if str(action.metavar).startswith("FILE"):
+                    action.complete = shtab.FILE
+        with suppress(OSError):  # who reads may have enough
+            print(shtab.complete(parser, given[1]), flush=True)
+        parser.exit()
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -151,13 +178,6 @@ def _svg(text: str) -> str:
     return text
 
 
-def _positive(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-
-
 def _count(text: str) -> int:
     with suppress(ValueError):
         if int(text) > 0:
@@ -166,7 +186,7 @@ def _count(text: str) -> int:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+    return tuple(flags.positive(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

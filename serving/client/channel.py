@@ -117,6 +117,7 @@ def connection_to(
     tls: Tls | None = None,
     token: str | None = None,
     token_file: str | Path | None = None,
+    only_ready: bool = True,
 ) -> Connection:
     """Find out how servers are to be reached.
 
@@ -127,6 +128,7 @@ def connection_to(
         tls: How to recognise them; None speaks without TLS.
         token: A bearer token.
         token_file: A file with one, read at every call.
+        only_ready: Whether calls wait for servers that say they are ready, and go to these alone.
 
     Raises:
         WrongSetting: An address cannot be used, TLS cannot be had this way, or a token would go
@@ -144,8 +146,9 @@ def connection_to(
                 f"{places.where}: a token is sent over TLS, or to this machine alone, because "
                 "anybody on the way could read and use it; give a CA (ca, --ca)"
             )
-    config = ("grpc.service_config", json.dumps(service_config()))
-    options = (*_OPTIONS, config)
+    options = _OPTIONS
+    if only_ready:
+        options += (("grpc.service_config", json.dumps(service_config())),)
     if tls is not None:
         name = tls.server_name or _common_name(places)
         if name is not None:
@@ -155,6 +158,16 @@ def connection_to(
         bearer = grpc.metadata_call_credentials(Bearer(shown))
         credentials = grpc.composite_channel_credentials(credentials, bearer)
     return Connection(places.target, places.where, credentials, options, shown)
+
+
+def each_of(addresses: str) -> list[str]:
+    """Part addresses with commas between into single ones; a target as gRPC writes it is one."""
+    return [addresses] if _as_target(addresses) else addresses.split(",")
+
+
+def _as_target(addresses: str) -> re.Match[str] | None:
+    uri = _URI.fullmatch(addresses.strip())
+    return uri if uri and not uri["path"].isdigit() else None  # a host may be called dns
 
 
 @dataclass(frozen=True)
@@ -168,8 +181,8 @@ class _Places:
 
 def _places(addresses: str | Sequence[str]) -> _Places:
     if isinstance(addresses, str):
-        uri = _URI.fullmatch(addresses.strip())
-        if uri and not uri["path"].isdigit():  # a host may be called dns
+        uri = _as_target(addresses)
+        if uri:
             if uri["scheme"].startswith("unix"):
                 return _Places(addresses, addresses, ())
             hosts = tuple(place.rpartition(":")[0] for place in uri["path"].split(","))

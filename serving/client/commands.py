@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from serving.client import bench as benching
 from serving.client import files
 from serving.client.channel import connection_to
-from serving.client.credentials import Tls
 from serving.client.errors import ClientError, Unavailable
+from serving.client.flags import reached_by
 from serving.client.load import OK, Opened
 from serving.client.models import ModelVersion
 from serving.client.sync import KanClient
@@ -29,7 +29,7 @@ _LOG_WIDTH = 120  # a file has no width of its own
 def infer(arguments: Namespace) -> None:
     """Have the rows of a file answered, and write the answers."""
     console = _console(stderr=True)
-    with KanClient(**_way(arguments), timeout_s=arguments.timeout_s) as client:
+    with KanClient(**reached_by(arguments), timeout_s=arguments.timeout_s) as client:
         model = client.metadata(arguments.model, arguments.version)
         output = arguments.output_tensor
         known = [spec for spec in model.outputs if output in (None, spec.name)]
@@ -51,7 +51,7 @@ def infer(arguments: Namespace) -> None:
 
 def models(arguments: Namespace) -> None:
     """List what the server knows of."""
-    with KanClient(**_way(arguments), timeout_s=arguments.timeout_s) as client:
+    with KanClient(**reached_by(arguments), timeout_s=arguments.timeout_s) as client:
         found = [_described(client, one) for one in client.models()]
     if arguments.json:
         print(json.dumps(found), flush=True)
@@ -84,7 +84,7 @@ def bench(arguments: Namespace) -> None:
     if arguments.plot:
         require("matplotlib")
     console = _console(stderr=True)
-    way = _way(arguments)
+    way = reached_by(arguments)
     with ExitStack() as stack:
         with KanClient(**way, timeout_s=arguments.timeout_s) as client:
             model = client.metadata(arguments.model, arguments.version)
@@ -120,13 +120,6 @@ def require(module: str) -> None:
         raise ClientError(
             f"{module} is not installed; pip install 'kanserve[client]' has it"
         ) from error
-
-
-def _way(arguments: Namespace) -> dict[str, Any]:
-    """Give what says how to reach the servers, from the flags."""
-    files_of_tls = (arguments.ca, arguments.cert, arguments.key, arguments.server_name)
-    tls = Tls(*files_of_tls) if arguments.tls or any(files_of_tls) else None
-    return {"addresses": arguments.address, "tls": tls, "token_file": arguments.token_file}
 
 
 def _described(client: KanClient, version: ModelVersion) -> dict[str, Any]:

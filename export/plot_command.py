@@ -1,0 +1,123 @@
+"""`python -m export plot BUNDLE|CHECKPOINT -o FILE`: curves of a model as svg, png or pdf."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.errors import InputError
+from export.plots import Curves, plot_edge, plot_layer, plot_network, read_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = (".svg", ".png", ".pdf")
+
+_EXAMPLES = """\
+examples:
+  python -m export plot models/m/1 -o kan.svg             the whole network
+  python -m export plot models/m/1 --layer 0 -o l.pdf     its strongest edges
+  python -m export plot m.pt --layer 1 --output 3 -o o.png
+                                                          those of one output
+  python -m export plot m.pt --layer 0 --input 3 --output 5 -o e.svg
+                                                          one edge
+"""
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Read the words behind `plot`; ends the process if they make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export plot",
+        description="Draw the learned curves of a bundle or of a KAN's checkpoint; needs "
+        "kanserve[plot].",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="BUNDLE|CHECKPOINT",
+        help="a version folder, its report.html, or a checkpoint of a KAN",
+    )
+    parser.add_argument(
+        "-o",
+        "--to",
+        dest="file",
+        type=_picture,
+        required=True,
+        metavar="FILE",
+        help=f"what to write: a name that ends in {', '.join(FORMATS)}",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="one layer, by its number from 0 on (default: the diagram of the whole network)",
+    )
+    parser.add_argument("--input", type=int, metavar="I", help="edges from this input, from 0 on")
+    parser.add_argument("--output", type=int, metavar="O", help="edges to this output, from 0 on")
+    parser.add_argument(
+        "--most", type=int, default=24, metavar="N", help="edges of a layer (default: 24)"
+    )
+    parser.add_argument("--activation", metavar="NAME", help="of a checkpoint, as in an export")
+    parser.add_argument("--prefix", metavar="PREFIX", help="of a checkpoint, as in an export")
+    arguments = parser.parse_args(words)
+    if arguments.layer is None and (arguments.input is not None or arguments.output is not None):
+        parser.error("--input and --output are those of a layer; give its --layer, too")
+    if arguments.most < 1:
+        parser.error(f"--most: expected at least 1, found {arguments.most}")
+    return arguments
+
+
+def plot(arguments: argparse.Namespace) -> Path:
+    """Draw what was asked for, and write it.
+
+    Returns:
+        The file.
+
+    Raises:
+        ExportError: There is no such curve, or no matplotlib.
+        KanModelError: The checkpoint cannot be used.
+        OSError: Something cannot be read or written.
+    """
+    curves = read_curves(arguments.model, activation=arguments.activation, prefix=arguments.prefix)
+    figure = _draw(curves, arguments)
+    import matplotlib
+
+    # The same curves give the same file: no date, and names that do not come by chance.
+    with matplotlib.rc_context({"svg.hashsalt": "kanserve", "svg.fonttype": "none"}):
+        dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        metadata = dated.get(arguments.file.suffix.lower(), {})
+        figure.savefig(arguments.file, dpi=200, metadata=metadata)
+    path: Path = arguments.file
+    return path
+
+
+def _draw(curves: Curves, arguments: argparse.Namespace) -> "Figure":
+    layers = curves.layers
+    if not layers:
+        raise InputError(f"{arguments.model}: the network has no KANLinear layer")
+    number = arguments.layer
+    if number is None:
+        if not curves.chain and len(layers) > 1:
+            names = ", ".join(f"{i} is {layer.name}" for i, layer in enumerate(layers))
+            raise InputError(
+                f"{arguments.model}: its KANLinear layers lie within a larger network; choose one "
+                f"with --layer: {names}"
+            )
+        return plot_network(layers)
+    if not 0 <= number < len(layers):
+        raise InputError(f"--layer: expected 0 to {len(layers) - 1}, found {number}")
+    layer = layers[number]
+    if arguments.input is not None and arguments.output is not None:
+        return plot_edge(layer, arguments.input, arguments.output)
+    return plot_layer(layer, feature=arguments.input, output=arguments.output, most=arguments.most)
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in FORMATS:
+        raise argparse.ArgumentTypeError(
+            f"expected a name that ends in {', '.join(FORMATS)}, found {text!r}"
+        )
+    return path

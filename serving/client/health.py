@@ -1,0 +1,70 @@
+"""`kan-client health`: what servers say of themselves by grpc.health.v1, to people and to probes.
+
+A container's health check runs it every few seconds beside the server, so it imports gRPC and
+little else: no numpy, nothing that draws. Each address is asked by itself, once, and nothing is
+asked again: the next look is the prober's.
+"""
+
+import sys
+from argparse import Namespace
+from contextlib import ExitStack
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2 as pb
+from grpc_health.v1 import health_pb2_grpc as pb_grpc
+
+from serving.client.channel import connection_to, each_of
+from serving.client.errors import ClientError, Refused, translated
+from serving.client.flags import reached_by
+
+
+def health(arguments: Namespace) -> int:
+    """Print the status of each server.
+
+    Returns:
+        0 if every one is SERVING, else 1.
+
+    Raises:
+        WrongSetting: A flag has no usable value; nobody was asked.
+    """
+    way = reached_by(arguments)
+    places = [
+        connection_to(**way | {"addresses": address}, only_ready=False)
+        for address in each_of(arguments.address)
+    ]
+    request = pb.HealthCheckRequest(service=arguments.service)
+    with ExitStack() as channels:
+        # All at the same time, so that they take no longer than one.
+        answers = [
+            pb_grpc.HealthStub(channels.enter_context(place.open())).Check.future(
+                request, timeout=arguments.timeout_s, metadata=place.metadata()
+            )
+            for place in places
+        ]
+        found = [
+            _print_status(answer, place.where, arguments.service)
+            for answer, place in zip(answers, places, strict=True)
+        ]
+    return 0 if all(found) else 1
+
+
+def _print_status(answer: Any, where: str, service: str) -> bool:
+    """Wait for an answer, print it, and tell whether it is SERVING."""
+    try:
+        status = answer.result().status
+    except grpc.RpcError as error:
+        print(f"error: {_told(error, where, service)}", file=sys.stderr)
+        return False
+    print(f"{where} {pb.HealthCheckResponse.ServingStatus.Name(status)}")
+    return bool(status == pb.HealthCheckResponse.SERVING)
+
+
+def _told(error: Any, where: str, service: str) -> ClientError:
+    """Say why there is no status."""
+    if error.code() is grpc.StatusCode.NOT_FOUND:
+        return Refused(
+            f"{where}: expected a service that its health is known of, found {service!r}; leave "
+            "--service out to ask whether the server takes requests"
+        )
+    return translated(error, where)

@@ -1,0 +1,223 @@
+"""Curves, importances and attributions as numbers, against the definition edge by edge."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from export.curves import LayerCurves, attribution, curve_points, importance, layer_curves
+from export.embedding import LayerData, embed, read_embedded, share_room
+from kan_model import KAN, KANLinear, load_checkpoint, resolve_activation
+from tests.conftest import Golden
+from tests.oracle import basis_function, gelu, silu
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu}
+
+
+def phi(
+    layer: KANLinear, feature: int, output: int, x: float, activation: str = "silu"
+) -> tuple[float, float]:
+    """The base and the spline of one edge, by the oracle."""
+    knots = layer.grid[feature].double().numpy()
+    basis = [
+        basis_function(x, knots, c, layer.spline_order) for c in range(layer.spline_weight.shape[2])
+    ]
+    spline = float(np.dot(layer.spline_weight[output, feature].detach().double().numpy(), basis))
+    scaler = float(layer.spline_scaler[output, feature])
+    base = float(layer.base_weight[output, feature]) * ACTIVATIONS[activation](x)
+    return base, scaler * spline
+
+
+def golden_layers(golden: Golden) -> list[KANLinear]:
+    kan = load_checkpoint(golden.checkpoint, resolve_activation(golden.activation))
+    return list(kan.requires_grad_(False).layers)
+
+
+def all_curves(layer: KANLinear, name: str = "layer") -> LayerCurves:
+    return layer_curves(name, layer, importance(layer), sampled=False)
+
+
+def test_curves_are_what_the_definition_says(golden: Golden) -> None:
+    for layer in golden_layers(golden):
+        curves = all_curves(layer)
+        assert curves.complete
+        for place in (0, 3, len(curves.edges) - 1):
+            feature, output = curves.ends(place)
+            curve = curves.curve(place)
+            inner = slice(0, -1)  # the half-open intervals end before the last knot
+            expected = np.array(
+                [phi(layer, feature, output, x, golden.activation) for x in curve.x[inner]]
+            )
+            np.testing.assert_allclose(curve.base[inner], expected[:, 0], rtol=1e-12, atol=1e-14)
+            np.testing.assert_allclose(curve.spline[inner], expected[:, 1], rtol=1e-9, atol=1e-12)
+            np.testing.assert_array_equal(curve.total, curve.base + curve.spline)
+
+
+def test_every_knot_is_a_point_of_the_curve() -> None:
+    knots = np.array([-1.0, 0.5, 3.0])
+    np.testing.assert_allclose(curve_points(knots, 2), [-1, -0.25, 0.5, 0.5, 1.75, 3.0])
+
+
+def test_a_staircase_jumps_at_its_knots() -> None:
+    torch.manual_seed(0)
+    layer = KANLinear(1, 1, grid_size=3, spline_order=0)
+    curve = all_curves(layer).curve(0)
+    steps = (layer.spline_weight[0, 0] * layer.spline_scaler[0, 0]).detach().double().numpy()
+    ends = curve.spline.reshape(3, -1)
+    np.testing.assert_allclose(ends, np.broadcast_to(steps[:, None], ends.shape), rtol=1e-7)
+
+
+def test_importance_is_the_standard_deviation_over_the_samples(golden: Golden) -> None:
+    layer = golden_layers(golden)[0]
+    x = golden.x[:40][np.isfinite(golden.x[:40]).all(axis=1)]
+    found = importance(layer, torch.from_numpy(x)).numpy()
+    for feature, output in ((0, 0), (layer.in_features - 1, layer.out_features - 1), (1, 2)):
+        values = [
+            sum(phi(layer, feature, output, float(v), golden.activation)) for v in x[:, feature]
+        ]
+        assert found[output, feature] == pytest.approx(np.std(values), rel=1e-7)
+
+
+def test_without_samples_it_is_that_over_the_grid(golden: Golden) -> None:
+    layer = golden_layers(golden)[1]
+    found = importance(layer).numpy()
+    knots = layer.grid[2].double().numpy()
+    low, high = knots[layer.spline_order], knots[-1 - layer.spline_order]
+    x = low + (high - low) * (np.arange(64) + 0.5) / 64
+    values = [sum(phi(layer, 2, 1, float(v), golden.activation)) for v in x]
+    assert found[1, 2] == pytest.approx(np.std(values), rel=1e-7)
+
+
+def test_a_constant_edge_has_no_importance_and_nan_weights_give_nan() -> None:
+    torch.manual_seed(0)
+    layer = KANLinear(3, 2)
+    with torch.no_grad():
+        layer.base_weight[1, 2] = 0
+        layer.spline_weight[1, 2] = 5  # the functions of a basis sum to one
+        layer.base_weight[0, 1] = math.nan
+    found = importance(layer)
+    assert found[1, 2] < 1e-6 * found[1, 0]
+    assert math.isnan(found[0, 1])
+    assert int(found.isnan().sum()) == 1
+    assert all_curves(layer).ends(5) == (1, 0)  # what is no number comes last
+
+
+def test_samples_that_are_not_finite_are_passed_over() -> None:
+    torch.manual_seed(0)
+    layer = KANLinear(2, 2)
+    x = torch.rand(50, 2)
+    spoilt = torch.cat([x, torch.tensor([[math.nan, math.inf], [-math.inf, math.nan]])])
+    torch.testing.assert_close(importance(layer, spoilt), importance(layer, x))
+    assert (importance(layer, torch.full((4, 2), math.nan)) == 0).all()
+
+
+def test_large_layers_are_measured_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = KANLinear(7, 5)
+    whole = importance(layer)
+    monkeypatch.setattr("export.curves._BUDGET", 200)
+    torch.testing.assert_close(importance(layer), whole)
+
+
+def test_attribution_is_shared_among_inputs_by_importance() -> None:
+    first = np.array([[1.0, 3.0], [0.0, 0.0]])  # two inputs to two nodes, of which one is constant
+    second = np.array([[3.0, 1.0]])
+    scores = attribution([first, second])
+    np.testing.assert_allclose(scores[2], [1.0])
+    np.testing.assert_allclose(scores[1], [0.75, 0.25])
+    np.testing.assert_allclose(scores[0], [0.75 / 4, 0.75 * 3 / 4])
+
+
+def test_an_input_that_moves_nothing_has_no_attribution() -> None:
+    torch.manual_seed(0)
+    kan = KAN([3, 4, 2])
+    with torch.no_grad():
+        for weight in (kan.layers[0].base_weight, kan.layers[0].spline_scaler):
+            weight[:, 1] = 0
+    scores = attribution([importance(layer).numpy() for layer in kan.layers])
+    assert scores[0][1] == 0
+    assert scores[0].sum() == pytest.approx(1)
+
+
+def test_what_there_is_no_room_for_is_the_least_important() -> None:
+    torch.manual_seed(0)
+    layer = KANLinear(20, 6)
+    measured = importance(layer)
+    curves = layer_curves("l", layer, measured, sampled=False, most_edges=10, most_inputs=4)
+    assert not curves.complete
+    strongest = measured.sum(dim=0).argsort(descending=True)[:4].sort().values
+    np.testing.assert_array_equal(curves.inputs, strongest)
+    expected = measured[:, strongest].flatten().sort(descending=True).values[:10]
+    np.testing.assert_array_equal(curves.importance, expected)
+    for place in range(10):
+        feature, output = curves.ends(place)
+        assert curves.importance[place] == measured[output, feature]
+        assert curves.place(feature, output) == place
+
+
+def data(layer: KANLinear, name: str = "layer") -> LayerData:
+    (room,) = share_room([layer])
+    curves = layer_curves(
+        name,
+        layer,
+        importance(layer),
+        sampled=False,
+        most_edges=room.edges,
+        most_inputs=room.inputs,
+    )
+    return LayerData(curves, np.ones(len(curves.inputs)), None)
+
+
+def block(text: str) -> bytes:
+    return f'<script type="application/json" id="data">{text}</script>'.encode()
+
+
+def test_a_report_gives_back_the_curves_to_float32(golden: Golden) -> None:
+    layers = [data(layer) for layer in golden_layers(golden)]
+    found, chain = read_embedded(block(embed(layers, chain=True)))
+    assert chain
+    for one, other in zip(layers, found, strict=True):
+        np.testing.assert_array_equal(one.curves.edges, other.edges)
+        for place in (0, len(other.edges) - 1):
+            expected, read = one.curves.curve(place), other.curve(place)
+            np.testing.assert_allclose(read.x, expected.x, rtol=1e-7)
+            size = np.abs(expected.total).max()
+            np.testing.assert_allclose(read.total, expected.total, atol=2e-6 * size)
+
+
+def test_a_name_cannot_end_the_block() -> None:
+    name = "</script><script>alert(1)</script><!--"
+    text = embed([data(KANLinear(2, 2), name)], chain=False)
+    assert "<" not in text
+    assert read_embedded(block(text))[0][0].name == name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<p>another page</p>", "no curves"),
+        (block('{"format": 2, "layers": []}'), "format 1, found 2"),
+        (block("[]"), "format 1, found None"),
+        (block('{"format": 1, "chain": true, "layers": [{"name": "a"}]}'), "damaged"),
+    ],
+)
+def test_what_is_no_report_is_refused_in_plain_words(content: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_embedded(content)
+
+
+def test_small_layers_are_there_as_a_whole_and_large_ones_in_part() -> None:
+    kan = KAN([784, 64, 10])
+    rooms = share_room(list(kan.layers))
+    for room, layer in zip(rooms, kan.layers, strict=True):
+        assert room.edges >= layer.in_features * layer.out_features
+        assert room.inputs >= layer.in_features
+    with torch.device("meta"):
+        large = KANLinear(4096, 4096)
+    large.grid = KANLinear(4096, 1).grid
+    both = share_room([kan.layers[1], large])
+    assert both[0].edges >= 640
+    numbers: NDArray[np.int64] = np.array([both[1].edges * 11, both[1].inputs])
+    assert numbers[0] * 4 < 2.5e6

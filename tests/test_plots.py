@@ -1,0 +1,165 @@
+"""Curves as files: what is drawn, what is written, and what is refused."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from export import plot_command
+from export.errors import InputError
+from export.plots import plot_edge, plot_layer, plot_network, read_curves
+from kan_model import KAN
+from tests.conftest import GOLDENS, STATE_DICTS, Golden, run_module
+from tests.test_curves import golden_layers, phi
+
+UNIFORM = STATE_DICTS[0]
+BEGINNINGS = {".png": b"\x89PNG", ".pdf": b"%PDF-", ".svg": b"<?xml"}
+
+
+def drawn(figure: Figure, label: str) -> tuple[Any, Any]:
+    """The points of the one line with this label in the first axes."""
+    (line,) = [line for line in figure.axes[0].lines if line.get_label() == label]
+    x, y = line.get_data()
+    return x, y
+
+
+def test_an_edge_is_drawn_as_it_is_defined(repository: Path, golden: Golden) -> None:
+    layers = golden_layers(golden)
+    from_file = read_curves(golden.checkpoint, activation=golden.activation)
+    for curves in (from_file, read_curves(repository / golden.name / "1")):
+        figure = plot_edge(curves.layers[1], 2, 1)
+        x, total = drawn(figure, "sum")
+        _, spline = drawn(figure, "spline")
+        exact = from_file.layers[1].curve(from_file.layers[1].place(2, 1) or 0).x
+        expected = np.array([phi(layers[1], 2, 1, v, golden.activation) for v in exact[:-1]])
+        size = np.abs(expected).max()
+        np.testing.assert_allclose(x, exact, rtol=1e-6)
+        np.testing.assert_allclose(spline[:-1], expected[:, 1], atol=2e-6 * size)
+        np.testing.assert_allclose(total[:-1], expected.sum(axis=1), atol=2e-6 * size)
+
+
+def test_a_layer_is_drawn_edge_by_edge_the_most_important_first(repository: Path) -> None:
+    layer = read_curves(repository / UNIFORM.name / "1").layers[0]
+    figure = plot_layer(layer, most=7)
+    shown = [axes.get_title("left") for axes in figure.axes if axes.axison]
+    ends = [layer.ends(place) for place in range(7)]
+    assert shown == [f"{feature} \N{RIGHTWARDS ARROW} {output}" for feature, output in ends]
+    heights = {axes.get_ylim() for axes in figure.axes if axes.axison}
+    assert len(heights) == 1
+    of_input = plot_layer(layer, feature=2)
+    assert all(axes.get_title("left")[0] == "2" for axes in of_input.axes if axes.axison)
+    assert sum(axes.axison for axes in of_input.axes) == 8
+    assert len(plot_layer(layer, feature=2, output=3).axes) == 1
+
+
+def test_the_diagram_has_every_node_and_edge_of_a_small_network() -> None:
+    curves = read_curves(UNIFORM.checkpoint)
+    figure = plot_network(curves.layers)
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    assert labels[:4] == ["0", "1", "2", "3"]
+    assert labels[-3:] == ["0", "1", "2"]
+    assert len(figure.axes[0].patches) == 16 + 16  # frames: of 32 and of 24 edges those shown
+
+
+@pytest.mark.parametrize("ending", BEGINNINGS)
+def test_the_command_writes_what_the_name_says(
+    repository: Path, tmp_path: Path, ending: str
+) -> None:
+    file = tmp_path / f"kan{ending}"
+    bundle = repository / UNIFORM.name / "1"
+    for words in ([], ["--layer", "0"], ["--layer", "0", "--input", "1", "--output", "2"]):
+        arguments = plot_command.parse([str(bundle), "-o", str(file), *words])
+        assert plot_command.plot(arguments) == file
+        assert file.read_bytes().startswith(BEGINNINGS[ending])
+        first = file.read_bytes()
+        plot_command.plot(arguments)
+        assert file.read_bytes() == first  # nothing in it comes by chance or from the clock
+
+
+def test_the_command_prints_the_file_alone(tmp_path: Path) -> None:
+    file = tmp_path / "kan.svg"
+    done = run_module("export", "plot", GOLDENS / "uniform_4x8x3.pt", "-o", file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{file}\n"
+    assert "<svg" in file.read_text()
+    refused = run_module("export", "plot", tmp_path / "none.pt", "-o", file)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "none.pt: no such file" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["m", "-o", "kan.gif"], "ends in .svg, .png, .pdf"),
+        (["m"], "required: -o"),
+        (["m", "-o", "a.svg", "--input", "1"], "give its --layer"),
+        (["m", "-o", "a.svg", "--most", "0"], "at least 1"),
+    ],
+)
+def test_wrong_usage_is_told(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        plot_command.parse(words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layer", "2"], "expected 0 to 1, found 2"),
+        (["--layer", "0", "--input", "4", "--output", "0"], "an input from 0 to 3"),
+        (["--layer", "0", "--output", "-1"], "an output from 0 to 7"),
+    ],
+)
+def test_what_is_not_there_is_told(
+    repository: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    bundle = str(repository / UNIFORM.name / "1")
+    arguments = plot_command.parse([bundle, "-o", str(tmp_path / "a.svg"), *words])
+    with pytest.raises(InputError, match=message):
+        plot_command.plot(arguments)
+    assert not (tmp_path / "a.svg").exists()
+
+
+def test_what_has_no_curves_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"report\.html: not there"):
+        read_curves(tmp_path)
+    page = tmp_path / "report.html"
+    page.write_text("<p>of an older kanserve</p>")
+    with pytest.raises(InputError, match="no curves in it"):
+        read_curves(tmp_path)
+
+
+def test_edges_that_a_report_has_no_room_for_come_from_the_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(KAN([3, 2]).state_dict(), tmp_path / "kan.pt")
+    layer = read_curves(tmp_path / "kan.pt").layers[0]
+    few = type(layer)(
+        **{
+            **vars(layer),
+            **{
+                name: vars(layer)[name][:2]
+                for name in ("edges", "importance", "base_weight", "coefficients")
+            },
+        }
+    )
+    feature, output = layer.ends(5)
+    assert plot_edge(layer, feature, output).axes
+    with pytest.raises(InputError, match="holds the 2 most important of 6 edges"):
+        plot_edge(few, feature, output)
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    layer = read_curves(UNIFORM.checkpoint).layers[0]
+    with pytest.raises(InputError, match=r"kanserve\[plot\]"):
+        plot_edge(layer, 0, 0)

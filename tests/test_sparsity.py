@@ -1,0 +1,406 @@
+"""Which edges count, what leaving them out changes, and files of a network without them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export import InputError, export_checkpoint, export_module
+from export.curves import importance
+from export.inputs import read_inputs
+from export.narrowing import NarrowKAN, can_be_narrowed, find_nodes
+from export.network import describe_network
+from export.onnx_graph import load_onnx
+from export.report import Report
+from export.sparsity import THRESHOLDS, prune_further, prune_network
+from export.torchscript import load_torchscript
+from kan_bundle.integrity import record_file
+from kan_bundle.manifest import read_manifest
+from kan_model import KAN
+from tests import oracle
+from tests.conftest import GOLDENS, run_module
+
+UNIFORM = GOLDENS / "uniform_4x8x3.pt"
+
+
+def uneven(widths: list[int], seed: int = 0, **options: object) -> KAN:
+    """A KAN whose edges differ in importance by five powers of ten."""
+    torch.manual_seed(seed)
+    kan = KAN(widths, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for layer in kan.layers:
+            nn.init.normal_(layer.spline_weight)
+            size = 10 ** -(5 * torch.rand_like(layer.base_weight))
+            layer.base_weight.mul_(size)
+            layer.spline_weight.mul_(size[..., None])
+    return kan
+
+
+def arrays(kan: KAN) -> dict[str, np.ndarray]:
+    return {key: value.double().numpy() for key, value in kan.state_dict().items()}
+
+
+def zeroed(kan: KAN, threshold: float, samples: Tensor | None = None) -> dict[str, np.ndarray]:
+    """The weights with the edges left out, by the definition of a threshold."""
+    state = arrays(kan)
+    for i, layer in enumerate(kan.layers):
+        found = importance(layer, samples).numpy()
+        out = found <= threshold * found.max()
+        state[f"layers.{i}.base_weight"][out] = 0
+        state[f"layers.{i}.spline_weight"][out] = 0
+        if samples is not None:
+            samples = layer(samples).detach()
+    return state
+
+
+def within(kan: KAN, rows: int = 40) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return rng.uniform(-1, 1, (rows, kan.layers[0].in_features)).astype(np.float32)
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 0.03, 0.1])
+def test_the_files_compute_the_network_with_zeros_for_the_edges_left_out(
+    tmp_path: Path, quiet: Report, threshold: float
+) -> None:
+    kan = uneven([5, 7, 3])
+    export_module(kan, name="m", output=tmp_path, prune=threshold, report=quiet)
+    x = within(kan)
+    expected = oracle.kan(zeroed(kan, threshold), x, oracle.silu)
+    assert np.abs(expected - oracle.kan(arrays(kan), x, oracle.silu)).max() > 1e-4
+    folder = tmp_path / "m" / "1"
+    runs = (
+        load_onnx(folder / "model.onnx"),
+        load_onnx(folder / "model.onnx", fused=True),
+        load_torchscript(folder / "model.ts"),
+    )
+    for run in runs:
+        found = run([x])[0]
+        assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
+
+
+def test_importance_is_measured_on_the_samples_that_reach_a_layer(
+    tmp_path: Path, quiet: Report
+) -> None:
+    kan = uneven([4, 6, 2])
+    samples = torch.from_numpy(within(kan, 50)) * torch.tensor([1.0, 0.01, 0.3, 1.0])
+    done = export_module(
+        kan, name="m", output=tmp_path, prune=0.01, samples=samples.numpy(), report=quiet
+    )
+    state = zeroed(kan, 0.01, samples)
+    assert done.pruning is not None
+    assert [layer.zeroed for layer in done.pruning.layers] == [
+        int((state[f"layers.{i}.base_weight"] == 0).sum()) for i in range(2)
+    ]
+    expected = oracle.kan(state, samples.numpy(), oracle.silu)
+    before = oracle.kan(arrays(kan), samples.numpy(), oracle.silu)
+    change = done.pruning.change
+    assert (change.on, change.rows) == ("samples", 50)
+    assert change.largest == pytest.approx(np.abs(expected - before).max(), rel=1e-9)
+    assert change.typical == pytest.approx(np.sqrt(((expected - before) ** 2).mean()), rel=1e-9)
+    assert change.size == pytest.approx(np.sqrt((before**2).mean()), rel=1e-9)
+    same = (expected.argmax(1) == before.argmax(1)).mean()
+    assert change.same_argmax == pytest.approx(same)
+
+
+def test_the_manifest_and_the_file_tell_what_was_left_out(tmp_path: Path, quiet: Report) -> None:
+    kan = uneven([5, 7, 3])
+    export_module(kan, name="m", output=tmp_path, prune=0.03, report=quiet)
+    record = read_manifest(tmp_path / "m" / "1").pruning
+    assert record is not None
+    assert record.threshold == 0.03
+    assert [(layer.name, layer.edges) for layer in record.layers] == [
+        ("layers.0", 35),
+        ("layers.1", 21),
+    ]
+    model = onnx.load(tmp_path / "m" / "1" / "model.onnx")
+    told = {p.key: p.value for p in model.metadata_props}
+    assert json.loads(told["kanserve.pruning"])["threshold"] == 0.03
+
+
+def test_neither_the_module_nor_the_file_is_changed(tmp_path: Path, quiet: Report) -> None:
+    kan = uneven([5, 7, 3])
+    before = arrays(kan)
+    export_module(kan, name="m", output=tmp_path, prune=0.03, report=quiet)
+    for key, value in arrays(kan).items():
+        np.testing.assert_array_equal(value, before[key])
+    file = tmp_path / "m.pt"
+    torch.save(kan.state_dict(), file)
+    record = record_file(file)
+    export_checkpoint(file, output=tmp_path, activation="silu", prune=0.03, report=quiet)
+    assert record_file(file) == record
+
+
+def test_without_threshold_nothing_is_left_out(repository: Path) -> None:
+    assert read_manifest(repository / "uniform_4x8x3" / "1").pruning is None
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_fewer_bits_are_compared_with_the_pruned_network(
+    tmp_path: Path, quiet: Report, precision: str
+) -> None:
+    kan = uneven([5, 7, 3])
+    export_module(kan, name="m", output=tmp_path, prune=0.1, precision=precision, report=quiet)  # type: ignore[arg-type]
+    x = within(kan)
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
+    expected = oracle.kan(zeroed(kan, 0.1), x, oracle.silu)
+    size = np.abs(expected).max(axis=0)
+    assert (np.abs(found - expected) <= 0.1 * size).all()
+
+
+def test_a_float64_checkpoint_is_pruned_in_both_precisions(tmp_path: Path, quiet: Report) -> None:
+    kan = uneven([4, 5, 2]).double()
+    done = export_module(kan, name="m", output=tmp_path, prune=0.05, report=quiet)
+    assert done.pruning is not None
+    assert done.pruning.layers[0].zeroed > 0
+    x = within(kan)
+    expected = oracle.kan(zeroed(kan, 0.05), x, oracle.silu)
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
+    assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
+
+
+class WithKAN(nn.Module):
+    """A KAN between other layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(3, 4)
+        self.head = uneven([4, 6, 2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.before(x))) + 1  # type: ignore[no-any-return]
+
+
+def test_kan_layers_inside_a_network_are_pruned(tmp_path: Path, quiet: Report) -> None:
+    torch.manual_seed(0)
+    network = WithKAN().eval()
+    x = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    done = export_module(
+        network, name="m", output=tmp_path, prune=0.05, input_shape=3, samples=x, report=quiet
+    )
+    assert done.pruning is not None
+    assert [layer.name for layer in done.pruning.layers] == ["head.layers.0", "head.layers.1"]
+    assert done.pruning.nodes_removed is None
+    hidden = torch.tanh(network.before(torch.from_numpy(x))).detach()
+    state = zeroed(network.head, 0.05, hidden)
+    expected = oracle.kan(state, hidden.numpy(), oracle.silu) + 1
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
+    assert (np.abs(found - expected) <= 2e-5 * np.maximum(1, np.abs(expected))).all()
+    assert done.pruning.change.largest > 1e-4
+
+
+# Nodes.
+
+
+def with_idle_nodes(activation: type[nn.Module] = nn.SiLU) -> KAN:
+    """Of [6, 5, 4, 2]: inputs without edges; node 1 leads nowhere, nothing leads to node 2, and
+    after it only node 3 of the next layer, which so is constant too."""
+    torch.manual_seed(0)
+    kan = KAN([6, 5, 4, 2], base_activation=activation)
+    with torch.no_grad():
+        for layer in kan.layers:
+            nn.init.normal_(layer.spline_weight)
+
+        def cut(layer: int, outputs: slice | int, inputs: slice | int) -> None:
+            kan.layers[layer].base_weight[outputs, inputs] = 0
+            kan.layers[layer].spline_weight[outputs, inputs] = 0
+
+        cut(0, slice(None), slice(2, None))
+        cut(1, slice(None), 1)
+        cut(0, 2, slice(None))
+        for i in (0, 1, 3, 4):
+            cut(1, 3, i)
+    return kan.eval()
+
+
+def test_idle_nodes_are_found() -> None:
+    nodes = find_nodes(with_idle_nodes())
+    assert [kept.tolist() for kept in nodes.kept] == [
+        [True, True, False, False, False, False],
+        [True, False, False, True, True],
+        [True, True, True, False],
+        [True, True],
+    ]
+    assert nodes.removed == (4, 2, 1, 0)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.GELU, nn.Identity])
+def test_a_network_without_idle_nodes_computes_the_same(activation: type[nn.Module]) -> None:
+    kan = with_idle_nodes(activation=activation)
+    narrow = NarrowKAN(kan, find_nodes(kan)).double()
+    x = torch.randn(50, 6, dtype=torch.float64)
+    expected = kan.double()(x)
+    torch.testing.assert_close(narrow(x), expected, rtol=1e-6, atol=1e-6)  # offsets are float32
+    assert [layer.base_weight.shape for layer in narrow.layers] == [(3, 2), (3, 3), (2, 3)]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_in_an_input_without_edges_still_shows(value: float) -> None:
+    kan = with_idle_nodes()
+    narrow = NarrowKAN(kan, find_nodes(kan))
+    x = torch.zeros(3, 6)
+    x[1, 5] = value
+    assert kan(x).isnan().all(dim=1).tolist() == [False, True, False]
+    assert narrow(x).isnan().all(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("idle", "removed"), [(1, 0), (10, 0), (11, 11)])
+def test_inputs_without_edges_stay_unless_they_are_most(idle: int, removed: int) -> None:
+    """To take out the others one by one would cost more."""
+    kan = KAN([20, 3, 2])
+    with torch.no_grad():
+        kan.layers[0].base_weight[:, :idle] = 0
+        kan.layers[0].spline_weight[:, :idle] = 0
+    assert find_nodes(kan).removed == (removed, 0, 0)
+
+
+def test_files_are_narrower_and_their_tensors_are_not(tmp_path: Path, quiet: Report) -> None:
+    kan = with_idle_nodes()
+    done = export_module(kan, name="m", output=tmp_path, prune=0.0, report=quiet)
+    assert done.pruning is not None
+    assert done.pruning.nodes_removed == (4, 2, 1, 0)
+    assert done.pruning.change.largest == 0
+    assert [(layer.in_features, layer.out_features) for layer in done.layers] == [
+        (2, 3),
+        (3, 3),
+        (3, 2),
+    ]
+    assert done.inputs[0].shape == (-1, 6)
+    assert done.input_range is not None
+    assert len(done.input_range.low) == 6
+    session = load_onnx(tmp_path / "m" / "1" / "model.onnx", fused=True)
+    x = np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32)
+    x[3, 5] = np.nan
+    expected = oracle.kan(arrays(kan), np.delete(x, 3, axis=0), oracle.silu)
+    found = session([x])[0]
+    assert np.isnan(found[3]).all()
+    found = np.delete(found, 3, axis=0)
+    assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
+
+
+def test_a_users_own_activation_may_know_its_channels_and_keeps_them_all() -> None:
+    assert not can_be_narrowed(KAN([3, 2], base_activation=nn.PReLU))
+    assert can_be_narrowed(KAN([3, 2], base_activation=nn.Tanh))
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0, 2.0, float("nan"), float("inf")])
+def test_a_threshold_is_a_share(tmp_path: Path, quiet: Report, threshold: float) -> None:
+    with pytest.raises(InputError, match="--prune: expected a share"):
+        export_module(KAN([3, 2]), name="m", output=tmp_path, prune=threshold, report=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1", "nan", "inf", "a tenth", ""])
+def test_the_command_takes_a_share_alone(text: str) -> None:
+    done = run_module("export", UNIFORM, f"--prune={text}")
+    assert done.returncode == 2
+    assert "--prune: expected a number from 0 to below 1" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_layer_that_was_never_trained_leaves_nothing(tmp_path: Path, quiet: Report) -> None:
+    kan = uneven([3, 4, 2])
+    with torch.no_grad():
+        kan.layers[1].base_weight.zero_()
+        kan.layers[1].spline_weight.zero_()
+    with pytest.raises(InputError, match=r"--prune 0: of layers\.1 nothing would be left"):
+        export_module(kan, name="m", output=tmp_path, prune=0.0, report=quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_without_a_way_through_is_refused(tmp_path: Path, quiet: Report) -> None:
+    """Each layer keeps an edge, and they do not meet."""
+    kan = uneven([2, 2, 1])
+    with torch.no_grad():
+        for layer in kan.layers:
+            layer.base_weight.zero_()
+            layer.spline_weight.zero_()
+        kan.layers[0].base_weight[0, 0] = 1
+        kan.layers[1].base_weight[0, 1] = 1
+    with pytest.raises(InputError, match="no way from an input to an output"):
+        export_module(kan, name="m", output=tmp_path, prune=0.0, report=quiet)
+
+
+def test_a_network_without_kan_layers_has_no_edges(tmp_path: Path, quiet: Report) -> None:
+    with pytest.raises(InputError, match=r"the network\s+has none"):
+        export_module(
+            nn.Linear(3, 2), name="m", output=tmp_path, input_shape=3, prune=0.1, report=quiet
+        )
+
+
+# The table.
+
+
+def test_the_table_is_what_an_export_would_find() -> None:
+    kan = uneven([5, 7, 3])
+    found = list(prune_further(describe_network(uneven([5, 7, 3]), None), THRESHOLDS))
+    assert [step.threshold for step in found] == list(THRESHOLDS)
+    x = within(kan, 200)
+    for step in found:
+        state = zeroed(kan, step.threshold)
+        assert step.zeroed == sum(
+            int((state[f"layers.{i}.base_weight"] == 0).sum()) for i in range(2)
+        )
+        alone = prune_network(describe_network(uneven([5, 7, 3]), None), step.threshold)[1]
+        assert alone.change == step.change
+        assert step.change is not None
+        assert step.change.on == "grid"
+    changes = [step.change.largest for step in found if step.change is not None]
+    assert changes == sorted(changes)
+    assert changes[0] == 0
+    state = zeroed(kan, THRESHOLDS[-1])
+    off = np.abs(oracle.kan(state, x, oracle.silu) - oracle.kan(arrays(kan), x, oracle.silu))
+    assert off.max() == pytest.approx(changes[-1], rel=0.5)  # on other random rows
+
+
+def test_inspect_shows_it_on_stdout(tmp_path: Path) -> None:
+    torch.save(uneven([5, 7, 3]).state_dict(), tmp_path / "m.pt")
+    flags = ["--activation", "silu", "--sparsity"]
+    done = run_module("export", "inspect", tmp_path / "m.pt", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "What leaving edges out would change" in done.stdout
+    table = done.stdout.partition("What leaving edges out would change")[2]
+    assert max(map(len, table.splitlines())) <= 80
+    as_json = run_module("export", "inspect", tmp_path / "m.pt", *flags, "--json")
+    steps = json.loads(as_json.stdout)["sparsity"]
+    assert [step["threshold"] for step in steps] == list(THRESHOLDS)
+    for step in steps:
+        assert f" {sum(layer['zeroed'] for layer in step['layers'])} " in done.stdout
+
+
+def test_inspect_takes_a_network_of_your_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(WithKAN().state_dict(), tmp_path / "m.pt")
+    flags = ["--model", "tests.test_sparsity:WithKAN", "--input-shape", "3", "--json"]
+    done = run_module("export", "inspect", tmp_path / "m.pt", "--sparsity", *flags)
+    assert done.returncode == 0, done.stderr
+    step = json.loads(done.stdout)["sparsity"][-1]
+    assert [layer["name"] for layer in step["layers"]] == ["head.layers.0", "head.layers.1"]
+    assert step["change"]["on"] == "random"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["inspect", "m.pt", "--prune", "0.1"], "inspect exports nothing; leave out --prune"),
+        (["inspect", "m.pt", "--samples", "x.npy"], "leave out --samples, or add --sparsity"),
+        (["m.pt", "--sparsity"], "--sparsity belongs to inspect"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags: list[str], message: str) -> None:
+    done = run_module("export", *flags)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+
+
+def test_rows_of_samples_are_told_from_made_ones() -> None:
+    inputs = read_inputs(None, within(uneven([5, 7, 3]), 30))
+    steps = list(prune_further(describe_network(uneven([5, 7, 3]), inputs), [0.1]))
+    assert steps[0].change is not None
+    assert (steps[0].change.on, steps[0].change.rows) == ("samples", 30)
