@@ -35,7 +35,7 @@ benchmark-serving: $(VENV)/benchmarks $(if $(findstring --quick,$(BENCHMARK)),,$
 
 # The site, into build/docs. A link that leads nowhere is an error.
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 test: lint $(OTHER_VENVS:%=%/installed) optional-clients
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
