@@ -264,6 +264,19 @@ def layer_curves(
     )
 
 
+def has_curves(layer: KANLinear) -> bool:
+    """Tell whether every edge is a function of one number.
+
+    None is where the base activation goes by places, as PReLU with a slope for each channel does.
+    """
+    x = torch.linspace(-2, 2, 2 * layer.in_features, dtype=torch.float64)
+    x = x.reshape(2, layer.in_features)
+    try:
+        return torch.allclose(_activate(layer, x), _activate(layer, x.T).T, equal_nan=True)
+    except RuntimeError:
+        return False
+
+
 def has_common_knots(layer: KANLinear) -> bool:
     """Tell whether all inputs of a layer have the same knots."""
     return bool((layer.grid == layer.grid[:1]).all())

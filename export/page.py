@@ -8,7 +8,7 @@ engine, and the page allows no script but its own, by hash.
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from export.benchmark import Benchmark
 from export.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw_histogram, draw_scatter
-from export.curves import Array, attribution, importance, layer_curves
+from export.curves import Array, attribution, has_curves, importance, layer_curves
 from export.deviation import Deviation, has_grid
 from export.diagram import BOX, Diagram, make_diagram
 from export.diagram import WIDTH as DIAGRAM_WIDTH
@@ -29,6 +29,7 @@ from export.network import Network
 from export.precision import TOLERANCE
 from kan_bundle.layout import MODEL_FILE, WEIGHTS_FILE
 from kan_bundle.manifest import Manifest, PruningRecord
+from kan_model import KANLinear
 
 _SCRIPTS = ("numbers.js", "edges.js", "inputs.js", "page.js")
 _OUTSIDE = 0.01  # share of the samples' values beyond the grid from which on it is told first
@@ -58,8 +59,9 @@ class Exported:
 def render_page(exported: Exported) -> str:
     """Write the page."""
     network = exported.network
-    layers = _describe_layers(network)
-    chain = network.kan is not None
+    drawn = {name: layer for name, layer in network.layers.items() if has_curves(layer)}
+    chain = network.kan is not None and len(drawn) == len(network.layers)
+    layers = _describe_layers(network, drawn, chain=chain)
     style, script = _asset("report.css"), "\n".join(_asset(name) for name in _SCRIPTS)
     return (
         _environment()
@@ -68,7 +70,8 @@ def render_page(exported: Exported) -> str:
             exported=exported,
             manifest=exported.manifest,
             verdict=_verdict(exported.manifest),
-            attention=[*exported.warnings, *_pruned(exported.manifest.pruning), *_outside(layers)],
+            attention=[*exported.warnings, *_pruned(exported.manifest.pruning), *_outside(layers)]
+            + [_not_drawn(name) for name in network.layers if name not in drawn],
             charts=[
                 (d, draw_histogram(d), draw_scatter(d, from_grid=has_grid(network)))
                 for d in exported.deviations
@@ -93,17 +96,26 @@ def render_page(exported: Exported) -> str:
     )
 
 
-def _describe_layers(network: Network) -> list[LayerData]:
-    """Measure every layer and take of it what there is room for."""
+def _not_drawn(name: str) -> str:
+    return (
+        f"the edges of {name} are not drawn: its base activation goes by places, so they are no "
+        "functions of one number"
+    )
+
+
+def _describe_layers(
+    network: Network, drawn: Mapping[str, KANLinear], *, chain: bool
+) -> list[LayerData]:
+    """Measure layers and take of them what there is room for."""
     samples = network.inputs.samples
     reached = {} if samples is None else reaching(network, samples)
-    rooms = share_room(list(network.layers.values()))
+    rooms = share_room(list(drawn.values()))
     chained: list[Tensor] = []
-    if network.kan is not None:
-        chained = [importance(layer, reached.get(n)) for n, layer in network.layers.items()]
+    if chain:
+        chained = [importance(layer, reached.get(n)) for n, layer in drawn.items()]
     scores = attribution([m.numpy() for m in chained]) if chained else []
     found = []
-    for i, ((name, layer), room) in enumerate(zip(network.layers.items(), rooms, strict=True)):
+    for i, ((name, layer), room) in enumerate(zip(drawn.items(), rooms, strict=True)):
         rows = reached.get(name)
         measured = chained[i] if chained else importance(layer, rows)
         score: Array = scores[i] if chained else attribution([measured.numpy()])[0]

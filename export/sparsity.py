@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.curves import importance
+from export.curves import has_curves, importance
 from export.distribution import reaching
 from export.eager import LARGEST_BATCH, evaluate, in_double
 from export.errors import InputError, NetworkError, cause, refused_samples
@@ -115,7 +115,7 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
         thresholds: Rising.
 
     Raises:
-        InputError: The network has no KANLinear layer.
+        InputError: The network has no KANLinear layer, or one that has no edges to speak of.
         NetworkError: It fails on the samples.
     """
     if not network.layers:
@@ -123,6 +123,12 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
             "--prune, --sparsity: they are about the edges of KANLinear layers, and the network "
             "has none; leave them out"
         )
+    for name, layer in network.layers.items():
+        if not has_curves(layer):
+            raise InputError(
+                f"--prune, --sparsity: the base activation of {name} goes by places, as PReLU with "
+                "several slopes does, so its edges are no functions of one number; leave them out"
+            )
     try:  # the rows that report.html tells of
         samples = network.inputs.samples
         reached = {} if samples is None else reaching(network, samples)

@@ -145,7 +145,8 @@ def result(manifest: Manifest, path: str, seconds: float) -> RenderableType:
         "model": f"{printable(manifest.name)}, version {manifest.version}",
         "folder": printable(path),
         "files": ", ".join(files),
-        "layers": f"{len(manifest.layers)} KANLinear, {fused} of them one fused node",
+        "layers": f"{len(manifest.layers)} KANLinear, "
+        + (f"{fused} of them one fused node" if fused else "as standard operators"),
         "parity": f"{verdict} to {of} in {len(manifest.parity) - 1} runtimes, at most {worst:.0%} "
         "of what is allowed",
         "time": f"{seconds:.1f} s",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import NetworkError, basis, export_module
+from export import InputError, NetworkError, basis, export_module
 from export.lowering import (
     CARDINAL_FACTOR,
     ExpSiLU,
@@ -252,3 +252,16 @@ def test_an_activation_with_a_slope_for_each_channel_knows_them(tmp_path: Path) 
     lowered_layer = LoweredKANLinear(network.layer, "cardinal")
     torch.testing.assert_close(lowered_layer(x), network(x))
     export_module(network, name="m", output=tmp_path, input_shape="3,4")
+
+
+def test_edges_that_are_no_functions_of_one_number_are_neither_drawn_nor_left_out(
+    tmp_path: Path,
+) -> None:
+    layer = KANLinear(4, 2, base_activation=lambda: nn.PReLU(3))
+    network = nn.Sequential(layer).eval()
+    export_module(network, name="m", output=tmp_path, input_shape="3,4")
+    page = (tmp_path / "m" / "1" / "report.html").read_text()
+    assert "the edges of 0 are not drawn" in page
+    with pytest.raises(InputError, match="base activation of 0 goes by places"):
+        export_module(network, name="p", output=tmp_path, input_shape="3,4", prune=0.1)
+    assert not (tmp_path / "p").exists()

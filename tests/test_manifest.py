@@ -48,7 +48,7 @@ def test_it_says_what_was_exported(manifest: Manifest) -> None:
     assert manifest.input_range is not None
     assert manifest.input_range.low == pytest.approx([-1.0] * 4)
     assert manifest.input_range.high == pytest.approx([1.0] * 4)
-    assert set(manifest.files) == {"model.onnx", "model.ts", "golden.npz"}
+    assert set(manifest.files) == {"model.onnx", "model.ts", "golden.npz", "report.html"}
     assert {record.runtime for record in manifest.parity} == {
         "eager",
         "onnxruntime cpu",
