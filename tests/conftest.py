@@ -5,6 +5,9 @@ import io
 import os
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
+# There is a test for every processor: a second thread in each, which spins while it waits, makes
+# exports take 1.5 times as long. Read when torch is imported, also by programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 import subprocess
