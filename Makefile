@@ -15,7 +15,7 @@ OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
 OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules .venv-envoy
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container fuzz fuzz-wire lint format protos clean
+.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container test-cuda fuzz fuzz-wire lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -61,6 +61,11 @@ test-chaos: $(VENV)/installed
 test-container: $(VENV)/installed
 	$(BIN)/pytest -m container -s -o faulthandler_timeout=1800 tests/containers
 
+# On a CUDA device, in an environment of its own, because onnxruntime for CUDA and for CPU overwrite
+# each other's files.
+test-cuda: .venv-cuda/installed
+	.venv-cuda/bin/pytest -m cuda tests/test_cuda.py
+
 # Random layers on every kernel of the fused operator, with address and undefined-behaviour
 # sanitizers; needs a C++ compiler.
 FUZZ_S ?= 30
@@ -104,6 +109,11 @@ $(VENV)/benchmarks: $(VENV)/installed
 	.venv-rival-$*/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
+.venv-cuda/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu,export,signing,examples,dev]'
+	touch $@
+
 # Their requirements are more than what is used of them.
 .venv-kserve/installed .venv-perfanalyzer/installed: PIP_OPTIONS := --no-deps
 .venv-perfanalyzer/installed: .venv-perfanalyzer/lib/libb64.so.0d
@@ -121,4 +131,4 @@ tests/node/node_modules/installed: tests/node/package.json tests/node/package-lo
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENVS) $(OPTIONAL_CLIENTS) $(RIVALS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-cuda $(OTHER_VENVS) $(OPTIONAL_CLIENTS) $(RIVALS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -39,7 +39,8 @@ class BufferedRuns:
         session: What is run.
         inputs: Its inputs, the rows first.
         outputs: Its outputs, the same.
-        sizes: Rows of the buckets, ascending. The buffers of one are made when it is first needed.
+        sizes: Rows of the buckets, ascending. Each runs once to begin with: a graph is captured
+            then, and not while somebody waits.
         device: Where they lie, in onnxruntime's words.
     """
 
@@ -54,10 +55,11 @@ class BufferedRuns:
         self._session = session
         self._inputs = inputs
         self._outputs = outputs
-        self._sizes = sizes
         self._device = device
-        self._buckets: dict[int, _Bucket] = {}
         self._lock = threading.Lock()
+        # The largest first, so that the others find memory in the arena that it has taken.
+        self._buckets = {size: self._make(size) for size in reversed(sizes)}
+        self._sizes = sizes
 
     def fits(self, rows: int) -> bool:
         """Whether a batch has a bucket."""
@@ -75,7 +77,7 @@ class BufferedRuns:
         rows = len(inputs[0])
         size = next(size for size in self._sizes if size >= rows)
         with self._lock:
-            bucket = self._buckets.get(size) or self._buckets.setdefault(size, self._make(size))
+            bucket = self._buckets[size]
             for buffer, array in zip(bucket.inputs, inputs, strict=True):
                 buffer.update_inplace(_filled_up(array, size))
             self._session.run_with_iobinding(bucket.binding, bucket.options)
@@ -98,6 +100,9 @@ class BufferedRuns:
             binding.bind_ortvalue_output(spec.name, buffer)
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(size))  # each has a graph of its own
+        for spec, buffer in zip(self._inputs, inputs, strict=True):
+            buffer.update_inplace(np.zeros([size, *spec.shape[1:]], DATATYPES[spec.datatype]))
+        self._session.run_with_iobinding(binding, options)
         return _Bucket(inputs, outputs, binding, options)
 
 

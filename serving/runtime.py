@@ -70,7 +70,9 @@ def prepare(provider: Provider) -> None:
         )
     if provider == "cuda":
         with redirect_stdout(io.StringIO()) as printed:  # it prints what it does not find
-            onnxruntime.preload_dlls()  # CUDA and cuDNN from their wheels, where installed
+            # CUDA and cuDNN from their wheels, where installed. Without a folder it would look for
+            # them where PyTorch is, if that is there; PyTorch has the same wheels.
+            onnxruntime.preload_dlls(directory="")
         if printed.getvalue():
             _log.warning("cuda_libraries", found=printed.getvalue())
 

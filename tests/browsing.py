@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from playwright.sync_api import Browser, Page
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 FLAGS = [
     "--disable-gpu",
@@ -17,7 +18,7 @@ FLAGS = [
 
 
 @contextmanager
-def opened(browser: Browser, **options: Any) -> Iterator[Page]:
+def opened(browser: "Browser", **options: Any) -> "Iterator[Page]":
     """A page in a profile of its own, on which nothing may go wrong."""
     wrong: list[str] = []
     with browser.new_context(**options) as context:

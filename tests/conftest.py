@@ -15,12 +15,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 
 from export import export_checkpoint
@@ -29,6 +29,9 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server, running
 from serving.settings import Settings
 from tests.browsing import FLAGS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -112,11 +115,13 @@ def stub(server: Server) -> Iterator[GRPCInferenceServiceStub]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser() -> "Iterator[Browser]":
     """Chromium without a window; a page has a profile of its own (tests/browsing.py)."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright  # not on every machine that has a device
+
     with sync_playwright() as playwright:
         # Chromium's own sandbox is not to be had as root; the pages are ours.
         browser = playwright.chromium.launch(
