@@ -1,14 +1,21 @@
 """Runs of a few fixed sizes over buffers that stay where they are.
 
 A CUDA graph replays kernels on the addresses that it was captured with, so inputs are copied into
-the same buffers on the device each time, and a batch is filled up to the next size. This module
-knows onnxruntime alone.
+the same buffers on the device each time, and a batch is filled up to the next size.
+
+onnxruntime keeps graphs for each thread that runs a session, so all runs are one thread's. And
+while a graph is captured, CUDA refuses every thread that takes or frees memory of the device, which
+breaks the capture, and in a destructor ends the process. So that thread frees sessions, too; and
+whoever makes a session does not do so while another's runs are being captured. This module knows
+onnxruntime alone.
 """
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -16,10 +23,29 @@ from numpy.typing import NDArray
 
 from kan_bundle.manifest import DATATYPES, TensorSpec
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 def bucket_sizes(max_rows: int) -> tuple[int, ...]:
     """Choose the sizes: powers of two, and the largest batch."""
     return (*(2**i for i in range((max_rows - 1).bit_length())), max_rows)
+
+
+def on_graph_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Have the one thread that captures and replays graphs do something, and wait for it."""
+    return _graph_thread().submit(work, *args, **kwargs).result()
+
+
+def drop_on_graph_thread(held: list[Any]) -> None:
+    """Empty a list there, which has the last references to what is to be freed."""
+    with suppress(RuntimeError):  # Python is ending, and nothing is captured any more
+        _graph_thread().submit(held.clear)
+
+
+@cache
+def _graph_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "graphs")
 
 
 @dataclass(frozen=True)
@@ -33,7 +59,7 @@ class _Bucket:
 
 
 class BufferedRuns:
-    """Runs a session in buckets. Safe to call from several threads; one runs at a time.
+    """Runs a session in buckets.
 
     Args:
         session: What is run.
@@ -56,17 +82,18 @@ class BufferedRuns:
         self._inputs = inputs
         self._outputs = outputs
         self._device = device
-        self._lock = threading.Lock()
-        # The largest first, so that the others find memory in the arena that it has taken.
-        self._buckets = {size: self._make(size) for size in reversed(sizes)}
         self._sizes = sizes
+        self._buckets: dict[int, _Bucket] = {}
+        # The largest first, so that the others find memory in the arena that it has taken.
+        for size in reversed(sizes):  # one by one: other models run in between
+            self._buckets[size] = on_graph_thread(self._make, size)
 
     def fits(self, rows: int) -> bool:
         """Whether a batch has a bucket."""
         return 0 < rows <= self._sizes[-1]
 
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Run a batch that fits.
+        """Run a batch that fits, on the thread of graphs.
 
         Args:
             inputs: One array per input, (rows, ...).
@@ -76,12 +103,11 @@ class BufferedRuns:
         """
         rows = len(inputs[0])
         size = next(size for size in self._sizes if size >= rows)
-        with self._lock:
-            bucket = self._buckets[size]
-            for buffer, array in zip(bucket.inputs, inputs, strict=True):
-                buffer.update_inplace(_filled_up(array, size))
-            self._session.run_with_iobinding(bucket.binding, bucket.options)
-            return [np.array(buffer.numpy()[:rows]) for buffer in bucket.outputs]
+        bucket = self._buckets[size]
+        for buffer, array in zip(bucket.inputs, inputs, strict=True):
+            buffer.update_inplace(_filled_up(array, size))
+        self._session.run_with_iobinding(bucket.binding, bucket.options)
+        return [np.array(buffer.numpy()[:rows]) for buffer in bucket.outputs]
 
     def _make(self, size: int) -> _Bucket:
         binding = self._session.io_binding()

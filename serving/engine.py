@@ -23,7 +23,12 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 import kan_ops
 from kan_bundle.errors import IntegrityError
 from kan_bundle.manifest import Datatype, Manifest, TensorSpec
-from serving.buffers import BufferedRuns, bucket_sizes
+from serving.buffers import (
+    BufferedRuns,
+    bucket_sizes,
+    drop_on_graph_thread,
+    on_graph_thread,
+)
 from serving.errors import EngineError, InvalidRequest, StartupError
 from serving.runtime import FATAL_ONLY, Provider, execution_provider
 
@@ -81,6 +86,7 @@ class Engine:
     def __init__(
         self, model: bytes, manifest: Manifest, folder: Path, options: EngineOptions
     ) -> None:
+        self._buffered: BufferedRuns | None = None
         # Other versions of the operator have other names; onnxruntime runs the bodies of those.
         own = sum(layer.operator == kan_ops.OPERATOR for layer in manifest.layers)
         self.fused_layers = own if options.fused else 0
@@ -112,19 +118,17 @@ class Engine:
         _require_tensors(self._session.get_outputs(), manifest.outputs)
         self._inputs = [spec.name for spec in manifest.inputs]
         self._outputs = [spec.name for spec in manifest.outputs]
-        self._buffered: BufferedRuns | None = None
-        if options.graph_rows:
-            sizes = bucket_sizes(options.graph_rows)
-            try:
-                self._buffered = BufferedRuns(
-                    self._session, manifest.inputs, manifest.outputs, sizes, options.provider
-                )
-            except Exception as error:
-                raise EngineError(f"onnxruntime cannot capture its runs: {error}") from error
         # Runs of a CUDA session share one stream; two at once gain nothing and have crashed.
         self._alone: AbstractContextManager[Any] = (
             threading.Lock() if options.provider == "cuda" else nullcontext()
         )
+        if options.graph_rows:
+            tensors = (manifest.inputs, manifest.outputs)
+            sizes = bucket_sizes(options.graph_rows)
+            try:
+                self._buffered = BufferedRuns(self._session, *tensors, sizes, options.provider)
+            except Exception as error:
+                raise EngineError(f"onnxruntime cannot capture its runs: {error}") from error
         self._largest_rows = 0
         self._largest_at = 0.0
         self._plain = _run_options(options)
@@ -144,8 +148,11 @@ class Engine:
             EngineError: onnxruntime failed, or gave another number of rows.
         """
         try:
-            with self._alone:
-                outputs = self._run(inputs)
+            if self._buffered is not None:
+                outputs = on_graph_thread(self._run, inputs)
+            else:
+                with self._alone:
+                    outputs = self._run(inputs)
         except InvalidArgument as error:  # a token beyond the vocabulary, for one
             raise InvalidRequest("the model does not take these values") from error
         except Exception as error:
@@ -155,6 +162,12 @@ class Engine:
             shapes = [output.shape for output in outputs]
             raise EngineError(f"{rows[0]} rows went in, but the outputs have shapes {shapes}")
         return outputs
+
+    def __del__(self) -> None:
+        if self._buffered is not None:
+            held = [self._buffered, self._session]
+            del self._buffered, self._session
+            drop_on_graph_thread(held)
 
     def _run(self, inputs: Sequence[NDArray[np.generic]]) -> list[NDArray[np.float32]]:
         rows = len(inputs[0])

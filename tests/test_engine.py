@@ -1,3 +1,6 @@
+import gc
+import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -9,7 +12,7 @@ import pytest
 
 from kan_bundle.manifest import read_manifest
 from serving import runtime
-from serving.buffers import bucket_sizes
+from serving.buffers import BufferedRuns, bucket_sizes, on_graph_thread
 from serving.engine import Engine, EngineOptions
 from serving.errors import EngineError, InvalidRequest, StartupError
 
@@ -128,3 +131,25 @@ def test_an_answer_from_a_buffer_does_not_change_with_the_next(repository: Path)
     before = first.copy()
     buffered.run([np.ones((3, 4), np.float32)])
     np.testing.assert_array_equal(first, before)
+
+
+def test_one_thread_alone_runs_over_fixed_buffers_and_frees_them(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is captured by one thread is not there for another, and freeing breaks a capture."""
+    run_by, freed_by = set(), []
+    run = BufferedRuns.run
+
+    def noted(runs: BufferedRuns, inputs: Any) -> Any:
+        run_by.add(threading.current_thread())
+        return run(runs, inputs)
+
+    monkeypatch.setattr(BufferedRuns, "run", noted)
+    buffered = made(repository / "uniform_4x8x3" / "1", graph_rows=4)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: buffered.run([np.zeros((3, 4), np.float32)]), range(20)))
+    (graphs,) = run_by
+    weakref.finalize(buffered._session, lambda: freed_by.append(threading.current_thread()))
+    del buffered
+    on_graph_thread(gc.collect)
+    assert freed_by == [graphs]
