@@ -147,7 +147,7 @@ def test_one_thread_alone_runs_over_fixed_buffers_and_frees_them(
     monkeypatch.setattr(BufferedRuns, "run", noted)
     buffered = made(repository / "uniform_4x8x3" / "1", graph_rows=4)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: buffered.run([np.zeros((3, 4), np.float32)]), range(20)))
+        list(pool.map(buffered.run, [[np.zeros((3, 4), np.float32)]] * 20))
     (graphs,) = run_by
     weakref.finalize(buffered._session, lambda: freed_by.append(threading.current_thread()))
     del buffered
