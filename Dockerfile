@@ -58,12 +58,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM ${PYTHON_IMAGE} AS base
 ARG VERSION=0.1.0
-ARG REVISION=
 LABEL org.opencontainers.image.title="kanserve" \
       org.opencontainers.image.description="Trained efficient-KAN models, exported with proven parity, served over gRPC" \
       org.opencontainers.image.licenses="MIT" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.version="${VERSION}"
 # Numbers, because who mounts a folder or forbids root has to name them.
 RUN groupadd --gid 10001 kanserve \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp \
@@ -91,6 +89,8 @@ COPY --from=cpu-environment /opt/kanserve /opt/kanserve
 # is imported at every start and every probe would be compiled each time.
 RUN python -c "import serving.server, serving.workers, serving.client.health"
 USER 10001:10001
+ARG REVISION=
+LABEL org.opencontainers.image.revision="${REVISION}"
 
 # Needs NVIDIA's container toolkit, and a driver for CUDA 13.
 FROM server AS cuda
@@ -100,6 +100,8 @@ ENV KANSERVE_PROVIDER=cuda \
 COPY --from=cuda-environment /opt/kanserve /opt/kanserve
 RUN python -c "import serving.server, serving.workers, serving.client.health"
 USER 10001:10001
+ARG REVISION=
+LABEL org.opencontainers.image.revision="${REVISION}"
 
 # docker run --user "$(id -u):$(id -g)" -v .:/work kanserve:export model.pt
 FROM base AS export
@@ -107,4 +109,7 @@ COPY --from=export-environment /opt/kanserve /opt/kanserve
 RUN python -c "import export.__main__, export.pipeline"
 WORKDIR /work
 USER 10001:10001
-ENTRYPOINT ["python", "-m", "export"]
+ARG REVISION=
+LABEL org.opencontainers.image.revision="${REVISION}"
+# Not `python -m export`: what lies in the mounted folder would come before what is installed.
+ENTRYPOINT ["kan-export"]

@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     report = Report(quiet=not plotting and arguments.quiet)
     signal.signal(signal.SIGTERM, lambda signum, _: report.end(128 + signum))
-    sys.path.insert(0, str(Path.cwd()))  # for --model and --activation, also as kan-export
+    # For --model and --activation, also as kan-export. Last, or a folder that has an `export` of
+    # its own would come before what is installed.
+    sys.path.append(str(Path.cwd()))
     run: Callable[[argparse.Namespace, Report], tuple[int, str]] = (
         _plot if plotting else _inspect if arguments.inspect else _export
     )

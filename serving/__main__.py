@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from serving.workers import KeptServer
 
 
+_COMPLETION = "--print-completion"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; a second one does not wait for requests to end.
 
@@ -58,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging("info")
     log = structlog.get_logger()
     try:
-        if given[:1] == ["--print-completion"]:
-            print(completion(Settings, "kan-serve", "".join(given[1:])))
+        if given and given[0].partition("=")[0] == _COMPLETION:
+            # By itself: nothing else need be right for it.
+            shell = " ".join(given)[len(_COMPLETION) + 1 :]
+            print(completion(Settings, "kan-serve", shell))
             return 0
         settings = read_settings(Settings, given)
         if settings.print_config:

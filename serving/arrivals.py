@@ -77,7 +77,6 @@ class Arrival:
         self._state = state
         self._on_end: Callable[[Arrival], Any] | None = None
         self._present = present
-        present.add(self)
 
     def add_done_callback(self, callback: "Callable[[Arrival], Any]") -> None:
         """Have something called when the answer is sent, which is all that grpcio asks of a future.
@@ -183,6 +182,7 @@ class Arrivals(ThreadPoolExecutor):
                 (cygrpc.ReceiveMessageOperation(_server._EMPTY_FLAGS),), received
             )
             state.due.add(_server._RECEIVE_MESSAGE_TOKEN)
+            self._present.add(arrival)
         return arrival
 
     def _try_to_begin(self, message: bytes, arrival: Arrival) -> None:

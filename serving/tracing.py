@@ -4,6 +4,7 @@ A span continues the caller's trace if its metadata has a `traceparent` (W3C), a
 caller says. The packages are in the extra `otel`, imported only if traces are wanted.
 """
 
+import threading
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 _EXPORT_S = 5
+_LAST_S = 1.0
 _PARTS = ("parse", "queue", "compute", "serialise")  # of a request, in this order
 
 
@@ -75,8 +77,13 @@ class Tracing:
         return RequestSpan(self._tracer, span)
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, as long as that takes no longer than `_LAST_S`.
+
+        A collector that cannot be reached would hold the end of the process for many seconds.
+        """
+        last = threading.Thread(target=self._provider.shutdown, daemon=True)
+        last.start()
+        last.join(_LAST_S)
 
 
 class RequestSpan:

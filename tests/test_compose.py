@@ -51,6 +51,15 @@ def test_servers_have_time_to_drain_and_to_end() -> None:
         assert seconds(service["stop_grace_period"]) > settings.drain_s + settings.grace_s
 
 
+def test_what_servers_read_and_hold_fits_into_their_memory() -> None:
+    """A message is held several times while it is read."""
+    for service in SERVERS.values():
+        settings = settings_of(service)
+        memory = 2**20 * int(service["mem_limit"].removesuffix("m"))
+        assert settings.max_message_bytes == 4 * 2**20  # what clients of gRPC take
+        assert settings.max_queue_bytes <= memory / 8
+
+
 def test_servers_find_what_is_mounted_and_are_who_the_image_says() -> None:
     for service in SERVERS.values():
         (models,) = service["volumes"]
@@ -104,4 +113,4 @@ def test_prometheus_takes_its_configuration_and_finds_its_rules() -> None:
     command = ["promtool", "check", "config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 rules found" in done.stdout
+    assert "10 rules found" in done.stdout

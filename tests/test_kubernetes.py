@@ -29,6 +29,8 @@ from tests.wire import raw_request
 
 KUBERNETES, KSERVE = ROOT / "deploy" / "kubernetes", ROOT / "deploy" / "kserve"
 OLDEST, NEWEST = "1.27", "1.37"  # of Kubernetes: since when probes may be gRPC, and today
+MIB = 2**20
+CLIENTS_LIMIT = 4 * MIB  # of answers, in every client of gRPC
 OURS = {"app.kubernetes.io/name": "kanserve"}
 BY_HAND = {"prometheus-adapter.yaml", "prometheusrule.yaml", "servicemonitor.yaml"}
 
@@ -207,6 +209,10 @@ def _fits(settings: Settings, container: Manifest) -> None:
     # Without a limit the server sees every CPU of the node.
     assert container["resources"]["requests"]["cpu"] == str(settings.engine_slots)
     assert "cpu" not in container["resources"]["limits"]
+    # A message is held several times while it is read: six of 48 MiB have ended a server of 300 MB.
+    memory = MIB * int(container["resources"]["limits"]["memory"].replace("Gi", "024Mi")[:-2])
+    assert settings.max_message_bytes == CLIENTS_LIMIT
+    assert settings.max_queue_bytes <= memory / 8
 
 
 def _probes(container: Manifest) -> dict[str, Manifest]:
@@ -240,6 +246,7 @@ def test_probes_ask_for_what_the_server_answers(
         check = health_pb2_grpc.HealthStub(channel).Check
         probes = _probes(container)
         assert set(probes) == {"startupProbe", "readinessProbe", "livenessProbe"}
+        assert runtime["startupProbe"] == container["startupProbe"]  # as long to load in
         for probe in (*probes.values(), *_probes(runtime).values()):
             request = health_pb2.HealthCheckRequest(service=probe["service"])
             found = check(request, timeout=WAIT_S)

@@ -158,7 +158,7 @@ def test_alerts_are_loaded_and_quiet_about_a_server_that_is_well(prometheus: Pro
     with urllib.request.urlopen(f"http://{prometheus.address}/api/v1/rules") as response:
         (group,) = json.load(response)["data"]["groups"]
     assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
-    assert len(group["rules"]) == 9
+    assert len(group["rules"]) == 10
     pages = [r for r in group["rules"] if r["labels"]["severity"] == "page"]
     assert pages
     assert {rule["state"] for rule in pages} == {"inactive"}

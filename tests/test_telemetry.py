@@ -210,6 +210,16 @@ def test_requests_are_answered_though_nobody_takes_their_traces(repository: Path
         np.testing.assert_equal(len(stub.ModelInfer(ROW, timeout=WAIT_S).raw_output_contents), 1)
 
 
+def test_a_collector_that_takes_nothing_does_not_hold_up_the_end(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sending what is left may take OpenTelemetry longer than containers are given to end."""
+    provider = pytest.importorskip("opentelemetry.sdk.trace").TracerProvider
+    monkeypatch.setattr(provider, "shutdown", lambda self: threading.Event().wait())
+    with served(repository, otlp_endpoint="http://127.0.0.1:1") as (_, stub):
+        stub.ModelInfer(ROW, timeout=WAIT_S)
+
+
 def test_traces_that_go_nowhere_are_refused_at_the_start(repository: Path) -> None:
     done = run_module(
         "serving", "--model-repository", repository, "--grpc-port", "0", "--metrics-port", "0",

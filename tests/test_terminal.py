@@ -351,6 +351,15 @@ def test_fish_completes(tmp_path: Path, program: str, typed: str, appears: str) 
     assert appears in done.stdout
 
 
+def test_the_shell_may_follow_an_equals_sign_and_nothing_may_follow_the_shell() -> None:
+    pytest.importorskip("shtab", reason="writes the scripts; install kanserve[export]")
+    done = run_module("serving", "--print-completion=bash")
+    assert (done.returncode, done.stdout) == (0, script_of("kan-serve", "bash"))
+    done = run_module("serving", "--print-completion", "ba", "sh")
+    assert done.returncode == 2
+    assert "expected bash, zsh, fish, found 'ba sh'" in done.stderr
+
+
 def test_completion_for_another_shell_is_refused() -> None:
     for module in PROGRAMS.values():
         done = run_module(module, "--print-completion", "tcsh")

@@ -22,7 +22,7 @@ def way(timeout_s: float, timeout_of: str) -> argparse.ArgumentParser:
         "--address", default="127.0.0.1:8001", metavar="A[,B]",
         help="host:port, several of them, or dns:///name:port (127.0.0.1:8001)",
     )  # fmt: skip
-    group.add_argument("--tls", action="store_true", help="use TLS; every flag below does, too")
+    group.add_argument("--tls", action="store_true", help="use TLS; the next four do, too")
     group.add_argument("--ca", metavar="FILE", help="PEM of who vouches for the server")
     group.add_argument("--cert", metavar="FILE", help="PEM of this client's certificate")
     group.add_argument("--key", metavar="FILE", help="PEM of its key")

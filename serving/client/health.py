@@ -56,7 +56,8 @@ def _print_status(answer: Any, where: str, service: str) -> bool:
     except grpc.RpcError as error:
         print(f"error: {_told(error, where, service)}", file=sys.stderr)
         return False
-    print(f"{where} {pb.HealthCheckResponse.ServingStatus.Name(status)}")
+    names = {value: name for name, value in pb.HealthCheckResponse.ServingStatus.items()}
+    print(f"{where} {names.get(status, status)}")  # of a newer protocol, a number
     return bool(status == pb.HealthCheckResponse.SERVING)
 
 

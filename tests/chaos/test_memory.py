@@ -4,6 +4,7 @@ Each server has a cgroup of its own, as a container has. Whatever happens, no an
 """
 
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -137,13 +138,16 @@ def test_a_server_that_is_killed_for_its_memory_starts_again(
         with greedy(servers):
             await_true(lambda: revive(servers) > 0)
         await_true(lambda: revive(servers) == 0 and all(map(answers, servers)))
-    record("memory, killed by the kernel", CLIENT.name, running)
+    tally = record("memory, killed by the kernel", CLIENT.name, running)
+    assert tally.failed == {}, running.messages
 
 
 def revive(servers: Sequence[Replica]) -> int:
-    """Start those again that have ended, as a container's engine does; tell how many."""
+    """Start those again that were killed, as a container's engine does; tell how many."""
     ended = [s for s in servers if s.process is not None and s.process.poll() is not None]
     for server in ended:
+        assert server.process is not None
+        assert server.process.returncode == -signal.SIGKILL  # the kernel's way
         server.start()
     return len(ended)
 

@@ -25,6 +25,9 @@ def test_a_checkpoint_becomes_a_bundle_of_whoever_runs_it(
     (work / "models").mkdir(parents=True)
     shutil.copy(golden.checkpoint, work / "model.pt")
     shutil.chown(work / "models", owner, owner)
+    for package in ("export", "kan_ops"):  # as in a checkout, but nothing in it
+        (work / package).mkdir()
+        (work / package / "__init__.py").touch()
     found = run(
         *("podman", "run", "--rm", "--pull=never", "--user", f"{owner}:{owner}"),
         *("--read-only", "--cap-drop=all", "--security-opt=no-new-privileges", "--network=none"),
