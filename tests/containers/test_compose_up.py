@@ -131,6 +131,21 @@ def test_clients_are_answered_by_all_while_servers_are_stopped(
     assert {rule["health"] for rule in group["rules"]} <= {"ok", "unknown"}
 
 
+def test_a_balancer_that_starts_while_a_server_is_away_finds_it_later(
+    project: Project, images_of_digits: Images
+) -> None:
+    address = f"127.0.0.1:{project.port}"
+    await_ready(address)
+    away, balancer = project.container(SERVERS[0]), project.container("balancer")
+    away.stop()
+    run("podman", "restart", "--time", "5", balancer.id)
+    with Load([address], images_of_digits) as load:
+        load.await_more(100)
+        run("podman", "start", away.id)
+        await_true(lambda: project.value("count(kanserve_rows_total > 0)") == 3)
+    assert load.failures == []
+
+
 def test_every_service_is_confined_as_the_file_says(project: Project) -> None:
     for service in (*SERVERS, "balancer", "prometheus"):
         container = project.container(service)
