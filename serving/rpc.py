@@ -23,9 +23,9 @@ from serving.arrivals import Arrival, Arrivals, Refusals
 from serving.deadline import Deadline
 from serving.errors import Forbidden, NotOffered, Overloaded, Unauthenticated, VisibleError
 from serving.failures import Failure, failure_of
+from serving.observability.telemetry import Record, Telemetry
 from serving.pools import Behavior, CountingPool, Inline
 from serving.service import SERVICE, Answer, InferenceService
-from serving.telemetry import Record, Telemetry
 
 _FINAL = "triton_final_response"  # clients of streams wait for it; there is one answer to a request
 _STRICT = ("triton_grpc_error", "true")  # a stream is to end with a status at the first error

@@ -24,10 +24,10 @@ from serving.errors import (
     NotOffered,
     Overloaded,
 )
-from serving.loading import LoadedModel
-from serving.metrics import Counters
+from serving.models.loading import LoadedModel
+from serving.models.repository import Repository
+from serving.observability.metrics import Counters
 from serving.parameters import read_wishes
-from serving.repository import Repository
 from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name

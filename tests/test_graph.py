@@ -21,12 +21,12 @@ from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder
 from kan_bundle.manifest import Manifest, read_manifest, write_manifest
 from kan_model import KAN
-from serving import outline
 from serving.batching import Limits
 from serving.engine import Engine, EngineOptions
-from serving.graph import check_graph
-from serving.loading import Admission, LoadedModel, load_bundle
-from serving.outline import read_outline
+from serving.models import outline
+from serving.models.graph import check_graph
+from serving.models.loading import Admission, LoadedModel, load_bundle
+from serving.models.outline import read_outline
 from tests.bundles import CLOSE, run_onnx
 from tests.conftest import STATE_DICTS
 

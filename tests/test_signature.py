@@ -33,7 +33,7 @@ from kan_bundle.signature import read_public_key, read_signature
 from kan_model import KAN
 from protos import inference_pb2 as pb
 from serving.engine import Engine
-from serving.loading import Admission, LoadedModel, load_bundle
+from serving.models.loading import Admission, LoadedModel, load_bundle
 from serving.server import running
 from serving.settings import Settings
 from tests.bundles import CLOSE, run_onnx

@@ -20,8 +20,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from serving import exposition
 from serving.errors import ModelNotFound
+from serving.observability import exposition
 from tests.browsing import contrast, luminance, opened
 from tests.bundles import publish
 from tests.conftest import STATE_DICTS

@@ -16,9 +16,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from kan_bundle.layout import MODEL_FILE
-from serving.reports import report_path
-from serving.repository import Repository
-from serving.statistics import Spent, Statistics
+from serving.models.repository import Repository
+from serving.observability.reports import report_path
+from serving.observability.statistics import Spent, Statistics
 
 REASONS = ("shed", "expired", "cancelled", "invalid", "unavailable", "unauthorised", "failed")
 """Why a call has no answer."""
