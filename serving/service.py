@@ -30,7 +30,9 @@ from serving.observability.metrics import Counters
 from serving.parameters import read_wishes
 from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
 
-SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_PROTOCOL = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+SERVICE = _PROTOCOL.full_name
+METHODS = _PROTOCOL.methods_by_name
 SERVER_NAME = "kanserve"
 PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ("model_configuration", "model_repository", "parameters", "statistics")
