@@ -396,6 +396,14 @@ def test_what_needs_attention_is_told_first_and_what_is_wanted_is_not(shown: Sho
     expect(faults).to_have_count(0)
 
 
+def test_a_version_that_was_pruned_says_so_where_its_layers_are(shown: Shown) -> None:
+    layers = 'kanserve_model_kan_layers{execution="fused",model="digits",version="%d"} 2\n'
+    info = 'kanserve_model_info{model="digits",prune_threshold="%s",sha256="",version="%d"} 1\n'
+    shown.open(READY + layers % 1 + info % ("", 1) + layers % 2 + info % ("0.01", 2))
+    cells = shown.page.locator("td[data-title='KAN layers']")
+    expect(cells).to_have_text(["2 fusedpruned at 0.01", "2 fused"])
+
+
 def test_text_from_models_is_never_taken_for_html_and_links_stay_here(shown: Shown) -> None:
     trap = "<img src=x onerror=document.title=1><script>document.title=2</script>"
     info = 'kanserve_model_info{model="%s",report="%s",sha256="",version="1"} 1\n'
