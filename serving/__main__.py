@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kan_bundle.errors import BundleError
     from serving.configuration import as_toml, completion, read_settings
     from serving.errors import StartupError, WrongSetting
-    from serving.logs import configure_logging
+    from serving.observability.logs import configure_logging
     from serving.settings import Settings
 
     configure_logging("info")

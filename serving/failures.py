@@ -25,6 +25,7 @@ from serving.errors import (
     Unauthenticated,
     VisibleError,
 )
+from serving.service import METHODS
 
 # The status of an error, and the reason under which it is counted.
 _TABLE: dict[type[VisibleError], tuple[grpc.StatusCode, str]] = {
@@ -42,8 +43,6 @@ _TABLE: dict[type[VisibleError], tuple[grpc.StatusCode, str]] = {
 _INTERNAL = (grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
 _PUSHBACK = "grpc-retry-pushback-ms"  # when gRPC's own retries are to try again
 _LONGEST_PUSHBACK_MS = 60_000
-
-_METHODS = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
 
 _log = structlog.get_logger()
 
@@ -88,7 +87,7 @@ def failure_of(method: str, request: Any, error: Exception) -> Failure:
         error: What was raised.
     """
     if isinstance(error, DecodeError):
-        expected = _METHODS[method].input_type.full_name
+        expected = METHODS[method].input_type.full_name
         error = InvalidRequest(f"expected {expected}, found no such message")
     if isinstance(error, VisibleError):
         code, reason = _TABLE[type(error)]

@@ -23,14 +23,13 @@ from serving.arrivals import Arrival, Arrivals, Refusals
 from serving.deadline import Deadline
 from serving.errors import Forbidden, NotOffered, Overloaded, Unauthenticated, VisibleError
 from serving.failures import Failure, failure_of
+from serving.observability.telemetry import Record, Telemetry
 from serving.pools import Behavior, CountingPool, Inline
-from serving.service import SERVICE, Answer, InferenceService
-from serving.telemetry import Record, Telemetry
+from serving.service import METHODS, SERVICE, Answer, InferenceService
 
 _FINAL = "triton_final_response"  # clients of streams wait for it; there is one answer to a request
 _STRICT = ("triton_grpc_error", "true")  # a stream is to end with a status at the first error
 
-_METHODS = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
 _INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
 _CONTROL = ("RepositoryModelLoad", "RepositoryModelUnload")
 _NOT_OFFERED = {  # of Triton's methods
@@ -81,7 +80,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self._access = access
         self._groups: dict[str, Group] = {
             f"/{SERVICE}/{name}": "admin" if name in _CONTROL else "inference"
-            for name in _METHODS
+            for name in METHODS
             if name not in _OPEN
         }
         self._is_full = is_full
@@ -99,7 +98,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self._lock = threading.Lock()
         self._handlers = {
             f"/{SERVICE}/{name}": self._unary(name)
-            for name, method in _METHODS.items()
+            for name, method in METHODS.items()
             if not method.client_streaming and name != "ModelInfer"
         }
         self._handlers[_INFER] = grpc.unary_unary_rpc_method_handler(
@@ -153,8 +152,8 @@ class RpcHandlers(grpc.GenericRpcHandler):
             pool.shutdown(wait=False)
 
     def _unary(self, name: str) -> "grpc.RpcMethodHandler[Any, Any]":
-        request_type = GetMessageClass(_METHODS[name].input_type)
-        response_type = GetMessageClass(_METHODS[name].output_type)
+        request_type = GetMessageClass(METHODS[name].input_type)
+        response_type = GetMessageClass(METHODS[name].output_type)
         method = getattr(self._service, name)
         counters = self._telemetry.counters
 

@@ -23,17 +23,20 @@ from kan_bundle.errors import IntegrityError
 from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest
 from kan_bundle.signature import read_public_key
-from serving import addresses, exposition, health, metrics, reflection, runtime
+from serving import addresses, health, reflection, runtime
 from serving.access import Access
-from serving.control import Keeper, polling
 from serving.dispatch import Dispatcher
 from serving.engine import Engine, EngineOptions
 from serving.errors import ModelNotFound, StartupError
-from serving.loading import Admission, LoadedModel, load_bundle
-from serving.policy import parse_policy
+from serving.models.control import Keeper, polling
+from serving.models.loading import Admission, LoadedModel, load_bundle
+from serving.models.policy import parse_policy
+from serving.models.repository import Repository
+from serving.observability import exposition, metrics
+from serving.observability.reports import read_report
+from serving.observability.telemetry import Telemetry
+from serving.observability.tracing import Tracing
 from serving.readiness import Readiness
-from serving.reports import read_report
-from serving.repository import Repository
 from serving.rpc import RpcHandlers
 from serving.service import (
     SERVICE,
@@ -43,9 +46,7 @@ from serving.service import (
     fitting_rows,
 )
 from serving.settings import Settings, is_own
-from serving.telemetry import Telemetry
 from serving.tls import server_credentials
-from serving.tracing import Tracing
 
 _log = structlog.get_logger()
 

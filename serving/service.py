@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from kan_bundle import __version__
 from kan_bundle.layout import MODEL_FILE
-from kan_bundle.manifest import Datatype, Manifest, TensorSpec
+from kan_bundle.manifest import Datatype, Manifest, PruningRecord, TensorSpec
 from protos import inference_pb2 as pb
 from protos import model_config_pb2 as config_pb
 from serving.batching import QueueFull, TooLate
@@ -24,13 +24,15 @@ from serving.errors import (
     NotOffered,
     Overloaded,
 )
-from serving.loading import LoadedModel
-from serving.metrics import Counters
+from serving.models.loading import LoadedModel
+from serving.models.repository import Repository
+from serving.observability.metrics import Counters
 from serving.parameters import read_wishes
-from serving.repository import Repository
 from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
 
-SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_PROTOCOL = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+SERVICE = _PROTOCOL.full_name
+METHODS = _PROTOCOL.methods_by_name
 SERVER_NAME = "kanserve"
 PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ("model_configuration", "model_repository", "parameters", "statistics")
@@ -378,7 +380,17 @@ def _properties(model: LoadedModel) -> dict[str, str]:
         "kan_layers": str(len(manifest.layers)),
         "fused_layers": str(model.engine.fused_layers),
         "nodes": ", ".join(f"{count} {name}" for name, count in model.engine.placement.items()),
+        **_pruning(manifest.pruning),
     }
+
+
+def _pruning(record: PruningRecord | None) -> dict[str, str]:
+    """Tell whether a model is another function than its source."""
+    if record is None:
+        return {"prune_threshold": "", "pruned_edges": ""}
+    zeroed = sum(layer.zeroed for layer in record.layers)
+    edges = sum(layer.edges for layer in record.layers)
+    return {"prune_threshold": str(record.threshold), "pruned_edges": f"{zeroed} of {edges}"}
 
 
 def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:

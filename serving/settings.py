@@ -18,7 +18,7 @@ from pydantic_settings import (
 
 from serving.batching import Limits
 from serving.configuration import PREFIX, ConfigFile
-from serving.policy import Control, parse_policy
+from serving.models.policy import Control, parse_policy
 from serving.runtime import Fused, Provider
 
 _DAY_S = 86_400

@@ -19,7 +19,7 @@ from prometheus_client import generate_latest
 
 from kan_bundle.errors import BundleError
 from serving.errors import EngineError, StartupError
-from serving.logs import configure_logging
+from serving.observability.logs import configure_logging
 from serving.peers import Gone, Peer
 from serving.readiness import Readiness
 from serving.settings import Settings
@@ -75,7 +75,7 @@ def work(settings: Settings, index: int, connection: "Connection[Any, Any]") -> 
         stop.set()
 
     def report(version: list[str]) -> str:
-        from serving.reports import read_report  # imports onnxruntime
+        from serving.observability.reports import read_report  # imports onnxruntime
 
         repository = started.result().repository
         return b64encode(read_report(repository, *version)).decode()

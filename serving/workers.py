@@ -21,8 +21,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from serving import addresses, exposition
+from serving import addresses
 from serving.errors import ControlRefused, EngineError, StartupError
+from serving.observability import exposition
 from serving.peers import Gone, Peer
 from serving.settings import Settings
 from serving.worker import work

@@ -113,3 +113,12 @@ def test_who_keeps_workers_imports_nothing_that_does_not_survive_a_fork() -> Non
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_models_are_loaded_and_kept_without_grpc() -> None:
+    script = (
+        "import sys, serving.models.control;"
+        "sys.exit(' '.join({'grpc', 'serving.service'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

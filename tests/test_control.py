@@ -13,11 +13,11 @@ from structlog.testing import capture_logs
 
 from kan_bundle.errors import IntegrityError, LayoutError
 from kan_bundle.layout import BundleFolder
-from serving.control import Keeper
 from serving.errors import ModelNotFound, ModelNotReady
-from serving.loading import LoadedModel
-from serving.policy import parse_policy
-from serving.repository import Repository
+from serving.models.control import Keeper
+from serving.models.loading import LoadedModel
+from serving.models.policy import parse_policy
+from serving.models.repository import Repository
 
 
 @dataclass(eq=False)

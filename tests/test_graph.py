@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import google.protobuf.message
 import numpy as np
 import onnx
 import onnxruntime
@@ -16,26 +15,22 @@ from onnx import TensorProto, helper, numpy_helper
 import kan_ops
 from export import export_module, onnx_graph
 from kan_bundle import golden
-from kan_bundle.errors import BundleError, GraphError, IntegrityError
+from kan_bundle.errors import GraphError, IntegrityError
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder
-from kan_bundle.manifest import Manifest, read_manifest, write_manifest
+from kan_bundle.manifest import read_manifest, write_manifest
 from kan_model import KAN
-from serving import outline
-from serving.batching import Limits
-from serving.engine import Engine, EngineOptions
-from serving.graph import check_graph
-from serving.loading import Admission, LoadedModel, load_bundle
-from serving.outline import read_outline
+from serving.models import outline
+from serving.models.graph import check_graph
+from serving.models.loading import Admission, LoadedModel, load_bundle
 from tests.bundles import CLOSE, run_onnx
 from tests.conftest import STATE_DICTS
+from tests.loading import LIMITS, make_engine, unreached
+from tests.wire import part
+
+__all__ = ["unreached"]
 
 MODEL = "uniform_4x8x3"
-LIMITS = Limits(1024, 0.0, 2**20, 2**30)
-
-
-def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
-    return Engine(model, manifest, folder, EngineOptions(fused=True))
 
 
 def load(folder: BundleFolder, admission: Admission | None = None) -> LoadedModel:
@@ -52,16 +47,6 @@ def folder(repository: Path, tmp_path: Path) -> BundleFolder:
 @pytest.fixture
 def model(folder: BundleFolder) -> onnx.ModelProto:
     return onnx.load(folder.path / "model.onnx")
-
-
-@pytest.fixture
-def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail the test if onnxruntime is given anything."""
-
-    def reached(*_: object, **__: object) -> None:
-        raise AssertionError("onnxruntime was reached")
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", reached)
 
 
 def write(folder: BundleFolder, content: bytes, *more: str) -> None:
@@ -107,7 +92,10 @@ def branch(*nodes: onnx.NodeProto) -> onnx.NodeProto:
 
 
 FOREIGN = helper.make_node("Gelu", ["input"], ["w"], domain="com.microsoft")
+
+
 OWN = helper.make_node(kan_ops.OPERATOR, ["x", "k", "w"], ["y"], domain=kan_ops.DOMAIN)
+
 
 # What an attacker puts somewhere, as a node, and what is said of it.
 NODES = {
@@ -124,6 +112,8 @@ NODES = {
         "one in another file",
     ),
 }
+
+
 PLACES = (
     "the graph",
     "a branch",
@@ -234,13 +224,6 @@ def test_weights_in_a_file_that_the_manifest_does_not_list_are_refused(
         load(folder)
 
 
-def part(number: int, content: bytes, *, size: int | None = None) -> bytes:
-    """A field of bytes, as protobuf writes it."""
-    size = len(content) if size is None else size
-    digits = [size >> shift & 127 for shift in range(0, 35, 7)]
-    return bytes([number << 3 | 2, *(digit | 128 for digit in digits[:-1]), digits[-1]]) + content
-
-
 MODELS: dict[str, tuple[Callable[[onnx.ModelProto], Any], str]] = {
     "a foreign import": (
         lambda m: m.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3)),
@@ -349,31 +332,6 @@ def test_a_name_without_end_is_refused(folder: BundleFolder, model: onnx.ModelPr
         load(folder)
 
 
-EVIL = part(7, onnx.GraphProto(node=[FOREIGN]).SerializeToString())
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        pytest.param(b"not a model", "found", id="text"),
-        pytest.param(b"", "without a graph", id="nothing"),
-        pytest.param(part(7, b"") + EVIL, "com.microsoft", id="a graph in two parts"),
-        # A tag of 35 bits, of which a parser with 32 sees field 7, and one with 64 another.
-        pytest.param(
-            part(7, b"") + b"\xba\x80\x80\x80\x10" + EVIL[1:], "a field 536870919", id="a tag"
-        ),
-        pytest.param(part(7, b"") + b"\x0b\x0c", "wire type 3", id="a group"),
-        pytest.param(part(7, b"") + b"\x00\x00", "a field 0", id="field 0"),
-        pytest.param(part(7, b"", size=1), "a field 7 that ends at byte 7 of 6", id="truncated"),
-        pytest.param(b"\x08" + b"\xff" * 11, "a number without an end", id="a number"),
-        pytest.param(b"\x12\x02\x00\x00ORTM", "onnxruntime's own format", id="another format"),
-    ],
-)
-def test_bytes_that_parsers_could_read_in_two_ways_are_refused(content: bytes, reason: str) -> None:
-    with pytest.raises(GraphError, match=reason):
-        check_graph(content, None)
-
-
 @pytest.mark.usefixtures("unreached")
 def test_a_file_that_is_too_large_is_refused_before_it_is_opened(folder: BundleFolder) -> None:
     sizes = [record.size_bytes for record in read_manifest(folder.path).files.values()]
@@ -432,110 +390,6 @@ def test_branches_with_constants_and_weights_pass(model: onnx.ModelProto) -> Non
         put(model, constant(value=tensor()), place)
     model.opset_import.append(helper.make_opsetid("ai.onnx", 20))
     check_graph(model.SerializeToString(), None)
-
-
-# What is looked at is what is there: ONNX's own declaration and parser are the oracle.
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    """Compare every field of ours with the same field of ONNX's message."""
-    for field in ours.DESCRIPTOR.fields:
-        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-        if field.message_type is None:
-            assert mine == (other.encode() if isinstance(other, str) else other)
-        elif field.is_repeated:
-            assert len(mine) == len(other)
-            for pair in zip(mine, other, strict=True):
-                assert_same(*pair)
-        else:
-            assert ours.HasField(field.name) == theirs.HasField(field.name)
-            if ours.HasField(field.name):
-                assert_same(mine, other)
-
-
-def test_the_declaration_is_onnxs() -> None:
-    ours = read_outline(part(7, b"")).DESCRIPTOR.file
-    theirs = onnx.ModelProto.DESCRIPTOR.file
-    for name, message in ours.message_types_by_name.items():
-        other = theirs.message_types_by_name[name]
-        for field in message.fields:
-            same = other.fields_by_name[field.name]
-            assert (field.number, field.is_repeated) == (same.number, same.is_repeated)
-            assert (field.message_type is None) == (same.message_type is None)
-        for enum in message.enum_types:
-            values = {value.name: value.number for value in enum.values}
-            known = other.enum_types_by_name[enum.name].values
-            assert values == {value.name: value.number for value in known}
-
-
-def mutated(content: bytes, rng: np.random.Generator) -> bytes:
-    """Change a file somewhere: a byte, a piece taken out, put in twice, or moved."""
-    found = bytearray(content)
-    for _ in range(rng.integers(1, 3)):
-        start, end = sorted(int(i) for i in rng.integers(0, len(found), 2))
-        piece = found[start : min(end, start + 40)]
-        match rng.integers(6):
-            case 0:
-                del found[start : start + len(piece)]
-            case 1:
-                found[start:start] = piece
-            case 2:
-                found[end:end] = piece
-            case _:
-                found[start] = int(rng.integers(256))
-    return bytes(found)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_changed_file_is_refused_or_seen_as_onnx_sees_it(repository: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    model = onnx.load(repository / STATE_DICTS[seed].name / "1" / "model.onnx")
-    for weight in model.graph.initializer:
-        weight.ClearField("raw_data")  # of which nothing is looked at
-    content = model.SerializeToString()
-    assert_same(read_outline(content), model)
-    seen = 0
-    for _ in range(200):
-        changed = mutated(content, rng)
-        try:
-            ours = read_outline(changed)
-        except GraphError:
-            continue
-        try:
-            theirs = onnx.ModelProto.FromString(changed)
-        except google.protobuf.message.DecodeError:
-            continue
-        try:
-            assert_same(ours, theirs)
-        except UnicodeDecodeError:  # ONNX's names are text
-            continue
-        seen += 1
-        check(changed)
-    assert seen > 10
-
-
-def check(content: bytes) -> None:
-    """Let a file pass or be refused in a line, but not fail in another way."""
-    reason = ""
-    try:
-        check_graph(content, 100)
-    except BundleError as error:
-        reason = str(error)
-    assert "\n" not in reason
-    assert len(reason) < 1000
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_any_bytes_pass_or_are_refused(repository: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    content = (repository / STATE_DICTS[seed].name / "1" / "model.onnx").read_bytes()
-    for length in rng.integers(0, 300, 300):
-        check(rng.bytes(length))
-        check(part(7, part(1, rng.bytes(length))))
-    for end in rng.integers(0, len(content), 30):
-        check(content[:end])
-    for _ in range(100):
-        check(mutated(content, rng))
 
 
 # The library of kan_ops.

@@ -18,12 +18,12 @@ from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest, read_manifest, write_manifest
 from serving.batching import Limits
-from serving.control import Keeper
 from serving.engine import Engine, EngineOptions
 from serving.errors import ModelNotFound, ModelNotReady
-from serving.loading import LoadedModel, load_bundle
-from serving.policy import VersionPolicy
-from serving.repository import Repository
+from serving.models.control import Keeper
+from serving.models.loading import LoadedModel, load_bundle
+from serving.models.policy import VersionPolicy
+from serving.models.repository import Repository
 from tests.conftest import GOLDENS
 
 MODEL = "uniform_4x8x3"

@@ -9,7 +9,7 @@ def test_the_log_holds_no_values_of_variables() -> None:
     """A traceback's local variables are what clients send; they stay out of the log."""
     script = """
 import structlog
-from serving.logs import configure_logging
+from serving.observability.logs import configure_logging
 configure_logging("info")
 def fail():
     payload = "what a client sent"

@@ -11,14 +11,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from export.__main__ import main as export_main
 from serving.client.__main__ import main as client_main
-from serving.metrics import REASONS
+from serving.observability.metrics import REASONS
 from serving.settings import Settings
 from tests.conftest import ROOT
 from tests.processes import serving
 
 PAGE = (ROOT / "docs" / "operating.md").read_text()
 ALERTS = ROOT / "deploy" / "monitoring" / "alerts.yml"
-SERVING = "".join(path.read_text() for path in (ROOT / "serving").glob("*.py"))
+SERVING = "".join(path.read_text() for path in (ROOT / "serving").rglob("*.py"))
 
 
 def alerts() -> list[dict[str, Any]]:

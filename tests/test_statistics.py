@@ -9,7 +9,7 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.statistics import Spent, Statistics
+from serving.observability.statistics import Spent, Statistics
 from tests.conftest import STATE_DICTS
 from tests.servers import served
 from tests.wire import raw_request

@@ -16,9 +16,9 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from serving import arrivals
-from serving.metrics import _SECONDS, Counters
+from serving.observability.metrics import _SECONDS, Counters
+from serving.observability.statistics import Spent, Statistics
 from serving.server import Server
-from serving.statistics import Spent, Statistics
 from tests.conftest import STATE_DICTS, run_module
 from tests.servers import WAIT_S, Gate, await_true, gate, served
 from tests.wire import raw_request

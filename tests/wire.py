@@ -1,4 +1,7 @@
-"""Building requests and reading responses as a client would, with the generated messages alone."""
+"""Building requests and reading responses as a client would, with the generated messages alone.
+
+And a field as protobuf writes it, for what is no message of theirs.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -86,3 +89,10 @@ def outputs_of(response: pb.ModelInferResponse) -> dict[str, NDArray[np.float32]
             values = np.array(tensor.contents.fp32_contents, dtype=np.float32)
         found[tensor.name] = values.reshape(tensor.shape)
     return found
+
+
+def part(number: int, content: bytes, *, size: int | None = None) -> bytes:
+    """A field of bytes, as protobuf writes it."""
+    size = len(content) if size is None else size
+    digits = [size >> shift & 127 for shift in range(0, 35, 7)]
+    return bytes([number << 3 | 2, *(digit | 128 for digit in digits[:-1]), digits[-1]]) + content

@@ -37,6 +37,18 @@ def record(request: pytest.FixtureRequest) -> Record:
     return add
 
 
+@pytest.fixture
+def unnoticed(record: Record) -> Record:
+    """As `record`, and sees that no request has failed either."""
+
+    def add(fault: str, way: str, load: Load) -> Tally:
+        tally = record(fault, way, load)
+        assert tally.failed == {}, load.messages
+        return tally
+
+    return add
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:

@@ -95,11 +95,13 @@ class Load:
     """Clients under way.
 
     Args:
+        addresses: Of the way.
         questions: What they ask, at random.
         per_s: Requests a second, of all of them, unless they have to wait for answers.
         timeout_s: Of each request.
     """
 
+    addresses: Sequence[str]
     questions: Sequence[Question]
     per_s: float
     timeout_s: float
@@ -181,7 +183,7 @@ def load(
     with KanClient(addresses, tls=tls) as client:
         for question in questions:
             client.infer(question.model, question.x[:1], timeout_s=60)
-        running = Load(questions, per_s, timeout_s)
+        running = Load(addresses, questions, per_s, timeout_s)
         threads = [
             threading.Thread(target=running.ask_again_and_again, args=(client, seed, clients))
             for seed in range(clients)

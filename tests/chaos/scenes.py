@@ -38,9 +38,33 @@ def under_load(
     """
     with (
         replicas(folder, repositories, *flags, environment=environment, limits=limits) as servers,
-        way.open([server.address for server in servers], folder) as addresses,
+        asked(way, folder, [server.address for server in servers], questions, tls=tls) as running,
+    ):
+        yield servers, running
+
+
+@contextmanager
+def asked(
+    way: Way,
+    folder: Path,
+    backends: Sequence[str],
+    questions: Sequence[Question],
+    *,
+    tls: Tls | None = None,
+) -> Iterator[Load]:
+    """A way that is asked all the time, until the end of the block.
+
+    Args:
+        way: Between clients and servers.
+        folder: For its configuration and log.
+        backends: Where servers listen, or what stands before them.
+        questions: What is asked.
+        tls: How clients recognise servers.
+    """
+    with (
+        way.open(backends, folder) as addresses,
         load(addresses, questions, tls=tls) as running,
     ):
         running.go_on(WELL_S)
-        yield servers, running
+        yield running
         running.go_on(WELL_S)

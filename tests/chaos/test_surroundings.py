@@ -23,8 +23,8 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client import Tls
 from tests.bundles import publish
 from tests.chaos.conftest import Record
-from tests.chaos.load import Question, load
-from tests.chaos.replicas import DRAIN_S, Replica, replicas
+from tests.chaos.load import Question
+from tests.chaos.replicas import DRAIN_S, Replica
 from tests.chaos.scenes import WELL_S, under_load
 from tests.chaos.ways import CLIENT, Way, every_way
 from tests.conftest import ROOT, STATE_DICTS
@@ -44,7 +44,7 @@ def test_versions_change_on_one_server_and_every_answer_is_its_versions(
     way: Way,
     own_repository: Path,
     doubled: tuple[Path, Question],
-    record: Record,
+    unnoticed: Record,
     tmp_path: Path,
 ) -> None:
     bundle, question = doubled
@@ -67,8 +67,7 @@ def test_versions_change_on_one_server_and_every_answer_is_its_versions(
             answer = stub.ModelInfer(raw_request(UNIFORM.x), timeout=WAIT_S)
             assert answer.model_version == version
             running.go_on(WELL_S)
-    tally = record("versions swapped on one server", way.name, running)
-    assert tally.failed == {}, running.messages
+    unnoticed("versions swapped on one server", way.name, running)
 
 
 def corrupt(folder: Path) -> None:
@@ -90,7 +89,7 @@ def test_a_damaged_version_is_refused_and_the_old_one_goes_on(
     damage: Callable[[Path], None],
     own_repository: Path,
     doubled: tuple[Path, Question],
-    record: Record,
+    unnoticed: Record,
     tmp_path: Path,
 ) -> None:
     bundle, question = doubled
@@ -101,8 +100,7 @@ def test_a_damaged_version_is_refused_and_the_old_one_goes_on(
         running.fault()
         damaged.rename(own_repository / UNIFORM.name / "2")
         await_true(lambda: all("model_refused" in server.log for server in servers))
-    tally = record(f"a version appears: {damage.__name__}", way.name, running)
-    assert tally.failed == {}, running.messages
+    unnoticed(f"a version appears: {damage.__name__}", way.name, running)
     ready = [e["version"] for s in servers for e in s.events if e["event"] == "model_ready"]
     assert set(ready) == {1}
 
@@ -112,7 +110,7 @@ def test_a_version_that_is_copied_file_by_file_is_served_when_it_is_whole(
     way: Way,
     own_repository: Path,
     doubled: tuple[Path, Question],
-    record: Record,
+    unnoticed: Record,
     tmp_path: Path,
 ) -> None:
     """Copied in the worst order, the manifest first, and each file in halves."""
@@ -130,8 +128,7 @@ def test_a_version_that_is_copied_file_by_file_is_served_when_it_is_whole(
                 running.go_on(0.3)
                 copy.write(content[len(content) // 2 :])
         await_true(lambda: all(serves_two(server) for server in servers))
-    tally = record("a version appears: half-copied", way.name, running)
-    assert tally.failed == {}, running.messages
+    unnoticed("a version appears: half-copied", way.name, running)
     assert all("model_refused" in server.log for server in servers)  # while it was not whole
 
 
@@ -146,16 +143,15 @@ def serves_two(server: Replica) -> bool:
 
 @pytest.mark.parametrize("way", every_way())
 def test_clients_that_do_not_read_hold_nobody_up(
-    way: Way, repository: Path, questions: list[Question], record: Record, tmp_path: Path
+    way: Way, repository: Path, questions: list[Question], unnoticed: Record, tmp_path: Path
 ) -> None:
-    with ExitStack() as stack:
-        servers = stack.enter_context(replicas(tmp_path, [repository] * 3))
-        addresses = stack.enter_context(way.open([one.address for one in servers], tmp_path))
-        running = stack.enter_context(load(addresses, questions))
-        running.go_on(WELL_S)
+    with (
+        under_load(way, tmp_path, [repository] * 3, questions) as (_, running),
+        ExitStack() as stack,
+    ):
         running.fault()
         large = raw_request(np.zeros((4096, 4), np.float32))
-        for address in addresses:
+        for address in running.addresses:
             channel = stack.enter_context(grpc.insecure_channel(address))
             stub = GRPCInferenceServiceStub(channel)
             for _ in range(3):
@@ -163,22 +159,17 @@ def test_clients_that_do_not_read_hold_nobody_up(
                 next(stream)  # and no more
                 stack.callback(stream.cancel)
         running.go_on(2 * WELL_S)
-    tally = record("streams that are not read", way.name, running)
-    assert tally.failed == {}, running.messages
+    unnoticed("streams that are not read", way.name, running)
 
 
 @pytest.mark.parametrize("way", every_way())
 def test_a_client_that_is_killed_leaves_nothing_behind(
-    way: Way, repository: Path, questions: list[Question], record: Record, tmp_path: Path
+    way: Way, repository: Path, questions: list[Question], unnoticed: Record, tmp_path: Path
 ) -> None:
-    with ExitStack() as stack:
-        servers = stack.enter_context(replicas(tmp_path, [repository] * 3))
-        addresses = stack.enter_context(way.open([one.address for one in servers], tmp_path))
-        running = stack.enter_context(load(addresses, questions))
-        running.go_on(WELL_S)
+    with under_load(way, tmp_path, [repository] * 3, questions) as (servers, running):
         running.fault()
         command = [sys.executable, "-m", "serving.client", "bench", "--model", UNIFORM.name]
-        command += ["--address", ",".join(addresses), "--rate", "300", "--rows", "1024"]
+        command += ["--address", ",".join(running.addresses), "--rate", "300", "--rows", "1024"]
         client = subprocess.Popen(
             [*command, "--seconds", "60", "--in-flight", "16"], cwd=ROOT, stderr=subprocess.DEVNULL
         )
@@ -191,12 +182,11 @@ def test_a_client_that_is_killed_leaves_nothing_behind(
             client.wait(WAIT_S)
         running.go_on(WELL_S)
         await_true(lambda: all(server.sample("kanserve_queue_rows") == 0 for server in servers))
-    tally = record("a client killed while it asks", way.name, running)
-    assert tally.failed == {}, running.messages
+    unnoticed("a client killed while it asks", way.name, running)
 
 
 def test_certificates_are_renewed_under_load(
-    repository: Path, questions: list[Question], record: Record, tmp_path: Path
+    repository: Path, questions: list[Question], unnoticed: Record, tmp_path: Path
 ) -> None:
     """Connections live for a second, so that there are always some that meet the new files."""
     authority = Authority.make(tmp_path / "authority")
@@ -213,14 +203,13 @@ def test_certificates_are_renewed_under_load(
             authority.renew()
             running.go_on(WELL_S)
         await_true(lambda: all("files_read_again" in server.log for server in servers))
-    tally = record("certificates renewed", CLIENT.name, running)
-    assert tally.failed == {}, running.messages
+    unnoticed("certificates renewed", CLIENT.name, running)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler is not installed")
 @pytest.mark.parametrize("way", every_way())
 def test_clocks_that_jump_change_no_deadline_and_no_drain(
-    way: Way, repository: Path, questions: list[Question], record: Record, tmp_path: Path
+    way: Way, repository: Path, questions: list[Question], unnoticed: Record, tmp_path: Path
 ) -> None:
     """The servers' wall clocks jump by days, on and back; their monotonic ones do not."""
     offset, library = tmp_path / "offset", tmp_path / "clock.so"
@@ -252,8 +241,7 @@ def test_clocks_that_jump_change_no_deadline_and_no_drain(
         assert time.monotonic() - started < DRAIN_S + 8  # the grace would end after 10 more
         jumped = {event["time"][:10] for event in servers[0].events}
         assert len(jumped) > 1  # as its own log says
-    tally = record("clocks jump by two days", way.name, running)
-    assert tally.failed == {}, running.messages
+    unnoticed("clocks jump by two days", way.name, running)
 
 
 @pytest.fixture(params=["8k", "12k", "24k", "44k"])

@@ -13,7 +13,7 @@ const REPORT = /^\/reports\/[A-Za-z0-9._-]+\/[0-9]+$/; // never another site, ne
 /**
  * Read what a scrape says of models.
  * @returns {Map<string, Array>} By name, in order: versions, newest first, as {model, version,
- *   states, executions, providers, parity, sha256, report}. `states` are {state, reason, workers}.
+ *   states, executions, providers, parity, sha256, report, threshold}. `states` are {state, reason, workers}.
  */
 export function readModels({ samples }) {
   const models = new Map();
@@ -38,6 +38,7 @@ export function readModels({ samples }) {
       version.parity.set(labels.get("runtime"), value);
     } else if (name === "kanserve_model_info") {
       version.sha256 = labels.get("sha256") ?? "";
+      version.threshold = labels.get("prune_threshold") ?? "";
       version.report = REPORT.test(labels.get("report")) ? labels.get("report") : "";
     }
   }
@@ -57,6 +58,7 @@ function emptyVersion(model, version) {
     parity: new Map(),
     sha256: "",
     report: "",
+    threshold: "",
   };
 }
 
@@ -232,7 +234,7 @@ function versionRow(version) {
   }
   const cells = [
     stateCell(version),
-    [element("span", "", layersInWords(version.executions))],
+    layersCell(version),
     [element("span", "", providersInWords(version.providers))],
     parityCell(version.parity),
     [reportCell(version)],
@@ -272,6 +274,16 @@ function stateCell({ states }) {
     node.append(lamp, text);
     return node;
   });
+}
+
+function layersCell({ executions, threshold }) {
+  const cell = [element("span", "", layersInWords(executions))];
+  if (threshold) {
+    const pruned = element("span", "reason", `pruned at ${threshold}`);
+    pruned.title = "Edges were left out: this is another function than the checkpoint's.";
+    cell.push(pruned);
+  }
+  return cell;
 }
 
 function layersInWords(executions) {

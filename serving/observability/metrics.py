@@ -16,9 +16,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from kan_bundle.layout import MODEL_FILE
-from serving.reports import report_path
-from serving.repository import Repository
-from serving.statistics import Spent, Statistics
+from serving.models.repository import Repository
+from serving.observability.reports import report_path
+from serving.observability.statistics import Spent, Statistics
 
 REASONS = ("shed", "expired", "cancelled", "invalid", "unavailable", "unauthorised", "failed")
 """Why a call has no answer."""
@@ -213,9 +213,10 @@ class ModelCollector(Collector):
         ready.add_metric([], float(self._is_ready()))
         infos = GaugeMetricFamily(
             "kanserve_model_info",
-            "1 for a model version that is served, by the SHA-256 of its model.onnx and the path "
-            "of its report on this port, empty if it has none.",
-            labels=["model", "version", "sha256", "report"],
+            "1 for a model version that is served, by the SHA-256 of its model.onnx, the path of "
+            "its report on this port, empty if it has none, and the threshold that it was pruned "
+            "with, empty if it was not.",
+            labels=["model", "version", "sha256", "report", "prune_threshold"],
         )
         parity = GaugeMetricFamily(
             "kanserve_model_parity",
@@ -231,7 +232,9 @@ class ModelCollector(Collector):
                 if version.model is not None:
                     manifest = version.model.manifest
                     sha256 = manifest.files[MODEL_FILE].sha256
-                    infos.add_metric([name, str(number), sha256, report_path(manifest)], 1)
+                    threshold = str(manifest.pruning.threshold) if manifest.pruning else ""
+                    labels = [name, str(number), sha256, report_path(manifest), threshold]
+                    infos.add_metric(labels, 1)
                     for record in manifest.parity:
                         parity.add_metric([name, str(number), record.runtime], record.excess)
                     fused = version.model.engine.fused_layers

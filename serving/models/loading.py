@@ -27,9 +27,9 @@ from kan_bundle.signature import PublicKey, require_listed, signed_files
 from serving.batching import Lane, Limits
 from serving.dispatch import Arrays, Request
 from serving.engine import Engine
-from serving.graph import check_graph
 from serving.grid import Grid
-from serving.statistics import Statistics
+from serving.models.graph import check_graph
+from serving.observability.statistics import Statistics
 
 _SWITCH_S = 1e-4
 _BREATH_S = 2e-3  # longer than a request takes

@@ -54,7 +54,7 @@ def make_app(registry: CollectorRegistry, read_report: ReadReport) -> WSGIApplic
         read_report: Gives what /reports/MODEL/VERSION shows.
     """
     metrics: WSGIApplication = make_wsgi_app(registry)
-    folder = files("serving") / "status"
+    folder = files("serving.observability") / "status"
     assets = {path: (kind, (folder / name).read_bytes()) for path, (name, kind) in _ASSETS.items()}
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

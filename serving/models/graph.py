@@ -29,7 +29,7 @@ from protos.onnx_graph_pb2 import (
     OperatorSetIdProto,
     TensorProto,
 )
-from serving.outline import read_outline
+from serving.models.outline import read_outline
 
 _STANDARD = frozenset({b"", b"ai.onnx"})  # two names of one domain
 _OWN = kan_ops.DOMAIN.encode()

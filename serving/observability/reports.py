@@ -11,7 +11,7 @@ from kan_bundle.integrity import read_checked
 from kan_bundle.layout import REPORT_FILE
 from kan_bundle.manifest import Manifest
 from serving.errors import ControlRefused, ModelNotFound, ModelNotReady
-from serving.repository import Repository
+from serving.models.repository import Repository
 
 _LARGEST = 16 * 2**20  # bytes; it is read as a whole, and may cross a pipe
 

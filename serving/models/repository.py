@@ -12,7 +12,7 @@ from typing import Literal
 
 from kan_bundle.layout import parse_version
 from serving.errors import ModelNotFound, ModelNotReady
-from serving.loading import LoadedModel
+from serving.models.loading import LoadedModel
 
 State = Literal["READY", "LOADING", "UNAVAILABLE"]
 """In the words of Triton's index."""

@@ -12,7 +12,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from serving.errors import StartupError
-from serving.status_page import ReadReport, make_app
+from serving.observability.status_page import ReadReport, make_app
 
 _log = structlog.get_logger()
 

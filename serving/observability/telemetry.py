@@ -9,10 +9,10 @@ import structlog
 
 from protos import inference_pb2 as pb
 from serving.failures import Failure
-from serving.metrics import Counters
+from serving.observability.metrics import Counters
+from serving.observability.statistics import Spent
+from serving.observability.tracing import Tracing
 from serving.service import Answer
-from serving.statistics import Spent
-from serving.tracing import Tracing
 
 _REQUEST_ID = "x-request-id"
 _MOST_OF_AN_ID = 128

@@ -17,9 +17,9 @@ import structlog
 from kan_bundle.errors import BundleError, LayoutError, ManifestError
 from kan_bundle.layout import BundleFolder, find_bundles
 from serving.errors import ControlRefused, EngineError, ModelNotFound, StartupError
-from serving.loading import LoadedModel
-from serving.policy import VersionPolicy
-from serving.repository import Repository, Version
+from serving.models.loading import LoadedModel
+from serving.models.policy import VersionPolicy
+from serving.models.repository import Repository, Version
 
 
 @dataclass(frozen=True)

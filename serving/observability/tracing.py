@@ -13,8 +13,8 @@ import grpc
 
 from kan_bundle import __version__
 from serving.errors import StartupError
+from serving.observability.statistics import Spent
 from serving.service import SERVICE, Answer
-from serving.statistics import Spent
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
