@@ -26,7 +26,7 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import runtime
 from serving.batching import Limits
 from serving.engine import Engine, EngineOptions
-from serving.loading import load_bundle
+from serving.models.loading import load_bundle
 from tests.bundles import CLOSE, publish
 from tests.conftest import STATE_DICTS, Golden, run_module
 from tests.processes import serving
