@@ -52,7 +52,9 @@ class Tracing:
                 "--otlp-endpoint needs OpenTelemetry; run `pip install 'kanserve[otel]'`"
             ) from error
         resource = Resource.create({"service.name": "kanserve", "service.version": __version__})
-        self._provider = TracerProvider(ParentBasedTraceIdRatio(share), resource)
+        self._provider = TracerProvider(
+            ParentBasedTraceIdRatio(share), resource, shutdown_on_exit=False
+        )
         exporter = OTLPSpanExporter(endpoint, timeout=_EXPORT_S)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("kanserve", __version__)
