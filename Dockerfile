@@ -104,7 +104,7 @@ USER 10001:10001
 # docker run --user "$(id -u):$(id -g)" -v .:/work kanserve:export model.pt
 FROM base AS export
 COPY --from=export-environment /opt/kanserve /opt/kanserve
-RUN python -c "import export.__main__, export.pipeline"
+RUN python -c "import export.__main__, export.api"
 WORKDIR /work
 USER 10001:10001
 ENTRYPOINT ["python", "-m", "export"]
