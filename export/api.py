@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from export.building import read_network
+from export.conversion.onnx_graph import DEFAULT_OPSET
 from export.inputs import Samples, Shapes, read_inputs
 from export.network import copy_module
-from export.onnx_graph import DEFAULT_OPSET
 from export.options import check_options
 from export.pipeline import size_of, write_bundle
 from export.report import Report
@@ -59,7 +59,7 @@ def export_checkpoint(
         trust_pickle: Run the code in the file. Only for files from people whose programs you run.
         opset: Version of ONNX's standard operators to write.
         precision: Of the KAN layers' weights and products; below float32 an approximation, which
-            has its own tolerance (`export.precision`).
+            has its own tolerance (`export.conversion.precision`).
         prune: Leave out the KAN layers' edges whose importance is at most this share of the largest
             in their layer (`export.sparsity`); what is written is then another function, and is
             compared with that. None leaves out none.

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.onnx_graph import check_opset
-from export.precision import check_precision
+from export.conversion.onnx_graph import check_opset
+from export.conversion.precision import check_precision
 from export.signing import Signer, read_signer
 from export.sparsity import check_threshold
 from kan_bundle.layout import BundleFolder, check_name, check_version, next_version, require_place

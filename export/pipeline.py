@@ -16,15 +16,15 @@ from torch import nn
 import kan_ops
 from export.benchmark import Benchmark, benchmark, eager_runner
 from export.contract import describe_layers, make_manifest, metadata_props
-from export.deviation import describe_deviations
+from export.conversion.lowering import Choice, choose_forms, lowered
+from export.conversion.onnx_graph import load_onnx, write_onnx
+from export.conversion.precision import TOLERANCE
+from export.conversion.torchscript import load_torchscript, write_torchscript
 from export.errors import InputError, cause
 from export.inputs import Inputs
-from export.lowering import Choice, choose_forms, lowered
 from export.network import Network, describe_network, example
-from export.onnx_graph import load_onnx, write_onnx
 from export.options import Options
-from export.page import Exported, render_page
-from export.parity import (
+from export.proof.parity import (
     Measurement,
     Runner,
     choose_golden,
@@ -33,14 +33,14 @@ from export.parity import (
     run_probes,
     swallow_nan,
 )
-from export.precision import TOLERANCE
-from export.reference import Reference, make_reference
+from export.proof.reference import Reference, make_reference
+from export.proof.verdict import require_golden, require_parity
 from export.report import Report
+from export.report_page.deviation import describe_deviations
+from export.report_page.rendering import Exported, render_page
+from export.report_page.variants import find_variants
 from export.sparsity import prune_network
-from export.torchscript import load_torchscript, write_torchscript
 from export.triton import render_config
-from export.variants import find_variants
-from export.verdict import require_golden, require_parity
 from kan_bundle.golden import side_by_side, write_golden
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import (

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from export import ConversionError, InputError, export_module
+from export.conversion.lowering import choose_forms, lowered
+from export.conversion.onnx_graph import DEFAULT_OPSET, load_onnx, write_onnx
+from export.conversion.precision import PRECISIONS, TOLERANCE
 from export.inputs import read_inputs
-from export.lowering import choose_forms, lowered
 from export.network import describe_network
-from export.onnx_graph import DEFAULT_OPSET, load_onnx, write_onnx
-from export.precision import PRECISIONS, TOLERANCE
 from kan_bundle.manifest import Precision
 from kan_model import KAN
 from tests.conftest import GOLDENS, run_module

@@ -21,8 +21,8 @@ from torch import nn
 from export import export_checkpoint
 from export.inputs import read_inputs
 from export.network import describe_network
-from export.page import Exported, render_page
 from export.report import Report
+from export.report_page.rendering import Exported, render_page
 from export.sparsity import prune_network
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest

@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from rich.console import Console
 
-from export import SigningError, export_checkpoint, export_module, onnx_graph
+from export import SigningError, export_checkpoint, export_module
+from export.conversion import onnx_graph
 from export.report import Report
 from export.signing import Signer, read_signer
 from kan_bundle.errors import BundleError, SignatureError

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from export import InputError, export_checkpoint, export_module
+from export.conversion.onnx_graph import load_onnx
+from export.conversion.torchscript import load_torchscript
 from export.curves import importance
 from export.inputs import read_inputs
 from export.narrowing import NarrowKAN, can_be_narrowed, find_nodes
 from export.network import describe_network
-from export.onnx_graph import load_onnx
 from export.report import Report
 from export.sparsity import THRESHOLDS, prune_further, prune_network
-from export.torchscript import load_torchscript
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
 from kan_model import KAN

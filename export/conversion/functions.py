@@ -18,10 +18,10 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 import kan_ops
-from export.lowering import LoweredKANLinear, as_operators
+from export.conversion.lowering import LoweredKANLinear, as_operators
+from export.conversion.precision import Float32Product
+from export.conversion.symbolic import LAYER
 from export.network import Call
-from export.precision import Float32Product
-from export.symbolic import LAYER
 
 IR_VERSION = 10
 """The oldest version of ONNX's format that knows overloads."""
