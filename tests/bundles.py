@@ -1,4 +1,4 @@
-"""Bundles: running their file as it is, how close it must be, and more versions of one."""
+"""Bundles: running their file as it is, loading them as a server, and more versions of one."""
 
 import shutil
 from dataclasses import replace
@@ -8,10 +8,13 @@ from typing import Any
 import onnxruntime
 from numpy.typing import NDArray
 
-from kan_bundle.manifest import read_manifest, write_manifest
+from kan_bundle.manifest import Manifest, read_manifest, write_manifest
+from serving.batching import Limits
+from serving.engine import Engine, EngineOptions
 
 # Two float32 runtimes, which add in different orders, at outputs of about 1.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
+LIMITS = Limits(1024, 0.0, 2**20, 2**30)
 
 
 def run_onnx(folder: Path, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
@@ -19,6 +22,10 @@ def run_onnx(folder: Path, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
     names = [tensor.name for tensor in session.get_inputs()]
     found: list[NDArray[Any]] = session.run(None, dict(zip(names, inputs, strict=True)))
     return found
+
+
+def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
+    return Engine(model, manifest, folder, EngineOptions(fused=True))
 
 
 def publish(source: Path, model: Path, version: int) -> Path:

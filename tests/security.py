@@ -1,12 +1,15 @@
-"""Certificates and tokens for servers and clients in tests."""
+"""Certificates and tokens for servers and clients in tests, and keys that sign bundles."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import trustme
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,32 @@ def write_access(
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A pair of keys, as PEM files."""
+
+    private: Path
+    public: Path
+
+
+def write_keys(folder: Path, name: str, key: Any, password: str | None = None) -> Keys:
+    keys = Keys(folder / f"{name}.pem", folder / f"{name}.pub.pem")
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if password is not None:
+        encryption = serialization.BestAvailableEncryption(password.encode())
+    pem = serialization.Encoding.PEM
+    form = serialization.PrivateFormat.PKCS8
+    keys.private.write_bytes(key.private_bytes(pem, form, encryption))
+    public = serialization.PublicFormat.SubjectPublicKeyInfo
+    keys.public.write_bytes(key.public_key().public_bytes(pem, public))
+    return keys
+
+
+OTHER_KEYS: dict[str, Callable[[], Any]] = {
+    "rsa": lambda: rsa.generate_private_key(65537, 2048),
+    "ed25519": ed25519.Ed25519PrivateKey.generate,
+    "secp256k1": lambda: ec.generate_private_key(ec.SECP256K1()),
+}
+"""Kinds of keys that sign no bundle."""

@@ -20,23 +20,16 @@ from kan_bundle import golden
 from kan_bundle.errors import BundleError, GraphError, IntegrityError
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder
-from kan_bundle.manifest import Manifest, read_manifest, write_manifest
+from kan_bundle.manifest import read_manifest, write_manifest
 from kan_model import KAN
 from serving import outline
-from serving.batching import Limits
-from serving.engine import Engine, EngineOptions
 from serving.graph import check_graph
 from serving.loading import Admission, LoadedModel, load_bundle
 from serving.outline import read_outline
-from tests.bundles import CLOSE, run_onnx
+from tests.bundles import CLOSE, LIMITS, make_engine, run_onnx
 from tests.conftest import STATE_DICTS
 
 MODEL = "uniform_4x8x3"
-LIMITS = Limits(1024, 0.0, 2**20, 2**30)
-
-
-def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
-    return Engine(model, manifest, folder, EngineOptions(fused=True))
 
 
 def load(folder: BundleFolder, admission: Admission | None = None) -> LoadedModel:

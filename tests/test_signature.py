@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from rich.console import Console
 
 from export import SigningError, export_checkpoint, export_module
 from export.conversion import onnx_graph
 from export.report import Report
-from export.signing import Signer, read_signer
+from export.signing import read_signer
 from kan_bundle.errors import BundleError, SignatureError
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder
@@ -37,36 +36,14 @@ from serving.engine import Engine
 from serving.loading import Admission, LoadedModel, load_bundle
 from serving.server import running
 from serving.settings import Settings
-from tests.bundles import CLOSE, run_onnx
+from tests.bundles import CLOSE, LIMITS, make_engine, run_onnx
 from tests.conftest import GOLDENS, run_module
+from tests.security import OTHER_KEYS, Keys, write_keys
 from tests.servers import WAIT_S, served
-from tests.test_graph import LIMITS, make_engine
 from tests.wire import raw_output, raw_request
 
 MODEL = "uniform_4x8x3"
-PASSWORD = "correct horse"
 X = np.linspace(-0.9, 0.9, 12, dtype=np.float32).reshape(3, 4)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """A pair of keys, as PEM files."""
-
-    private: Path
-    public: Path
-
-
-def write_keys(folder: Path, name: str, key: Any, password: str | None = None) -> Keys:
-    keys = Keys(folder / f"{name}.pem", folder / f"{name}.pub.pem")
-    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
-    if password is not None:
-        encryption = serialization.BestAvailableEncryption(password.encode())
-    pem = serialization.Encoding.PEM
-    form = serialization.PrivateFormat.PKCS8
-    keys.private.write_bytes(key.private_bytes(pem, form, encryption))
-    public = serialization.PublicFormat.SubjectPublicKeyInfo
-    keys.public.write_bytes(key.public_key().public_bytes(pem, public))
-    return keys
 
 
 @pytest.fixture(scope="session")
@@ -479,13 +456,6 @@ def test_a_key_that_is_none_stops_the_start(
         pass
 
 
-OTHER_KEYS: dict[str, Callable[[], Any]] = {
-    "rsa": lambda: rsa.generate_private_key(65537, 2048),
-    "ed25519": ed25519.Ed25519PrivateKey.generate,
-    "secp256k1": lambda: ec.generate_private_key(ec.SECP256K1()),
-}
-
-
 def test_the_server_says_in_one_line_what_is_wrong_with_a_key(
     repository: Path, tmp_path: Path
 ) -> None:
@@ -508,95 +478,3 @@ def test_without_the_library_it_says_what_to_install(
         read_public_key(keys.public)
     with pytest.raises(SigningError, match=r"pip install kanserve\[signing\]"):
         read_signer(keys.private, None)
-
-
-# The exporter.
-
-
-def test_a_password_is_read_from_a_file(tmp_path: Path) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    keys = write_keys(tmp_path, "key", key, PASSWORD)
-    (tmp_path / "password").write_text(f"{PASSWORD}\nnot this\n")
-    done = run_module(
-        *("export", GOLDENS / f"{MODEL}.pt", "--output", tmp_path / "models"),
-        *("--activation", "silu", "--sign-key", keys.private),
-        *("--sign-password-file", tmp_path / "password"),
-    )
-    assert done.returncode == 0, done.stderr
-    load(BundleFolder(MODEL, 1, Path(done.stdout.strip())), keys)
-
-
-@pytest.mark.parametrize(
-    ("kind", "password", "reason"),
-    [
-        ("encrypted", None, "Password was not given.*--sign-password-file"),
-        ("encrypted", "wrong", "expected a private key in PEM, and its password"),
-        ("plain", "needless", "Password was given.*or leave that out"),
-        ("text", None, "expected a private key in PEM"),
-        ("public", None, "expected a private key in PEM"),
-        ("missing", None, "cannot be read: No such file"),
-        ("rsa", None, "on one of the curves secp256r1"),
-        ("secp256k1", None, "on one of the curves .*, found secp256k1"),
-    ],
-)
-def test_a_key_that_cannot_sign_is_refused_before_anything_is_written(
-    tmp_path: Path, keys: Keys, kind: str, password: str | None, reason: str
-) -> None:
-    path = tmp_path / "key.pem"
-    match kind:
-        case "encrypted":
-            key = ec.generate_private_key(ec.SECP256R1())
-            path = write_keys(tmp_path, "own", key, PASSWORD).private
-        case "plain":
-            path = keys.private
-        case "text":
-            path.write_text("no key")
-        case "public":
-            path = keys.public
-        case "rsa" | "secp256k1":
-            path = write_keys(tmp_path, "own", OTHER_KEYS[kind]()).private
-    with pytest.raises(SigningError, match=rf"--sign-key: .*{reason}") as refused:
-        export_checkpoint(
-            GOLDENS / f"{MODEL}.pt",
-            output=tmp_path / "models",
-            activation="silu",
-            sign_key=path,
-            sign_password=password,
-        )
-    assert "\n" not in str(refused.value)
-    assert not (tmp_path / "models").exists()
-
-
-def test_a_version_that_cannot_be_signed_is_not_published(
-    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(signer: Signer, folder: Path) -> None:
-        assert (folder / "manifest.json").exists()
-        raise SigningError("the key is gone")
-
-    monkeypatch.setattr(Signer, "sign", fail)
-    with pytest.raises(SigningError, match="the key is gone"):
-        export_module(KAN([3, 2]), name="m", output=tmp_path / "models", sign_key=keys.private)
-    assert not (tmp_path / "models").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "reason"),
-    [
-        (("--sign-password-file", "p"), 2, "give both or neither"),
-        (
-            ("--sign-key", "none.pem", "--sign-password-file", "none"),
-            1,
-            "--sign-password-file: none: cannot be read",
-        ),
-    ],
-)
-def test_the_command_refuses_in_a_line(
-    tmp_path: Path, arguments: tuple[str, ...], code: int, reason: str
-) -> None:
-    checkpoint = GOLDENS / f"{MODEL}.pt"
-    done = run_module("export", checkpoint, "--output", tmp_path / "models", *arguments)
-    assert done.returncode == code
-    assert reason in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "models").exists()
