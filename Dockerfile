@@ -106,7 +106,7 @@ LABEL org.opencontainers.image.revision="${REVISION}"
 # docker run --user "$(id -u):$(id -g)" -v .:/work kanserve:export model.pt
 FROM base AS export
 COPY --from=export-environment /opt/kanserve /opt/kanserve
-RUN python -c "import export.__main__, export.pipeline"
+RUN python -c "import export.__main__, export.api"
 WORKDIR /work
 USER 10001:10001
 ARG REVISION=

@@ -1,8 +1,8 @@
 """What MkDocs does for this site beside its own: files next to docs/, links to code, formulas.
 
-Pages link to the repository as it is (`../export/basis.py`), so that they can be read without being
-built. A linked file that is part of the site is linked there; of every other the name is left. One
-that does not exist is a warning, which ends a strict build.
+Pages link to the repository as it is (`../export/pipeline.py`), so that they can be read without
+being built. A linked file that is part of the site is linked there; of every other the name is
+left. One that does not exist is a warning, which ends a strict build.
 """
 
 import logging

@@ -12,7 +12,7 @@ from export.errors import (
 )
 
 if TYPE_CHECKING:
-    from export.pipeline import export_checkpoint, export_module
+    from export.api import export_checkpoint, export_module
 
 __all__ = [
     "ConversionError",
@@ -29,7 +29,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import what needs torch when it is asked for, so that help and wrong usage come at once."""
     if name in ("export_checkpoint", "export_module"):
-        from export import pipeline
+        from export import api
 
-        return getattr(pipeline, name)
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

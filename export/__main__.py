@@ -97,7 +97,7 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def _export(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
-    from export.pipeline import export_checkpoint
+    from export.api import export_checkpoint
 
     manifest = export_checkpoint(
         arguments.checkpoint,

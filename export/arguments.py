@@ -289,8 +289,8 @@ def _threshold(text: str) -> float:
 
 
 def _opset(text: str) -> int:
+    from export.conversion.onnx_graph import check_opset
     from export.errors import InputError
-    from export.onnx_graph import check_opset
 
     try:
         return check_opset(int(text))

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from export.network import Call
-from export.parity import Runner
 from export.probes import ORDINARY, Probes
+from export.proof.parity import Runner
 
 BATCHES = (1, 16, 256, 1024)
 

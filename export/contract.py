@@ -9,11 +9,11 @@ from importlib import metadata
 import torch
 
 import kan_ops
-from export.lowering import Choice, can_be_operator
+from export.conversion.lowering import Choice, can_be_operator
+from export.conversion.precision import TOLERANCE
 from export.network import Network
-from export.parity import Measurement
-from export.precision import TOLERANCE
-from export.reference import Reference
+from export.proof.parity import Measurement
+from export.proof.reference import Reference
 from kan_bundle import __version__
 from kan_bundle.layout import BundleFolder
 from kan_bundle.manifest import (

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from export.curves import LayerCurves, importance, layer_curves
-from export.diagram import BOX, WIDTH, make_diagram
-from export.embedding import read_embedded
 from export.errors import InputError
+from export.report_page.diagram import BOX, WIDTH, make_diagram
+from export.report_page.embedding import read_embedded
 from kan_bundle.layout import REPORT_FILE
 from kan_model import resolve_activation
 from kan_model.checkpoint import read_checkpoint

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from export import tables
 from export.network import Network
-from export.parity import Measurement
+from export.proof.parity import Measurement
 from kan_bundle.manifest import LayerRecord, Manifest, Precision, PruningRecord
 
 _WIDTH_OF_A_LOG = 120  # which has none of its own; do not fold the table

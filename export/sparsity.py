@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.curves import has_curves, importance
-from export.distribution import reaching
-from export.eager import LARGEST_BATCH, evaluate, in_double
 from export.errors import InputError, NetworkError, cause, refused_samples
 from export.narrowing import NarrowKAN, can_be_narrowed, edges_of, find_nodes
 from export.network import Arrays, Network, describe_network
 from export.probes import ORDINARY, make_probes
+from export.proof.eager import LARGEST_BATCH, evaluate, in_double
+from export.reaching import reaching
 from kan_bundle.manifest import ChangeRecord, PrunedLayer, PruningRecord
 from kan_model import KAN, KANLinear
 from kan_model.adoption import adopt

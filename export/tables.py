@@ -10,10 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from export.conversion.precision import TOLERANCE
 from export.inputs import shown
 from export.network import Network
-from export.parity import Measurement
-from export.precision import TOLERANCE
+from export.proof.parity import Measurement
 from export.sparsity import Sparsity
 from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, Precision, PruningRecord
 from kan_model.inspection import Inspection, LayerFacts

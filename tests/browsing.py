@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+TRAP = "<img src=x onerror=name=1>"
+"""A name that runs a script where it is taken for HTML."""
 
 
 @contextmanager
@@ -35,6 +38,23 @@ def opened(browser: "Browser", **options: Any) -> "Iterator[Page]":
         page.set_default_timeout(30_000)
         yield page
     assert not wrong
+
+
+@contextmanager
+def shown(browser: "Browser", file: Path, **options: object) -> "Iterator[Page]":
+    """A file, which may ask for nothing else."""
+    with opened(browser, **options) as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri())
+        yield page
+        assert asked == [file.as_uri()]
+
+
+def draw_all(page: "Page") -> None:
+    """Have what a report draws when it comes near drawn now, as before printing."""
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_function("!document.querySelector('.layer form[hidden]')")
 
 
 def luminance(colour: str) -> float:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.conversion.onnx_graph import load_onnx, write_onnx
 from export.network import Call
-from export.onnx_graph import load_onnx, write_onnx
 from kan_model import KANLinear
 from tests import oracle
 

@@ -67,6 +67,21 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
         assert not found & NEVER[package], file
 
 
+def test_the_rooms_of_export_are_entered_one_way() -> None:
+    """The proof trusts nothing of what it proves, and what is shown has no say in it."""
+    may_import = {
+        "proof": set[str](),
+        "conversion": {"proof"},
+        "report_page": {"proof", "conversion"},
+    }
+    rooms = {path.parent.name for path in (ROOT / "export").glob("*/__init__.py")}
+    assert rooms == set(may_import)
+    for room, others in may_import.items():
+        for file in (ROOT / "export" / room).glob("**/*.py"):
+            entered = {name.split(".")[1] for name in modules(file) if name.startswith("export.")}
+            assert entered & rooms <= others | {room}, file
+
+
 def test_the_client_and_the_server_know_nothing_of_each_other() -> None:
     client = set((ROOT / "serving" / "client").glob("**/*.py"))
     assert client

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.curves import LayerCurves, attribution, curve_points, importance, layer_curves
-from export.embedding import LayerData, embed, read_embedded, share_room
+from export.report_page.embedding import LayerData, embed, read_embedded, share_room
 from kan_model import KAN, KANLinear, load_checkpoint, resolve_activation
 from tests.conftest import Golden
 from tests.oracle import basis_function, gelu, silu

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kan_ops
 from export import export_checkpoint, export_module
-from export.onnx_graph import DEFAULT_OPSET, load_onnx
+from export.conversion.onnx_graph import DEFAULT_OPSET, load_onnx
 from kan_bundle.manifest import Manifest
 from kan_model import KAN, KANLinear
 from tests.conftest import GOLDENS, run_module
@@ -242,7 +242,7 @@ def test_an_operator_that_is_wrong_publishes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two ways are compared one by one: here they are given different activations."""
-    from export import lowering
+    from export.conversion import lowering
 
     attributes = lowering._attributes
     monkeypatch.setattr(

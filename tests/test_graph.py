@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import kan_ops
-from export import export_module, onnx_graph
+from export import export_module
+from export.conversion import onnx_graph
 from kan_bundle import golden
 from kan_bundle.errors import GraphError, IntegrityError
 from kan_bundle.integrity import record_file

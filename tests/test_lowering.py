@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import InputError, NetworkError, basis, export_module
-from export.lowering import (
+from export import InputError, NetworkError, export_module
+from export.conversion import basis
+from export.conversion.lowering import (
     CARDINAL_FACTOR,
     ExpSiLU,
     LoweredKANLinear,
@@ -18,8 +19,8 @@ from export.lowering import (
     lowered,
     probes_within,
 )
+from export.conversion.onnx_graph import load_onnx, write_onnx
 from export.network import Call, describe_network
-from export.onnx_graph import load_onnx, write_onnx
 from kan_bundle.manifest import Form
 from kan_model import KAN, KANLinear
 from tests.layers import answers_of_the_oracle, make_layer, write_and_run

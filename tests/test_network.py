@@ -21,9 +21,9 @@ from export import (
     NetworkError,
     export_checkpoint,
     export_module,
-    onnx_graph,
 )
-from export.torchscript import load_torchscript
+from export.conversion import onnx_graph
+from export.conversion.torchscript import load_torchscript
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import TensorSpec, read_manifest
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import kan_ops
 from export import ConversionError, InputError, export_module
+from export.conversion.lowering import choose_forms, lowered
+from export.conversion.onnx_graph import DEFAULT_OPSET, load_onnx, write_onnx
+from export.conversion.precision import PRECISIONS, TOLERANCE
 from export.inputs import read_inputs
-from export.lowering import choose_forms, lowered
 from export.network import describe_network
-from export.onnx_graph import DEFAULT_OPSET, load_onnx, write_onnx
-from export.precision import PRECISIONS, TOLERANCE
 from kan_bundle.manifest import Precision
 from kan_model import KAN
 from tests.conftest import GOLDENS, run_module
@@ -235,6 +236,18 @@ class Cond(nn.Module):
 def test_what_lies_in_a_branch_keeps_its_name_to_itself(tmp_path: Path) -> None:
     network, path = Cond().eval(), tmp_path / "m.onnx"
     assert "If" in {node.op_type for node in write(network, path, "3").graph.node}
+    onnx.checker.check_model(path, full_check=True)
+    x = torch.randn(20, 3)
+    np.testing.assert_allclose(load_onnx(path)([x.numpy()])[0], network(x).detach(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_layer_that_a_branch_reads_from_has_a_body_without_it(tmp_path: Path) -> None:
+    network, path = Cond().eval(), tmp_path / "m.onnx"
+    model = write(network, path, "3", inline=False)
+    assert {"If", kan_ops.OPERATOR} <= {node.op_type for node in model.graph.node}
+    (body,) = model.functions
+    assert not {"If", kan_ops.OPERATOR} & {node.op_type for node in body.node}
     onnx.checker.check_model(path, full_check=True)
     x = torch.randn(20, 3)
     np.testing.assert_allclose(load_onnx(path)([x.numpy()])[0], network(x).detach(), atol=1e-5)

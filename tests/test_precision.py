@@ -16,13 +16,13 @@ from export import (
     ParityError,
     export_checkpoint,
     export_module,
-    lowering,
 )
+from export.conversion import lowering
+from export.conversion.lowering import LoweredKANLinear, probes_within
+from export.conversion.onnx_graph import load_onnx
+from export.conversion.precision import PRECISIONS, TOLERANCE, Int8Product
 from export.inputs import read_inputs
-from export.lowering import LoweredKANLinear, probes_within
 from export.network import describe_network
-from export.onnx_graph import load_onnx
-from export.precision import PRECISIONS, TOLERANCE, Int8Product
 from kan_bundle.manifest import Form, Manifest, Precision
 from kan_model import KAN, KANLinear
 from tests.conftest import GOLDENS, run_module

@@ -14,12 +14,12 @@ from export import (
     InputError,
     ParityError,
     export_module,
-    onnx_graph,
 )
+from export.conversion import onnx_graph
+from export.conversion.lowering import LoweredKANLinear
 from export.inputs import read_inputs
-from export.lowering import LoweredKANLinear
 from export.network import Call, describe_network
-from export.reference import make_reference
+from export.proof.reference import make_reference
 from tests import zoo
 
 

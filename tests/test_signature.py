@@ -20,7 +20,8 @@ import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from rich.console import Console
 
-from export import SigningError, export_checkpoint, export_module, onnx_graph
+from export import SigningError, export_checkpoint, export_module
+from export.conversion import onnx_graph
 from export.report import Report
 from export.signing import read_signer
 from kan_bundle.errors import BundleError, SignatureError

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from export import InputError, export_checkpoint, export_module
+from export.conversion.onnx_graph import load_onnx
+from export.conversion.torchscript import load_torchscript
 from export.curves import importance
 from export.inputs import read_inputs
-from export.narrowing import NarrowKAN, can_be_narrowed, find_nodes
 from export.network import describe_network
-from export.onnx_graph import load_onnx
 from export.report import Report
 from export.sparsity import THRESHOLDS, prune_further, prune_network
-from export.torchscript import load_torchscript
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
 from kan_model import KAN
@@ -190,100 +189,6 @@ def test_kan_layers_inside_a_network_are_pruned(tmp_path: Path, quiet: Report) -
     found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
     assert (np.abs(found - expected) <= 2e-5 * np.maximum(1, np.abs(expected))).all()
     assert done.pruning.change.largest > 1e-4
-
-
-# Nodes.
-
-
-def with_idle_nodes(activation: type[nn.Module] = nn.SiLU) -> KAN:
-    """Of [6, 5, 4, 2]: inputs without edges; node 1 leads nowhere, nothing leads to node 2, and
-    after it only node 3 of the next layer, which so is constant too."""
-    torch.manual_seed(0)
-    kan = KAN([6, 5, 4, 2], base_activation=activation)
-    with torch.no_grad():
-        for layer in kan.layers:
-            nn.init.normal_(layer.spline_weight)
-
-        def cut(layer: int, outputs: slice | int, inputs: slice | int) -> None:
-            kan.layers[layer].base_weight[outputs, inputs] = 0
-            kan.layers[layer].spline_weight[outputs, inputs] = 0
-
-        cut(0, slice(None), slice(2, None))
-        cut(1, slice(None), 1)
-        cut(0, 2, slice(None))
-        for i in (0, 1, 3, 4):
-            cut(1, 3, i)
-    return kan.eval()
-
-
-def test_idle_nodes_are_found() -> None:
-    nodes = find_nodes(with_idle_nodes())
-    assert [kept.tolist() for kept in nodes.kept] == [
-        [True, True, False, False, False, False],
-        [True, False, False, True, True],
-        [True, True, True, False],
-        [True, True],
-    ]
-    assert nodes.removed == (4, 2, 1, 0)
-
-
-@pytest.mark.parametrize("activation", [nn.SiLU, nn.GELU, nn.Identity])
-def test_a_network_without_idle_nodes_computes_the_same(activation: type[nn.Module]) -> None:
-    kan = with_idle_nodes(activation=activation)
-    narrow = NarrowKAN(kan, find_nodes(kan)).double()
-    x = torch.randn(50, 6, dtype=torch.float64)
-    expected = kan.double()(x)
-    torch.testing.assert_close(narrow(x), expected, rtol=1e-6, atol=1e-6)  # offsets are float32
-    assert [layer.base_weight.shape for layer in narrow.layers] == [(3, 2), (3, 3), (2, 3)]
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nan_in_an_input_without_edges_still_shows(value: float) -> None:
-    kan = with_idle_nodes()
-    narrow = NarrowKAN(kan, find_nodes(kan))
-    x = torch.zeros(3, 6)
-    x[1, 5] = value
-    assert kan(x).isnan().all(dim=1).tolist() == [False, True, False]
-    assert narrow(x).isnan().all(dim=1).tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize(("idle", "removed"), [(1, 0), (10, 0), (11, 11)])
-def test_inputs_without_edges_stay_unless_they_are_most(idle: int, removed: int) -> None:
-    """To take out the others one by one would cost more."""
-    kan = KAN([20, 3, 2])
-    with torch.no_grad():
-        kan.layers[0].base_weight[:, :idle] = 0
-        kan.layers[0].spline_weight[:, :idle] = 0
-    assert find_nodes(kan).removed == (removed, 0, 0)
-
-
-def test_files_are_narrower_and_their_tensors_are_not(tmp_path: Path, quiet: Report) -> None:
-    kan = with_idle_nodes()
-    done = export_module(kan, name="m", output=tmp_path, prune=0.0, report=quiet)
-    assert done.pruning is not None
-    assert done.pruning.nodes_removed == (4, 2, 1, 0)
-    assert done.pruning.change.largest == 0
-    assert [(layer.in_features, layer.out_features) for layer in done.layers] == [
-        (2, 3),
-        (3, 3),
-        (3, 2),
-    ]
-    assert done.inputs[0].shape == (-1, 6)
-    assert done.input_range is not None
-    assert len(done.input_range.low) == 6
-    session = load_onnx(tmp_path / "m" / "1" / "model.onnx", fused=True)
-    x = np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32)
-    x[3, 5] = np.nan
-    expected = oracle.kan(arrays(kan), np.delete(x, 3, axis=0), oracle.silu)
-    found = session([x])[0]
-    assert np.isnan(found[3]).all()
-    found = np.delete(found, 3, axis=0)
-    assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
-
-
-def test_a_users_own_activation_may_know_its_channels_and_keeps_them_all() -> None:
-    assert not can_be_narrowed(KAN([3, 2], base_activation=nn.PReLU))
-    assert can_be_narrowed(KAN([3, 2], base_activation=nn.Tanh))
 
 
 # What is refused.

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from export.symbolic import ramp
+from export.conversion.symbolic import ramp
 from kan_bundle.manifest import Form
 
 _NUMBERS_A_ROW: Mapping[Form, int] = {"cardinal": 2048, "recursion": 1024}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.curves import LayerCurves, curve_points, has_common_knots, steps_between
-from export.distribution import BINS, Distribution
+from export.report_page.distribution import BINS, Distribution
 from kan_model import KANLinear
 
 FORMAT = 1

@@ -13,7 +13,7 @@ function unpack(text, Kind) {
   return new Kind(bytes.buffer);
 }
 
-/** Read a layer as export/embedding.py writes it; its arrays are read when it is first shown. */
+/** Read a layer as embedding.py writes it; its arrays are read when it is first shown. */
 function openLayer(content) {
   const edges = unpack(content.edges, Uint32Array);
   const spline = unpack(content.spline, Float32Array);

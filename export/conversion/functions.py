@@ -18,10 +18,10 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 import kan_ops
-from export.lowering import LoweredKANLinear, as_operators
+from export.conversion.lowering import LoweredKANLinear, as_operators
+from export.conversion.precision import Float32Product
+from export.conversion.symbolic import LAYER
 from export.network import Call
-from export.precision import Float32Product
-from export.symbolic import LAYER
 
 IR_VERSION = 10
 """The oldest version of ONNX's format that knows overloads."""
@@ -120,7 +120,14 @@ def _reduce(
 ) -> None:
     """Leave only what leads to some outputs, which is to need no other inputs than these."""
     graph.outputs[:] = outputs
-    common.RemoveUnusedNodesPass()(onnx_ir.Model(graph, ir_version=IR_VERSION))
+    model, remove = onnx_ir.Model(graph, ir_version=IR_VERSION), common.RemoveUnusedNodesPass()
+    in_branches = [node for node in graph.all_nodes() if node.graph is not graph]
+    while remove(model).modified:
+        left = set(graph.all_nodes())
+        for node in in_branches:
+            if node not in left:  # it went with its `If`, and still holds on to what it reads
+                for place in range(len(node.inputs)):
+                    node.replace_input_with(place, None)
     graph.inputs[:] = inputs
 
 

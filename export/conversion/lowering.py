@@ -12,7 +12,7 @@ In an ONNX file such a layer can be one node, the fused operator of kan_ops, wit
 here as its body (functions.py).
 
 Which of the two forms of the basis (basis.py) a layer gets is measured. The untouched network stays
-the reference; nothing here is trusted without the comparison in parity.py.
+the reference; nothing here is trusted without the comparison in proof/parity.py.
 """
 
 import copy
@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 import kan_ops
-from export.basis import CardinalBasis, RecursiveBasis
-from export.eager import LARGEST_BATCH, evaluate
+from export.conversion.basis import CardinalBasis, RecursiveBasis
+from export.conversion.precision import Float32Product, HalfProduct, Int8Product
+from export.conversion.symbolic import kan_linear
 from export.errors import NetworkError, refused_samples
 from export.network import Call, Network
 from export.parts import swapped, watched
-from export.precision import Float32Product, HalfProduct, Int8Product
 from export.probes import make_kan_probes
-from export.symbolic import kan_linear
+from export.proof.eager import LARGEST_BATCH, evaluate
 from kan_bundle.manifest import Form, Precision
 from kan_model import KANLinear
 from kan_model.activations import NAMED, activation_name
@@ -42,7 +42,7 @@ from kan_model.splines import is_uniform
 CARDINAL_FACTOR = 1.5
 """The closed form is taken if its error is at most this many times the error of eager's float32.
 
-A file may have twice eager's error (reference.py); this leaves room for the layers after it.
+A file may have twice eager's error (proof/reference.py); this leaves room for the layers after it.
 """
 
 _ROWS_PER_GROUP = 64

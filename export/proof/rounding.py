@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from export.eager import LARGEST_BATCH
+from export.proof.eager import LARGEST_BATCH
 from kan_model import KAN, KANLinear
 from kan_model.splines import b_spline_basis, b_spline_slope
 

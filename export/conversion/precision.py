@@ -19,9 +19,9 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from export.conversion.symbolic import matmul_integer, quantize
 from export.errors import InputError
-from export.reference import RELATIVE_TOLERANCE
-from export.symbolic import matmul_integer, quantize
+from export.proof.reference import RELATIVE_TOLERANCE
 from kan_bundle.manifest import Precision
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -33,7 +33,7 @@ TOLERANCE: Mapping[Precision, float] = {
     "int8": 1e-1,
 }
 """Allowed |y - y64| as a share of an output's size. What that is, and what else is allowed, is in
-reference.py: for float32 at `_tolerance`, for the others at `Reference.relaxed`."""
+proof/reference.py: for float32 at `_tolerance`, for the others at `Reference.relaxed`."""
 
 _LEVELS = 127.0  # of the basis, and of int8 on either side of 0
 _CLIPS = torch.linspace(0.6, 1.0, 17)  # shares of the largest weight, tried as ends of the scale

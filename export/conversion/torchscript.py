@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.errors import conversion
-from export.parity import Runner
+from export.proof.parity import Runner
 
 METADATA_FILE = "kanserve.json"
 

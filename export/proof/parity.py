@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.eager import BATCH_SIZES
 from export.probes import ORDINARY
-from export.reference import Reference, largest
+from export.proof.eager import BATCH_SIZES
+from export.proof.reference import Reference, largest
 from kan_bundle.golden import Golden, excess, side_by_side
 
 _GOLDEN_ROWS_PER_GROUP = 8

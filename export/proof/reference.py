@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.eager import BATCH_SIZES, LARGEST_BATCH, evaluate, in_double
 from export.errors import NetworkError, cause, refused_samples
 from export.network import Call, Network, is_single
 from export.probes import ORDINARY, Probes, make_kan_probes, make_probes
-from export.rounding import ROUNDING, decidable, longest_sum, rounding_scale, sensitivity
+from export.proof.eager import BATCH_SIZES, LARGEST_BATCH, evaluate, in_double
+from export.proof.rounding import ROUNDING, decidable, longest_sum, rounding_scale, sensitivity
 
 RELATIVE_TOLERANCE = 1e-5
 EAGER_FACTOR = 2.0

@@ -1,8 +1,8 @@
 """How far a runtime was from the reference, over all probes: what the report shows of it.
 
-`export.parity` judges; this module counts and places what was measured there, for two charts: how
-often which share of what is allowed was needed, and how the error goes with the distance from the
-grid. Nothing here knows HTML.
+`export.proof.parity` judges; this module counts and places what was measured there, for two charts:
+how often which share of what is allowed was needed, and how the error goes with the distance from
+the grid. Nothing here knows HTML.
 """
 
 import math
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.network import Network
-from export.parity import Measurement
-from export.reference import Reference
+from export.proof.parity import Measurement
+from export.proof.reference import Reference
 from kan_bundle.golden import excess
 from kan_bundle.manifest import TensorSpec
 

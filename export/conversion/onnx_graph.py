@@ -23,12 +23,12 @@ from torch import Tensor
 
 import kan_ops
 from export.arguments import OPSETS
+from export.conversion.functions import WithBodies
+from export.conversion.graph_names import name_after_modules
+from export.conversion.lowering import fusible, own_tensors
 from export.errors import ConversionError, InputError, cause, conversion
-from export.functions import WithBodies
-from export.graph_names import name_after_modules
-from export.lowering import fusible, own_tensors
 from export.network import Call
-from export.parity import Runner
+from export.proof.parity import Runner
 from kan_bundle.layout import WEIGHTS_FILE
 
 OLDEST_OPSET, DEFAULT_OPSET = OPSETS

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from export.deviation import DECADES, PARTS, Deviation
+from export.report_page.deviation import DECADES, PARTS, Deviation
 
 WIDTH = 320
 HEIGHT = 150

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from export.errors import ParityError
 from export.network import Network
-from export.parity import Measurement
+from export.proof.parity import Measurement
 from kan_bundle.golden import Golden, excess
 from kan_bundle.manifest import Precision
 

@@ -1,6 +1,6 @@
 """report.html: one file that tells a person what was exported, how exact and how fast it is.
 
-The page is a template, styles and a script in the folder `page`, put into one file that asks for
+The page is a template, styles and a script in the folder `assets`, put into one file that asks for
 nothing else. What matters most is plain HTML; the script draws edges and inputs from the numbers
 that are embedded. Everything that comes from outside (names, warnings) is escaped by the template
 engine, and the page allows no script but its own, by hash.
@@ -17,16 +17,26 @@ from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from export.benchmark import Benchmark
-from export.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, draw_histogram, draw_scatter
+from export.conversion.precision import TOLERANCE
 from export.curves import Array, attribution, has_curves, importance, layer_curves
-from export.deviation import Deviation, has_grid
-from export.diagram import BOX, Diagram, make_diagram
-from export.diagram import WIDTH as DIAGRAM_WIDTH
-from export.distribution import distribute, reaching
-from export.embedding import LayerData, embed, share_room
 from export.inputs import shown
 from export.network import Network
-from export.precision import TOLERANCE
+from export.reaching import reaching
+from export.report_page.charts import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    draw_histogram,
+    draw_scatter,
+)
+from export.report_page.deviation import Deviation, has_grid
+from export.report_page.diagram import BOX, Diagram, make_diagram
+from export.report_page.diagram import WIDTH as DIAGRAM_WIDTH
+from export.report_page.distribution import distribute
+from export.report_page.embedding import LayerData, embed, share_room
 from kan_bundle.layout import MODEL_FILE, WEIGHTS_FILE
 from kan_bundle.manifest import Manifest, PruningRecord
 from kan_model import KANLinear
@@ -247,7 +257,7 @@ def _environment() -> Environment:
 
 @cache
 def _asset(name: str) -> str:
-    return (files("export") / "page" / name).read_text(encoding="utf-8")
+    return (files("export.report_page") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
