@@ -55,7 +55,8 @@ class Limits:
         max_wait_s: How long the first request of a batch waits for others, counted from its
             arrival. With 0 nobody waits for company; short requests that are in line together run
             together all the same.
-        max_queue_rows: Most rows that wait. An empty queue has room for a request of any size.
+        max_queue_rows: Most rows that wait or run for others to be let in. Where nobody waits there
+            is room for a request of any size.
         max_queue_bytes: The same for bytes.
     """
 
@@ -120,6 +121,11 @@ class Batch(Generic[AnyItem]):
     is_short: bool
     """Whether it is known to end soon."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all requests that have a part in it."""
+        return sum([part.item.size_bytes for part in self.parts])
+
 
 class Pace:
     """How long a run of so many rows takes: a fixed time and a time per row.
@@ -183,6 +189,8 @@ class Lane(Generic[AnyItem]):
         self._line: deque[AnyItem] = deque()
         self._rows = 0
         self._size_bytes = 0
+        self._running_rows = 0
+        self._running_bytes = 0
 
     def __bool__(self) -> bool:
         return bool(self._line)
@@ -196,10 +204,18 @@ class Lane(Generic[AnyItem]):
     def is_full(self) -> bool:
         """Whether there is hardly any room left."""
         limits = self.limits
-        return (
-            self._rows >= _FULL * limits.max_queue_rows
-            or self._size_bytes >= _FULL * limits.max_queue_bytes
+        rows, size_bytes = self._held
+        return bool(self._line) and (
+            rows >= _FULL * limits.max_queue_rows or size_bytes >= _FULL * limits.max_queue_bytes
         )
+
+    @property
+    def _held(self) -> tuple[int, int]:
+        """Rows and bytes, in line and running.
+
+        Both count, so that an answer comes within the time that so many rows take.
+        """
+        return self._rows + self._running_rows, self._size_bytes + self._running_bytes
 
     @property
     def seconds(self) -> float:
@@ -212,8 +228,9 @@ class Lane(Generic[AnyItem]):
 
     def excess(self, item: AnyItem) -> float:
         """Tell which share of the line must be gone before an item has room; 0 if it has now."""
-        rows = self._rows + item.left - self.limits.max_queue_rows
-        size = self._size_bytes + item.size_bytes - self.limits.max_queue_bytes
+        rows, size = self._held
+        rows += item.left - self.limits.max_queue_rows
+        size += item.size_bytes - self.limits.max_queue_bytes
         if not self._line or (rows <= 0 and size <= 0):
             return 0.0
         share = max(rows / max(self._rows, 1), size / max(self._size_bytes, 1))
@@ -239,6 +256,16 @@ class Lane(Generic[AnyItem]):
             return
         self._rows -= item.left
         self._size_bytes -= item.size_bytes
+
+    def begin(self, batch: Batch[AnyItem]) -> None:
+        """Count what runs now."""
+        self._running_rows += batch.rows
+        self._running_bytes += batch.size_bytes
+
+    def end(self, batch: Batch[AnyItem]) -> None:
+        """Count it no longer."""
+        self._running_rows -= batch.rows
+        self._running_bytes -= batch.size_bytes
 
     def next_parts(self, now: float) -> tuple[list[Part[AnyItem]], float]:
         """Tell what would run together next, and when it is to run at the latest."""
@@ -334,6 +361,7 @@ class Queue(Generic[AnyItem]):
                 batch = Batch(lane, parts, ready, rows, is_short=0 < expected_s <= _TOGETHER_S)
                 self._free -= 1
                 self._short += batch.is_short
+                lane.begin(batch)
                 return batch
         return None
 
@@ -364,6 +392,7 @@ class Queue(Generic[AnyItem]):
         """
         self._free += 1
         self._short -= batch.is_short
+        batch.lane.end(batch)
         if seconds is not None:
             batch.lane.pace.learn(batch.rows, seconds)
         for part in batch.parts:

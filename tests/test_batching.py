@@ -189,7 +189,7 @@ def test_lanes_take_turns_and_never_share_a_run() -> None:
 
 
 def test_a_queue_that_is_full_says_when_there_is_room_again() -> None:
-    queue, lane = Queue[Item](2), of_long_runs(max_queue_rows=4)
+    queue, lane = Queue[Item](2), of_long_runs(max_queue_rows=6)
     running = item(1), item(1)
     admitted(queue, lane, *running)
     for _ in running:
@@ -197,7 +197,7 @@ def test_a_queue_that_is_full_says_when_there_is_room_again() -> None:
     admitted(queue, lane, *(item(1) for _ in range(4)))
     with pytest.raises(QueueFull) as refused:
         queue.admit(lane, item(2))
-    # Two of the four rows must go, and two run at a time, half a second each.
+    # Two of the four rows that wait must go, and two run at a time, half a second each.
     assert refused.value.retry_after_s == pytest.approx(0.5)
 
 
@@ -207,6 +207,20 @@ def test_bytes_fill_a_queue_too() -> None:
     with pytest.raises(QueueFull):
         queue.admit(lane, item(1, size_bytes=50))
     admitted(queue, lane, item(1, size_bytes=40))
+
+
+def test_what_runs_takes_room_until_it_ends() -> None:
+    """So the last of those let in is answered within the time that the limit's rows take."""
+    queue, lane = Queue[Item](1), of_long_runs(max_queue_rows=4)
+    admitted(queue, lane, item(2), item(1))
+    batch = queue.take(0)
+    assert batch is not None
+    assert batch.rows == 2
+    with pytest.raises(QueueFull):
+        queue.admit(lane, item(2))
+    admitted(queue, lane, item(1))
+    queue.end(batch, 1.0)
+    admitted(queue, lane, item(2))
 
 
 def test_an_empty_queue_has_room_for_anything() -> None:

@@ -68,8 +68,8 @@ def test_a_refused_message_is_never_read(repository: Path, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", [pytest.param({"max_queue_rows": 4}, id="rows"),
-             pytest.param({"max_queue_bytes": 4 * 16}, id="bytes")]
+    "room", [pytest.param({"max_queue_rows": 5}, id="rows"),
+             pytest.param({"max_queue_bytes": 5 * 16}, id="bytes")]
 )  # fmt: skip
 def test_what_has_no_room_in_the_queue_is_refused(
     repository: Path, gate: Gate, room: dict[str, int]
@@ -78,7 +78,7 @@ def test_what_has_no_room_in_the_queue_is_refused(
         running = stub.ModelInfer.future(ROW)
         gate.await_run()
         waiting = [stub.ModelInfer.future(ROW) for _ in range(8)]
-        await_done(waiting, 4)  # four wait, and four are told so at once
+        await_done(waiting, 4)  # one runs, four wait, and four are told so at once
         gate.opened.set()
         for future in (running, *waiting):
             future.exception(WAIT_S)
