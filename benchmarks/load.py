@@ -1,4 +1,4 @@
-"""Load on a server: closed loops by h2load, open loops as `kan-client bench` has them.
+"""Load on a server: closed and paced loops by h2load, open loops as `kan-client bench` has them.
 
 A closed loop has a fixed number of requests under way, which tells the most that a server can do.
 An open loop sends at random moments, whatever the server does (see serving/client/load.py).
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import grpc
 
@@ -85,6 +85,55 @@ def closed_loop(target: Target, connections: int, seconds: int, cpu: int) -> Clo
     Raises:
         LoadFailed: h2load is missing, or not every answer was right.
     """
+    heard = _by_h2load(target, ["-c", str(connections), "-m", "1"], seconds, cpu)
+    # A call that fails ends with HTTP status 200 as well, and without a message.
+    if abs(heard.data_bytes - heard.calls * heard.answer_bytes) > connections * heard.answer_bytes:
+        raise LoadFailed(
+            f"expected {heard.calls} answers of {heard.answer_bytes} bytes, found "
+            f"{heard.data_bytes} bytes"
+        )
+    return Closed(heard.calls / seconds, latencies_of(heard.times_ms))
+
+
+def paced(target: Target, per_s: float, connections: int, seconds: int, cpu: int) -> Closed:
+    """Send at a steady pace, whatever the server does, from a client that is no Python.
+
+    Of what was refused it cannot tell more than that: refusals have no message, and come sooner
+    than answers.
+
+    Args:
+        target: Whom to ask.
+        per_s: Requests to be sent in a second.
+        connections: On which they are spread.
+        seconds: For how long, after a second that does not count.
+        cpu: Where the client runs.
+
+    Returns:
+        What was answered.
+
+    Raises:
+        LoadFailed: h2load is missing, or there was no answer.
+    """
+    each = max(1, round(per_s / connections))
+    flags = ["-c", str(connections), "-m", "400", "--rps", str(each)]
+    heard = _by_h2load(target, flags, seconds, cpu)
+    answers = heard.data_bytes // heard.answer_bytes
+    if not answers:
+        raise LoadFailed("no answers")
+    slowest = sorted(heard.times_ms)[-answers:]
+    return Closed(answers / seconds, latencies_of(slowest))
+
+
+class _Calls(NamedTuple):
+    """What h2load has seen: every call's time, and the bytes of all answers together."""
+
+    calls: int
+    times_ms: Sequence[float]
+    data_bytes: int
+    answer_bytes: int
+
+
+def _by_h2load(target: Target, flags: Sequence[str], seconds: int, cpu: int) -> _Calls:
     for program in ("taskset", "h2load"):
         if shutil.which(program) is None:
             raise LoadFailed(f"{program} is missing; install util-linux and nghttp2-client")
@@ -99,22 +148,16 @@ def closed_loop(target: Target, connections: int, seconds: int, cpu: int) -> Clo
             body.write_bytes(message)
             options = ["--h1", "-H", "content-type: application/octet-stream"]
             url, size = target.path, target.answer_bytes
-        command = ["taskset", "-c", str(cpu), "h2load", "-c", str(connections), "-m", "1"]
+        command = ["taskset", "-c", str(cpu), "h2load", *flags]
         command += [*options, "-d", str(body), f"http://{target.address}{url}", "-D"]
         _h2load([*command, str(_WARM_UP_S)], _WARM_UP_S)  # its own warm-up spoils its sums
         done = _h2load([*command, str(seconds), "--log-file", str(log)], seconds)
-        requests, data = (
-            re.search(r"(\d+) done,", done.stdout),
-            re.search(r"\((\d+)\) data", done.stdout),
-        )
-        if not requests or not data or not int(requests[1]):
+        calls = re.search(r"(\d+) done,", done.stdout)
+        data = re.search(r"\((\d+)\) data", done.stdout)
+        if not calls or not data or not int(calls[1]):
             raise LoadFailed(f"no answers: {(done.stdout + done.stderr)[-200:]!r}")
-        count = int(requests[1])
         times_ms = [int(line.split("\t")[2]) / 1000 for line in log.read_text().splitlines()]
-        # A call that fails ends with HTTP status 200 as well, and without a message.
-        if abs(int(data[1]) - count * size) > connections * size:
-            raise LoadFailed(f"expected {count} answers of {size} bytes, found {data[1]} bytes")
-    return Closed(count / seconds, latencies_of(times_ms))
+    return _Calls(int(calls[1]), times_ms, int(data[1]), size)
 
 
 def _h2load(command: Sequence[str], seconds: float) -> "subprocess.CompletedProcess[str]":

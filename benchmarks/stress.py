@@ -35,6 +35,7 @@ from benchmarks.load import (
     closed_loop,
     open_loop,
     open_loop_command,
+    paced,
     trace_of,
 )
 from benchmarks.servers import (
@@ -73,6 +74,7 @@ def overload(console: Console, seconds: int) -> list[str]:
     """
     settings = Settings(widths=(64, 256, 256, 10))  # work enough for a client of Python to offer
     rows = 256
+    places = 16_384 // rows
     found = []
     with exported(settings) as bundle:
         question = make_question(bundle, settings.widths[0], rows)
@@ -90,6 +92,7 @@ def overload(console: Console, seconds: int) -> list[str]:
                     seed=1,
                     cpu=settings.client_cpu,
                 )
+                steady = paced(server.target, factor * peak, 16, seconds, settings.client_cpu)
                 codes = Counter(load.codes)
                 refused = codes["RESOURCE_EXHAUSTED"] / codes.total()
                 others = codes.total() - codes["OK"] - codes["RESOURCE_EXHAUSTED"]
@@ -99,17 +102,22 @@ def overload(console: Console, seconds: int) -> list[str]:
                         f"{load.per_s:,.0f}",
                         f"{load.per_s / peak:.2f}",
                         _shown(load.latencies),
+                        f"{steady.per_s / peak:.2f}",
+                        _shown(steady.latencies),
+                        f"{1000 * places / steady.per_s:,.0f}",
                         f"{refused:.0%}",
                         str(others),
                         f"{server.memory_mb():.0f}",
                     ]
                 )
     head = ["offered", "answered/s", "of peak", "p50 / p99 / p99.9, ms"]
-    places = 16_384 // rows
+    head += ["steadily: of peak", "p50 / p99 / p99.9, ms", "room, ms"]
     return [
         *table([*head, "refused", "failed otherwise", "memory, MB"], found),
         "",
-        f"By default {places} such requests may wait, which is {1000 * places / peak:,.0f} ms.",
+        f"There is room for {places} such requests, which at full pace is "
+        f"{1000 * places / peak:,.0f} ms. At random moments a client of Python asks, "
+        "steadily h2load.",
     ]
 
 
