@@ -339,7 +339,10 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 def test_what_is_not_installed_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     shell("bench", *bench("--plot", "b.svg"), code=1)
-    hint = "is not installed; pip install 'kanserve[client]' has it\n"
+    hint = (
+        "is not installed; install kanserve's extra client: pip install '.[client]' in its "
+        "checkout\n"
+    )
     assert shell.error == f"error: matplotlib {hint}"
     monkeypatch.setitem(sys.modules, "rich", None)
     shell.infer("--input", "x.npy", code=1)

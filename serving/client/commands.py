@@ -118,7 +118,8 @@ def require(module: str) -> None:
         __import__(module)
     except ImportError as error:
         raise ClientError(
-            f"{module} is not installed; pip install 'kanserve[client]' has it"
+            f"{module} is not installed; "
+            "install kanserve's extra client: pip install '.[client]' in its checkout"
         ) from error
 
 
