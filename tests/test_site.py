@@ -92,6 +92,31 @@ def test_no_page_asks_anybody_else_or_is_wider_than_a_phone(
     assert others == []
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_commands_are_read_whole_and_not_below_the_button(
+    site: Path, address: str, browser: Browser, width: int
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    seen = 0
+    for name in pages(site):
+        page.goto(f"{address}/{name}", wait_until="load")
+        for code in page.locator(":is(.language-sh, .language-python) > pre > code").all():
+            seen += 1
+            cut, room = code.evaluate(
+                """code => {
+                    const text = document.createRange();
+                    text.selectNodeContents(code);
+                    const end = code.getBoundingClientRect().right;
+                    const used = Math.max(...[...text.getClientRects()].map(rect => rect.right));
+                    return [code.scrollWidth > code.clientWidth, end - used];
+                }"""
+            )
+            assert not cut, name
+            assert room > 30, name  # the button has 30 px
+    page.close()
+    assert seen > 60
+
+
 def test_pages_are_read_from_a_folder_too(site: Path, browser: Browser) -> None:
     asked: list[str] = []
     page = browser.new_page()
