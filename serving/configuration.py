@@ -94,7 +94,7 @@ def read_settings(kind: type[AnySettings], argv: Sequence[str]) -> AnySettings:
             place = "".join(f".{part}" for part in inner)
             if fault["type"] == "missing" and not inner:
                 what = kind.model_fields[field].description
-                faults.append(f"{_both_names(field)}: expected one, found none; give it: {what}")
+                faults.append(f"{_both_names(field)}: missing; give {_flag(field)}, {what}")
                 continue
             if fault["type"] not in ("missing", "value_error", "extra_forbidden"):
                 text += f", found {_shown(fault['input'])}"

@@ -18,8 +18,8 @@ from tests.processes import Process, serving
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "message"),
     [
-        pytest.param([], {}, 2, "--model-repository (KANSERVE_MODEL_REPOSITORY): expected one, "
-                     "found none; give it: folder of MODEL/VERSION/ bundles", id="none"),
+        pytest.param([], {}, 2, "--model-repository (KANSERVE_MODEL_REPOSITORY): missing; give "
+                     "--model-repository, folder of MODEL/VERSION/ bundles", id="none"),
         pytest.param(["--model-repository", "/none"], {}, 1, "/none: cannot be read", id="missing"),
         pytest.param(["--model-repository", "REPO", "--grpc-port", "70000"], {}, 2,
                      "--grpc-port (KANSERVE_GRPC_PORT)", id="port"),
