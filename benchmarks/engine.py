@@ -105,7 +105,7 @@ def run(settings: Settings, output: Path, console: Console) -> Results:
     try:
         draw(results, output)
     except ImportError:
-        story.say("no plot: matplotlib is not installed; install kanserve[benchmarks]")
+        story.say("no plot: matplotlib is not installed; make benchmark installs it")
     return results
 
 

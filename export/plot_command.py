@@ -29,7 +29,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m export plot",
         description="Draw the learned curves of a bundle or of a KAN's checkpoint; needs "
-        "kanserve[plot].",
+        "kanserve's extra plot.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -217,7 +217,8 @@ def _figure(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "plots need matplotlib; install it with: pip install 'kanserve[plot]'"
+            "plots need matplotlib; install kanserve's extra plot: pip install '.[plot]' in its "
+            "checkout"
         ) from error
     return Figure(figsize=size, layout=layout)
 

@@ -35,7 +35,10 @@ from kan_bundle.manifest import Manifest
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-NOT_INSTALLED = "signatures need a library that is not installed: pip install kanserve[signing]"
+NOT_INSTALLED = (
+    "signatures need a library that is not installed; "
+    "install kanserve's extra signing: pip install '.[signing]' in its checkout"
+)
 
 _LARGEST = 2**20  # bytes; a hundred for each file
 _PAYLOAD = "application/vnd.in-toto+json"

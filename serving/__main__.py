@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import structlog
 
     from kan_bundle.errors import BundleError
-    from serving.configuration import as_toml, completion, read_settings
+    from serving.configuration import as_toml, completion, read_settings, unknown_variables
     from serving.errors import StartupError, WrongSetting
     from serving.observability.logs import configure_logging
     from serving.settings import Settings
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(as_toml(settings, given), end="")
             return 0
         configure_logging(settings.log_level)
+        for name, nearest in unknown_variables(Settings).items():
+            log.warning("unknown_variable", variable=name, nearest=nearest or None)
         with _chosen(settings) as server:
             listening.set()
             # What has been made by now stays: collections need not look at it again and again.

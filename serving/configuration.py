@@ -7,6 +7,7 @@ import os
 import tomllib
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +32,9 @@ SHELLS = ("bash", "zsh", "fish")
 """For which there is completion."""
 
 _NOT_IN_A_FILE = ("config", "print_config")
+_OF_FLAGS = "error parsing CLI: "  # how pydantic-settings begins what argparse says
+_ALIKE = 0.85  # of two names, by difflib: a typing error, not another word
+_MOST_SHOWN = 60
 
 
 class ConfigFile(PydanticBaseSettingsSource):
@@ -73,26 +77,55 @@ def read_settings(kind: type[AnySettings], argv: Sequence[str]) -> AnySettings:
         argv: Arguments after the program's name.
 
     Raises:
-        WrongSetting: A value is missing or wrong; the message names it and where it was given.
-        SystemExit: A flag is unknown, or help was asked for.
+        WrongSetting: A flag is unknown, or a value missing or wrong; the message names it and
+            where it was given.
+        SystemExit: Help was asked for.
     """
     try:
         return kind(_cli_parse_args=list(argv))
     except ValidationError as error:
         faults = []
-        for fault in error.errors(include_url=False, include_input=False):
+        for fault in error.errors(include_url=False):
             text = fault["msg"].removeprefix("Value error, ")
             if not fault["loc"]:  # of several settings, which the message names
                 faults.append(text)
                 continue
             field, *inner = (str(part) for part in fault["loc"])
-            given = fault["type"] != "missing" or inner
             place = "".join(f".{part}" for part in inner)
-            where = f", {_given(_source(field, argv))}" if given else ""
-            faults.append(f"{_both_names(field)}{place}{where}: {text}")
+            if fault["type"] == "missing" and not inner:
+                what = kind.model_fields[field].description
+                faults.append(f"{_both_names(field)}: missing; give {_flag(field)}, {what}")
+                continue
+            if fault["type"] not in ("missing", "value_error", "extra_forbidden"):
+                text += f", found {_shown(fault['input'])}"
+            where = _given(_source(field, argv))
+            faults.append(f"{_both_names(field)}{place}, {where}: {text}")
         raise WrongSetting("; ".join(faults)) from error
     except SettingsError as error:
-        raise WrongSetting(str(error)) from error
+        text = str(error)
+        if text.startswith(_OF_FLAGS):
+            text = f"{text.removeprefix(_OF_FLAGS)}; --help lists the flags"
+        raise WrongSetting(text) from error
+
+
+def unknown_variables(kind: type[BaseSettings]) -> dict[str, str]:
+    """Find variables of the environment that are named like a setting's and are none.
+
+    They are no error: Kubernetes sets `KANSERVE_SERVICE_HOST` and others for a Service of that
+    name.
+
+    Args:
+        kind: The class of the settings.
+
+    Returns:
+        By their names, the variable of a setting that is named most like it; empty if none is.
+    """
+    known = [_variable(field) for field in kind.model_fields]
+    return {
+        name: next(iter(get_close_matches(name, known, n=1, cutoff=_ALIKE)), "")
+        for name, value in sorted(os.environ.items())
+        if name.startswith(PREFIX) and value and name not in known
+    }
 
 
 def completion(kind: type[BaseSettings], program: str, shell: str) -> str:
@@ -150,6 +183,11 @@ def _source(field: str, argv: Sequence[str]) -> Source:
     if any(arg == flag or arg.startswith((f"{flag}=", f"{flag}.")) for arg in argv):
         return "flag"
     return "environment" if os.environ.get(_variable(field)) else "file"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _given(source: Source) -> str:

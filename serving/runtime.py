@@ -42,13 +42,15 @@ def require_onnxruntime() -> None:
     if len(installed) > 1:
         raise StartupError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
-            "uninstall both, then install kanserve[cpu] or kanserve[gpu]"
+            "uninstall both, then "
+            "install kanserve's extra cpu or gpu: pip install '.[cpu]' in its checkout"
         )
     try:
         import onnxruntime  # noqa: F401 - whether it can be
     except ImportError as error:
         raise StartupError(
-            f"onnxruntime cannot be imported: {error}; install kanserve[cpu] or kanserve[gpu]"
+            f"onnxruntime cannot be imported: {error}; "
+            "install kanserve's extra cpu or gpu: pip install '.[cpu]' in its checkout"
         ) from error
 
 
@@ -66,7 +68,8 @@ def prepare(provider: Provider) -> None:
     if name not in available:
         raise StartupError(
             f"provider {provider} was asked for, but this onnxruntime has only "
-            f"{', '.join(available)}; install kanserve[gpu], or start with --provider cpu"
+            f"{', '.join(available)}; install kanserve's extra gpu, in an environment of its "
+            "own, or start with --provider cpu"
         )
     if provider == "cuda":
         with redirect_stdout(io.StringIO()) as printed:  # it prints what it does not find

@@ -5,6 +5,7 @@ readiness goes off first, so that balancers look elsewhere while requests are st
 then are new ones refused and the running ones waited for.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2_grpc
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from kan_bundle.errors import IntegrityError
-from kan_bundle.layout import BundleFolder, find_bundles
+from kan_bundle.layout import MANIFEST_FILE, BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest
 from kan_bundle.signature import read_public_key
 from serving import addresses, health, reflection, runtime
@@ -293,19 +294,31 @@ def _load_at_start(settings: Settings, keeper: Keeper) -> None:
         StartupError: There is nothing, and nobody will look again.
         LayoutError: The model repository cannot be read.
     """
+    root = settings.model_repository
+    found = find_bundles(root)
+    if not found and (what := _inside_of(root)) is not None:
+        raise StartupError(f"{root}: expected a model repository, found {what}")
     if settings.model_control == "explicit":
         try:
             keeper.refresh(settings.load_models)
         except ModelNotFound as error:
             raise StartupError(f"--load-models: {error}") from error
         return
-    if settings.model_control == "none" and not find_bundles(settings.model_repository):
-        root = settings.model_repository
+    if settings.model_control == "none" and not found:
         raise StartupError(
             f"{root}: no bundle found; expected MODEL/VERSION/ folders, as "
             f"`python -m export model.pt --output {root}` writes them"
         )
     keeper.refresh()
+
+
+def _inside_of(folder: Path) -> str | None:
+    """Tell what a folder is that lies inside of a repository, and where that is."""
+    places = ("a version", MANIFEST_FILE, "../.."), ("a model", f"*/{MANIFEST_FILE}", "..")
+    for what, manifests, above in places:
+        if any(folder.glob(manifests)):
+            return f"{what}; its repository is {os.path.normpath(folder / above)}"
+    return None
 
 
 def _options(settings: Settings, max_message_bytes: int) -> list[tuple[str, int]]:

@@ -331,7 +331,10 @@ class InferenceService:
     ) -> ModelControl:
         """Give what loads and unloads, if clients may ask for it, and in this way."""
         if self._control is None:
-            raise ControlRefused("models are not loaded and unloaded by clients here")
+            raise ControlRefused(
+                "models are not loaded and unloaded by clients here; a server that is started with "
+                "--model-control explicit lets them"
+            )
         offered = {"unload_dependents"}  # there are no dependents
         unknown = sorted(set(request.parameters) - offered)
         if unknown:

@@ -61,6 +61,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        cli_exit_on_error=False,  # a wrong flag is told like a wrong value: one line, no usage
         env_ignore_empty=True,  # compose files set variables that have no value
         frozen=True,
         protected_namespaces=(),
@@ -256,6 +257,11 @@ class Settings(BaseSettings):
             raise ValueError("--tls-cert and --tls-key: expected both or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError("--tls-client-ca: expected --tls-cert and --tls-key with it")
+        if self.load_models and self.model_control != "explicit":
+            raise ValueError(
+                "--load-models needs --model-control explicit; with "
+                f"{self.model_control} every model of the repository is loaded"
+            )
         if self.model_control == "explicit" and self.access is None and not is_own(self.host):
             raise ValueError(
                 "--model-control explicit lets clients load and unload models: where others reach "

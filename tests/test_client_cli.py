@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from protos import inference_pb2 as pb
@@ -23,6 +24,7 @@ from tests.conftest import ROOT, STATE_DICTS, run_module
 from tests.servers import WAIT_S
 
 UNIFORM = STATE_DICTS[0]
+MODEL = ("--model", "m")
 TWICE = {"inputs": {"a": ("FP32", [-1, 2])}, "outputs": ("twice",)}
 """A model of one input and one output."""
 
@@ -195,6 +197,14 @@ def test_arrays_of_other_columns_are_told_with_their_file(shell: Shell, tmp_path
     assert not shell.servicer.requests
 
 
+def test_a_checkpoint_is_told_from_an_npz(shell: Shell, tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2, 2)}, tmp_path / "digits.pt")
+    shell.infer("--input", tmp_path / "digits.pt", code=1)
+    told = "expected an .npy, an .npz or a CSV of numbers, found a zip of other files\n"
+    assert shell.error == f"error: {tmp_path / 'digits.pt'}: {told}"
+    assert not shell.servicer.requests
+
+
 def test_a_pickle_is_not_opened(shell: Shell, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([[print, 1]], object), allow_pickle=True)
     shell.infer("--input", tmp_path / "x.npy", code=1)
@@ -336,10 +346,33 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "command", [["models"], ["infer", *MODEL, "--input", "x"], ["bench", *MODEL, "--rate", "1"]]
+)
+def test_who_waits_for_a_server_is_told_for_whom(command: list[str]) -> None:
+    done = run_module("serving.client", *command, "--address", "127.0.0.1:1", "--timeout-s", "1.5")
+    assert done.returncode == 1
+    waiting, error = done.stderr.splitlines()
+    assert waiting == "waiting for 127.0.0.1:1 (1.5 s)"
+    assert error.startswith("error: no server has answered in time: 127.0.0.1:1: ")
+
+
+@pytest.mark.parametrize("command", ["models", "health"])
+def test_the_metrics_port_is_told_from_a_server(server: Server, command: str) -> None:
+    place = server.metrics_address
+    done = run_module("serving.client", command, "--address", place, "--timeout-s", "0.5")
+    assert done.returncode == 1
+    assert "this looks like another protocol; perhaps it is the metrics port" in done.stderr
+    assert "SETTINGS" not in done.stderr
+
+
 def test_what_is_not_installed_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     shell("bench", *bench("--plot", "b.svg"), code=1)
-    hint = "is not installed; pip install 'kanserve[client]' has it\n"
+    hint = (
+        "is not installed; install kanserve's extra client: pip install '.[client]' in its "
+        "checkout\n"
+    )
     assert shell.error == f"error: matplotlib {hint}"
     monkeypatch.setitem(sys.modules, "rich", None)
     shell.infer("--input", "x.npy", code=1)

@@ -14,6 +14,7 @@ model_repository = "models"
 grpc_port = 1001
 metrics_port = 1002
 log_level = "warning"
+model_control = "explicit"
 load_models = ["a", "b"]
 
 [model_limits.digits]
@@ -88,6 +89,8 @@ def test_a_flag_changes_one_limit_of_a_model_and_keeps_the_others(file: Path) ->
         pytest.param("grpc_port =", "FILE: expected TOML", id="no TOML"),
         pytest.param("\xe9", "FILE: expected TOML", id="no text"),
         pytest.param('config = "other"', "FILE: config cannot be set in a file", id="config"),
+        pytest.param('load_models = ["a"]', "--load-models needs --model-control explicit; with "
+                     "none every model", id="no use"),
         pytest.param('tls_cert = "a"', "--tls-cert and --tls-key: expected both", id="together"),
         pytest.param('model_control = "explicit"\nhost = "0.0.0.0"', "needs --access", id="open"),
     ],
@@ -114,8 +117,8 @@ def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "place"),
     [
-        (["--grpc-port=x"], {}, "as a flag"),
-        ([], {"KANSERVE_GRPC_PORT": "x"}, "in the environment"),
+        (["--grpc-port=lots"], {}, "as a flag"),
+        ([], {"KANSERVE_GRPC_PORT": "lots"}, "in the environment"),
     ],
 )
 def test_a_wrong_value_is_told_with_where_it_was_given(
@@ -123,3 +126,22 @@ def test_a_wrong_value_is_told_with_where_it_was_given(
 ) -> None:
     done = run_module("serving", "--model-repository", ".", *arguments, environment=environment)
     assert f"--grpc-port (KANSERVE_GRPC_PORT), {place}: " in done.stderr
+    assert "found 'lots'" in done.stderr
+
+
+def test_variables_that_no_setting_has_are_told_and_passed_over(tmp_path: Path) -> None:
+    environment = {
+        "KANSERVE_GRPC_PROT": "8009",
+        "KANSERVE_SERVICE_HOST": "10.0.0.1",  # of Kubernetes
+        "KANSERVE_EMPTY": "",
+    }
+    done = run_module("serving", "--model-repository", tmp_path, environment=environment)
+    *warnings, refused = map(json.loads, done.stderr.splitlines())
+    assert "no bundle found" in refused["reason"]
+    assert {(line["event"], line["level"]) for line in warnings} == {
+        ("unknown_variable", "warning")
+    }
+    assert {line["variable"]: line["nearest"] for line in warnings} == {
+        "KANSERVE_GRPC_PROT": "KANSERVE_GRPC_PORT",
+        "KANSERVE_SERVICE_HOST": None,
+    }

@@ -42,11 +42,11 @@ BIN = Path(sys.executable).parent
 TIMEOUT_S = 300
 
 # What a page finds where its reader is: a model that was exported, a server of it.
-EXPORTED = ("docs/operator.md", "docs/settings.md", "docs/security.md", "docs/migration/triton.md")
+EXPORTED = ("docs/operator.md", "docs/settings.md", "docs/security.md")
 SERVED = ("docs/client.md", "docs/containers.md", "docs/operating.md")
 
 NOT_RUN = {
-    "installs packages": 4,
+    "installs packages": 5,
     "takes minutes": 2,
     "needs a container engine": 2,
     "needs another project": 1,
@@ -145,6 +145,7 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(KAN([64, 64, 10]).state_dict(), folder / "model.pt")
     rows = np.random.default_rng(0).uniform(-1, 1, (16, 64))
     np.save(folder / "x.npy", rows.astype(np.float32))
+    (folder / "row.json").write_text(json.dumps(rows[0].tolist()))
     export_checkpoint(folder / "model.pt", output=folder / "models", activation="silu")
     return folder
 
@@ -159,7 +160,7 @@ def reader(
     """A reader of a page, in a folder of their own."""
     folder = tmp_path / "here"
     folder.mkdir()
-    for name in ("model.pt", "x.npy"):
+    for name in ("model.pt", "x.npy", "row.json"):
         shutil.copy(belongings / name, folder)
     (folder / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(folder)
@@ -185,7 +186,7 @@ def test_what_a_page_says_can_be_done(page: str, reader: Reader, belongings: Pat
             pytest.skip(f"no {program} on this machine (Debian: apt-get install {program})")
     if page in (*EXPORTED, *SERVED):
         shutil.copytree(belongings / "models", reader.folder / "models")
-    if page in SERVED or page == "docs/migration/triton.md":
+    if page in SERVED:
         reader.run_shell(
             Block(page, 0, "sh", None, None, "python -m serving --model-repository models")
         )

@@ -34,12 +34,12 @@ METHODS: dict[str, tuple[Any, grpc.StatusCode, str]] = {
     "RepositoryModelLoad": (
         pb.RepositoryModelLoadRequest(model_name=UNIFORM),
         grpc.StatusCode.FAILED_PRECONDITION,
-        "models are not loaded and unloaded by clients here",
+        "by clients here; a server that is started with --model-control explicit lets them",
     ),
     "RepositoryModelUnload": (
         pb.RepositoryModelUnloadRequest(model_name=UNIFORM),
         grpc.StatusCode.FAILED_PRECONDITION,
-        "models are not loaded and unloaded by clients here",
+        "by clients here; a server that is started with --model-control explicit lets them",
     ),
     "SystemSharedMemoryStatus": (None, UNIMPLEMENTED, TENSORS),
     "SystemSharedMemoryRegister": (None, UNIMPLEMENTED, TENSORS),

@@ -161,5 +161,5 @@ def test_without_matplotlib_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     layer = read_curves(UNIFORM.checkpoint).layers[0]
-    with pytest.raises(InputError, match=r"kanserve\[plot\]"):
+    with pytest.raises(InputError, match=r"pip install '\.\[plot\]'"):
         plot_edge(layer, 0, 0)

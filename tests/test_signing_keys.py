@@ -155,9 +155,9 @@ def test_without_the_library_it_says_what_to_install(
         if name.partition(".")[0] in ("cryptography", "model_signing"):
             monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "model_signing", None)
-    with pytest.raises(SignatureError, match=r"pip install kanserve\[signing\]"):
+    with pytest.raises(SignatureError, match=r"pip install '\.\[signing\]'"):
         read_public_key(keys.public)
-    with pytest.raises(SigningError, match=r"pip install kanserve\[signing\]"):
+    with pytest.raises(SigningError, match=r"pip install '\.\[signing\]'"):
         read_signer(keys.private, None)
 
 

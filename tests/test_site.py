@@ -92,6 +92,40 @@ def test_no_page_asks_anybody_else_or_is_wider_than_a_phone(
     assert others == []
 
 
+ROOM_OF_COMMANDS = """() => {
+    const found = [], word = document.createRange();
+    const blocks = ":is(.language-sh, .language-python) > pre > code";
+    for (const code of document.querySelectorAll(blocks)) {
+        const nodes = document.createNodeIterator(code, NodeFilter.SHOW_TEXT);
+        let used = 0;  // by words: spaces at the end of a line need no room
+        for (let node; (node = nodes.nextNode());)
+            for (const match of node.data.matchAll(/\\S+/g)) {
+                word.setStart(node, match.index);
+                word.setEnd(node, match.index + match[0].length);
+                for (const rect of word.getClientRects()) used = Math.max(used, rect.right);
+            }
+        found.push(code.getBoundingClientRect().right - used);
+    }
+    return found;
+}"""
+"""Of every block, how far its text ends from its edge, in px."""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_commands_are_read_whole_and_not_below_the_button(
+    site: Path, address: str, browser: Browser, width: int
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    rooms = {}
+    for name in pages(site):
+        if re.search(r'class="language-(sh|python) ', (site / name).read_text()):
+            page.goto(f"{address}/{name}", wait_until="load")
+            rooms[name] = page.evaluate(ROOM_OF_COMMANDS)
+    page.close()
+    assert sum(map(len, rooms.values())) > 60
+    assert {name for name, found in rooms.items() if min(found) < 30} == set()  # the button's
+
+
 def test_pages_are_read_from_a_folder_too(site: Path, browser: Browser) -> None:
     asked: list[str] = []
     page = browser.new_page()

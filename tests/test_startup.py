@@ -18,7 +18,8 @@ from tests.processes import Process, serving
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "message"),
     [
-        pytest.param([], {}, 2, "--model-repository (KANSERVE_MODEL_REPOSITORY)", id="none"),
+        pytest.param([], {}, 2, "--model-repository (KANSERVE_MODEL_REPOSITORY): missing; give "
+                     "--model-repository, folder of MODEL/VERSION/ bundles", id="none"),
         pytest.param(["--model-repository", "/none"], {}, 1, "/none: cannot be read", id="missing"),
         pytest.param(["--model-repository", "REPO", "--grpc-port", "70000"], {}, 2,
                      "--grpc-port (KANSERVE_GRPC_PORT)", id="port"),
@@ -73,11 +74,28 @@ def test_environment_sets_what_flags_do_not(repository: Path) -> None:
         assert process.address.startswith("127.0.0.1:")
 
 
-def test_an_unknown_flag_is_wrong_usage() -> None:
-    done = run_module("serving", "--no-such-flag")
+@pytest.mark.parametrize("words", [["--no-such-flag"], ["models"], ["--model-repo", "models"]])
+def test_an_unknown_flag_is_wrong_usage(words: list[str]) -> None:
+    done = run_module("serving", *words)
     assert done.returncode == 2
-    assert "--no-such-flag" in done.stderr
-    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    told = json.loads(line)["reason"]
+    assert told == f"unrecognized arguments: {' '.join(words)}; --help lists the flags"
+
+
+@pytest.mark.parametrize("control", ["none", "poll", "explicit"])
+@pytest.mark.parametrize(("inside", "what"), [("m", "a model"), ("m/1", "a version")])
+def test_a_folder_inside_of_a_repository_is_told_from_one(
+    tmp_path: Path, control: str, inside: str, what: str
+) -> None:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    (tmp_path / "m" / "1" / "manifest.json").touch()
+    place = tmp_path / inside
+    done = run_module("serving", "--model-repository", place, "--model-control", control)
+    assert done.returncode == 1
+    told = json.loads(done.stderr.splitlines()[-1])["reason"]
+    expected = f"{place}: expected a model repository, found {what}; its repository is {tmp_path}"
+    assert told == expected
 
 
 def test_help_names_every_setting() -> None:

@@ -160,7 +160,8 @@ def load_onnx(path: Path, *, fused: bool = False) -> Runner:
         import onnxruntime
     except ImportError as error:
         raise ConversionError(
-            "onnxruntime is needed to verify the export; install kanserve[cpu] or kanserve[gpu]"
+            "onnxruntime is needed to verify the export; "
+            "install kanserve's extra cpu or gpu: pip install '.[cpu]' in its checkout"
         ) from error
     options = onnxruntime.SessionOptions()
     try:

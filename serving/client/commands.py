@@ -4,6 +4,8 @@ rich draws progress and tables; it is in the extra `client`, and imported where 
 """
 
 import json
+import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,7 @@ from serving.client.sync import KanClient
 if TYPE_CHECKING:
     from rich.console import Console
 
+_SILENT_S = 1.0
 _LOG_WIDTH = 120  # a file has no width of its own
 
 
@@ -30,7 +33,8 @@ def infer(arguments: Namespace) -> None:
     """Have the rows of a file answered, and write the answers."""
     console = _console(stderr=True)
     with KanClient(**reached_by(arguments), timeout_s=arguments.timeout_s) as client:
-        model = client.metadata(arguments.model, arguments.version)
+        with _told_of_waiting(arguments):
+            model = client.metadata(arguments.model, arguments.version)
         output = arguments.output_tensor
         known = [spec for spec in model.outputs if output in (None, spec.name)]
         files.require_form(arguments.output, known or model.outputs)
@@ -52,7 +56,9 @@ def infer(arguments: Namespace) -> None:
 def models(arguments: Namespace) -> None:
     """List what the server knows of."""
     with KanClient(**reached_by(arguments), timeout_s=arguments.timeout_s) as client:
-        found = [_described(client, one) for one in client.models()]
+        with _told_of_waiting(arguments):
+            versions = client.models()
+        found = [_described(client, one) for one in versions]
     if arguments.json:
         print(json.dumps(found), flush=True)
         return
@@ -86,7 +92,10 @@ def bench(arguments: Namespace) -> None:
     console = _console(stderr=True)
     way = reached_by(arguments)
     with ExitStack() as stack:
-        with KanClient(**way, timeout_s=arguments.timeout_s) as client:
+        with (
+            KanClient(**way, timeout_s=arguments.timeout_s) as client,
+            _told_of_waiting(arguments),
+        ):
             model = client.metadata(arguments.model, arguments.version)
         payload = benching.make_payload(model, load)
         connection = connection_to(**way)
@@ -118,8 +127,22 @@ def require(module: str) -> None:
         __import__(module)
     except ImportError as error:
         raise ClientError(
-            f"{module} is not installed; pip install 'kanserve[client]' has it"
+            f"{module} is not installed; "
+            "install kanserve's extra client: pip install '.[client]' in its checkout"
         ) from error
+
+
+@contextmanager
+def _told_of_waiting(arguments: Namespace) -> Iterator[None]:
+    """Say whom a first answer is waited for of, and how long at most, if it does not come soon."""
+    line = f"waiting for {arguments.address} ({arguments.timeout_s:g} s)\n"
+    timer = threading.Timer(_SILENT_S, sys.stderr.write, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _described(client: KanClient, version: ModelVersion) -> dict[str, Any]:

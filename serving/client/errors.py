@@ -21,6 +21,7 @@ import grpc
 
 _PUSHBACK = "grpc-retry-pushback-ms"  # when the server wants to be asked again
 _TOO_LARGE = "larger than max"  # as gRPC words it on either side
+_OTHER_PROTOCOL = "Expected SETTINGS frame"  # the same, of what is no HTTP/2
 _MOST_SHOWN = 500
 
 
@@ -108,6 +109,9 @@ def translated(error: grpc.RpcError, where: str, model: str = "") -> ClientError
             return InvalidRequest(f"{told}; send fewer rows in a message", code.name)
         return Overloaded(told, code.name, _pushback_s(error.trailing_metadata()))
     kind, remedy = _KINDS.get(code, (ServerFault, ""))
+    if code is grpc.StatusCode.UNAVAILABLE and _OTHER_PROTOCOL in details:
+        told = f"{where}: this looks like another protocol"
+        remedy = "perhaps it is the metrics port, or wants TLS: give the one for gRPC, or --ca"
     return kind(f"{told}; {remedy}" if remedy else told, code.name)
 
 

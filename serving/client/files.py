@@ -68,6 +68,10 @@ def _read(
             return array
         if content.startswith(_ZIP):
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                if not all(name.endswith(".npy") for name in archive.zip.namelist()):
+                    raise InvalidRequest(
+                        "expected an .npy, an .npz or a CSV of numbers, found a zip of other files"
+                    )
                 return dict(archive)
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         kind = ".npz" if content.startswith(_ZIP) else ".npy"

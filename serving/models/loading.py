@@ -145,7 +145,8 @@ def _load(
     if (manifest.name, manifest.version) != (folder.name, folder.version):
         raise IntegrityError(
             f"{folder.path}: the manifest says model {manifest.name!r} version "
-            f"{manifest.version}; a bundle cannot be renamed: export it again under this name"
+            f"{manifest.version}, the folder model {folder.name!r} version {folder.version}; a "
+            "bundle cannot be renamed: export it again under this name, or move it back"
         )
     _require_sizes(folder.path, manifest, admission.max_file_bytes)
     weights = manifest.files.get(WEIGHTS_FILE)

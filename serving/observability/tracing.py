@@ -49,7 +49,8 @@ class Tracing:
             )
         except ImportError as error:
             raise StartupError(
-                "--otlp-endpoint needs OpenTelemetry; run `pip install 'kanserve[otel]'`"
+                "--otlp-endpoint needs OpenTelemetry; "
+                "install kanserve's extra otel: pip install '.[otel]' in its checkout"
             ) from error
         resource = Resource.create({"service.name": "kanserve", "service.version": __version__})
         self._provider = TracerProvider(
