@@ -11,7 +11,7 @@ from export.factory import build_module, load_weights
 from export.report import Report
 from kan_model import resolve_activation
 from kan_model.checkpoint import Checkpoint, read_checkpoint
-from kan_model.stacks import listed, neighbours
+from kan_model.stacks import listed, neighbours, printable
 
 
 def read_network(
@@ -44,7 +44,9 @@ def read_network(
         read_checkpoint(path, trust_pickle=trust_pickle), activation, prefix, model, report
     )
     if trust_pickle:
-        report.warn(f"--trust-pickle: the code in {path} was RUN, as a program of yours")
+        report.warn(
+            f"--trust-pickle: the code in {printable(str(path))} was RUN, as a program of yours"
+        )
     return module
 
 

@@ -262,13 +262,14 @@ def _with_page(
     The files are proven by now, so nothing in a picture of them stops the export.
     """
     try:
-        page = render_page(tell())
+        # A file's name may hold what is no UTF-8, and a warning tells it.
+        page = render_page(tell()).encode("utf-8", "replace")
     except Exception as error:  # whatever an odd network leads to
         report.warn(
             f"{REPORT_FILE} could not be made: {cause(error)}; the bundle is complete without it"
         )
         return manifest
     path = folder / REPORT_FILE
-    path.write_text(page, encoding="utf-8")
+    path.write_bytes(page)
     files = dict(manifest.files) | {REPORT_FILE: record_file(path)}
     return replace(manifest, files=dict(sorted(files.items())))

@@ -262,6 +262,23 @@ def test_a_full_disk_publishes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_is_no_utf8_does_not_stop_a_proven_export(
+    tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = os.fsdecode(b"m\xff.pt")
+    shutil.copy(UNIFORM, tmp_path / odd)
+    monkeypatch.chdir(tmp_path)
+    options = {"name": "m", "activation": "silu", "output": tmp_path / "models", "report": quiet}
+    manifest = export_checkpoint(odd, trust_pickle=True, **options)  # type: ignore[arg-type]
+    assert "report.html" in manifest.files
+    assert any(r"the code in 'm\udcff.pt' was RUN" in warning for warning in quiet.warnings)
+
+    monkeypatch.setattr("export.pipeline.render_page", lambda told: odd)
+    manifest = export_checkpoint(odd, **options)  # type: ignore[arg-type]
+    assert manifest.version == 2
+    assert (tmp_path / "models" / "m" / "2" / "report.html").read_text() == "m?.pt"
+
+
 def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "export", str(UNIFORM), "--output", str(tmp_path / "models")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
