@@ -69,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.fail(str(error))
         return 1
     except OSError as error:
-        where = error.filename or arguments.output
-        remedy = "; make room, or choose another --output" if error.errno in _NO_ROOM else ""
+        where = error.filename or (arguments.file if plotting else arguments.output)
+        flag = "-o" if plotting else "--output"
+        remedy = f"; make room, or choose another {flag}" if error.errno in _NO_ROOM else ""
         report.fail(f"{where}: {error.strerror or error}{remedy}")
         return 1
     except KeyboardInterrupt:

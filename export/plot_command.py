@@ -1,7 +1,10 @@
 """`python -m export plot BUNDLE|CHECKPOINT -o FILE`: curves of a model as svg, png or pdf."""
 
 import argparse
+import io
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,10 +90,30 @@ def plot(arguments: argparse.Namespace) -> Path:
     # The same curves give the same file: no date, and names that do not come by chance.
     with matplotlib.rc_context({"svg.hashsalt": "kanserve", "svg.fonttype": "none"}):
         dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        metadata = dated.get(arguments.file.suffix.lower(), {})
-        figure.savefig(arguments.file, dpi=200, metadata=metadata)
+        ending = arguments.file.suffix.lower()
+        content = io.BytesIO()
+        figure.savefig(content, format=ending[1:], dpi=200, metadata=dated.get(ending, {}))
     path: Path = arguments.file
+    _write(path, content.getvalue())
     return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all: what was there stays until all of the new is.
+
+    Raises:
+        OSError: It cannot be written; names the file.
+    """
+    target = Path(os.path.realpath(path))  # a link stays one
+    part = target.with_name(f".plot-{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        part.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def _draw(curves: Curves, arguments: argparse.Namespace) -> "Figure":

@@ -1,5 +1,6 @@
 """Curves as files: what is drawn, what is written, and what is refused."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from export import plot_command
 from export.errors import InputError
 from export.plots import plot_edge, plot_layer, plot_network, read_curves
 from kan_model import KAN
-from tests.conftest import GOLDENS, STATE_DICTS, Golden, run_module
+from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden, run_module
 from tests.test_curves import golden_layers, phi
 
 UNIFORM = STATE_DICTS[0]
@@ -90,6 +91,38 @@ def test_the_command_prints_the_file_alone(tmp_path: Path) -> None:
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "none.pt: no such file" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_picture_that_there_is_no_room_for_leaves_the_one_that_is_there(tmp_path: Path) -> None:
+    """With a limit for the size of files, which is met as a full disk is."""
+    file = tmp_path / "kan.svg"
+    file.write_text("before")
+    limited = (
+        "import resource, sys, matplotlib.font_manager; from export.__main__ import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); sys.exit(main())"
+    )
+    words = ["plot", GOLDENS / "uniform_4x8x3.pt", "--activation", "silu", "-o", file]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {file}: File too large; make room, or choose another -o\n"
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_picture_goes_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    link = tmp_path / "kan.svg"
+    link.symlink_to(tmp_path / "pictures" / "new.svg")
+    words = [str(UNIFORM.checkpoint), "--activation", "silu", "-o", str(link)]
+    plot_command.plot(plot_command.parse(words))
+    assert link.is_symlink()
+    assert "<svg" in (tmp_path / "pictures" / "new.svg").read_text()
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
