@@ -212,7 +212,7 @@ def _measure_sparsity(arguments: argparse.Namespace, report: "Report") -> "list[
 def _plot(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
     from export import plot_command
 
-    return 0, str(plot_command.plot(arguments))
+    return 0, str(plot_command.plot(arguments, report))
 
 
 def _print_result(result: str, report: "Report") -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from export.errors import InputError
 from export.plots import Curves, plot_edge, plot_layer, plot_network, read_curves
+from export.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,8 +73,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def plot(arguments: argparse.Namespace) -> Path:
+def plot(arguments: argparse.Namespace, report: Report | None = None) -> Path:
     """Draw what was asked for, and write it.
+
+    Args:
+        arguments: From `parse`.
+        report: As in `read_curves`.
 
     Returns:
         The file.
@@ -83,7 +88,9 @@ def plot(arguments: argparse.Namespace) -> Path:
         KanModelError: The checkpoint cannot be used.
         OSError: Something cannot be read or written.
     """
-    curves = read_curves(arguments.model, activation=arguments.activation, prefix=arguments.prefix)
+    curves = read_curves(
+        arguments.model, activation=arguments.activation, prefix=arguments.prefix, report=report
+    )
     figure = _draw(curves, arguments)
     import matplotlib
 

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from export.building import warn_of_assumption
 from export.curves import LayerCurves, importance, layer_curves
 from export.errors import InputError
+from export.report import Report
 from export.report_page.diagram import BOX, WIDTH, make_diagram
 from export.report_page.embedding import read_embedded
 from kan_bundle.layout import REPORT_FILE
@@ -50,15 +52,20 @@ class Curves:
 
 
 def read_curves(
-    path: Path | str, *, activation: str | None = None, prefix: str | None = None
+    path: Path | str,
+    *,
+    activation: str | None = None,
+    prefix: str | None = None,
+    report: Report | None = None,
 ) -> Curves:
     """Read the curves of a bundle or of a checkpoint.
 
     Args:
         path: A version folder or its report.html, or a checkpoint file with a KAN in it.
         activation: Base activation of a checkpoint, as `--activation`; None takes the file's own,
-            or SiLU.
+            or assumes SiLU and warns.
         prefix: The KAN to take of a checkpoint that holds several.
+        report: Is told the warnings; None makes Python's own of them.
 
     Raises:
         InputError: The bundle has no report with curves in it.
@@ -84,7 +91,9 @@ def read_curves(
         return Curves(tuple(layers), chain)
     checkpoint = read_checkpoint(place)
     make = None if activation is None else resolve_activation(activation)
-    kan = checkpoint.build_kan(checkpoint.find_kan(prefix), make)
+    stack = checkpoint.find_kan(prefix)
+    kan = checkpoint.build_kan(stack, make)
+    warn_of_assumption(stack, activation, report or Report.silent())
     return Curves(
         tuple(
             layer_curves(f"layers.{i}", layer, importance(layer), sampled=False)

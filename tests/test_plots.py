@@ -58,12 +58,22 @@ def test_a_layer_is_drawn_edge_by_edge_the_most_important_first(repository: Path
 
 
 def test_the_diagram_has_every_node_and_edge_of_a_small_network() -> None:
-    curves = read_curves(UNIFORM.checkpoint)
+    curves = read_curves(UNIFORM.checkpoint, activation="silu")
     figure = plot_network(curves.layers)
     labels = [text.get_text() for text in figure.axes[0].texts]
     assert labels[:4] == ["0", "1", "2", "3"]
     assert labels[-3:] == ["0", "1", "2"]
     assert len(figure.axes[0].patches) == 16 + 16  # frames: of 32 and of 24 edges those shown
+
+
+def test_an_activation_that_nobody_names_is_assumed_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="silu is ASSUMED"):
+        read_curves(UNIFORM.checkpoint)
+    read_curves(UNIFORM.checkpoint, activation="silu")
+    read_curves(GOLDENS / "pickled_module_4x6x2.pt")  # which tells it
+    done = run_module("export", "plot", UNIFORM.checkpoint, "-o", tmp_path / "kan.svg")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/kan.svg\n")
+    assert done.stderr.startswith("warning: the file does not say which base activation")
 
 
 @pytest.mark.parametrize("ending", BEGINNINGS)
@@ -173,7 +183,7 @@ def test_what_has_no_curves_is_refused(tmp_path: Path) -> None:
 def test_edges_that_a_report_has_no_room_for_come_from_the_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(KAN([3, 2]).state_dict(), tmp_path / "kan.pt")
-    layer = read_curves(tmp_path / "kan.pt").layers[0]
+    layer = read_curves(tmp_path / "kan.pt", activation="silu").layers[0]
     few = type(layer)(
         **{
             **vars(layer),
@@ -193,6 +203,6 @@ def test_without_matplotlib_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    layer = read_curves(UNIFORM.checkpoint).layers[0]
+    layer = read_curves(UNIFORM.checkpoint, activation="silu").layers[0]
     with pytest.raises(InputError, match=r"kanserve\[plot\]"):
         plot_edge(layer, 0, 0)
