@@ -110,7 +110,12 @@ def pruning_lines(pruning: PruningRecord) -> list[str]:
         told = [f"{n:,} {kind}" for kind, n in zip(kinds, removed, strict=True) if n]
         lines.append(f"nodes left out: {', '.join(told)}; that is what makes it faster")
     elif zeroed:
-        lines.append("no node is without edges, so it is as large as before and no faster")
+        why = (
+            "because that is done in a KAN alone, with an activation known by name"
+            if pruning.nodes_removed is None
+            else "because no hidden one is idle, and at most half of the inputs are"
+        )
+        lines.append(f"no node is taken out, {why}: it is as large as before and no faster")
     return [*lines, *_change_lines(pruning.change)]
 
 
@@ -248,10 +253,11 @@ def _sparsity_table(found: Sequence[Sparsity]) -> Table:
 
 def _sparsity_notes(found: Sequence[Sparsity]) -> list[str]:
     change = next((s.change for s in found if s.change is not None), None)
-    lines = [
-        "edges are left out whose importance is at most that share of their layer's",
-        "largest; nodes that are then idle go too: they make it faster, edges do not",
-    ]
+    lines = ["edges are left out whose importance is at most that share of their layer's"]
+    if any(s.nodes_removed is not None for s in found):
+        lines.append("largest; nodes that are then idle go too: they make it faster, edges do not")
+    else:
+        lines.append("largest; nodes go from a KAN alone, so this makes nothing smaller or faster")
     if change is not None:
         rows = {
             "samples": "rows of the samples",
