@@ -15,6 +15,7 @@ from kan_bundle.layout import parse_version
 from kan_bundle.manifest import Precision
 
 DEFAULT_ACTIVATION = "silu"
+DEFAULT_OUTPUT = Path("models")
 ACTIVATIONS = ("silu", "gelu", "relu", "tanh", "identity")
 OPSETS = (17, 20)
 """The oldest and the default version of ONNX's operators."""
@@ -46,7 +47,7 @@ for programs and for others:
 
 _EXPORT_ONLY = (
     *("--name", "--version", "--opset", "--precision", "--prune", "--inline", "--benchmark"),
-    *("--sign-key", "--sign-password-file", "--force", "--quiet"),
+    *("--output", "--sign-key", "--sign-password-file", "--force", "--quiet"),
 )
 _OF_NETWORKS = ("--model", "--input-shape", "--samples")
 
@@ -64,9 +65,9 @@ def parse(words: list[str]) -> argparse.Namespace:
 
     def given(flags: tuple[str, ...]) -> str:
         """List those of some flags that are given."""
-        names = {flag: flag.removeprefix("--").replace("-", "_") for flag in flags}
-        return ", ".join(
-            flag for flag in flags if getattr(arguments, names[flag]) not in (None, False)
+        values = {f: getattr(arguments, f.removeprefix("--").replace("-", "_")) for f in flags}
+        return ", ".join(  # 0 is given, although it equals False
+            flag for flag, value in values.items() if value is not None and value is not False
         )
 
     if arguments.inspect and (strays := given(_EXPORT_ONLY)):
@@ -77,6 +78,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error("--sparsity belongs to inspect; --prune leaves edges out of an export")
     if arguments.sign_password_file and not arguments.sign_key:
         parser.error("--sign-password-file is that of --sign-key; give both or neither")
+    if arguments.output is None:
+        arguments.output = DEFAULT_OUTPUT
     return arguments
 
 
@@ -148,9 +151,8 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output",
         type=Path,
-        default=Path("models"),
         metavar="DIR",
-        help="the model repository (default: models)",
+        help=f"the model repository (default: {DEFAULT_OUTPUT})",
     )
     group.add_argument("--name", help="model name (default: the file's stem)")
     group.add_argument(

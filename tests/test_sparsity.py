@@ -327,6 +327,8 @@ def test_inspect_takes_a_network_of_your_own(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["inspect", "m.pt", "--prune", "0.1"], "inspect exports nothing; leave out --prune"),
+        (["inspect", "m.pt", "--prune", "0"], "inspect exports nothing; leave out --prune"),
+        (["inspect", "m.pt", "--output", "models"], "inspect exports nothing; leave out --output"),
         (["inspect", "m.pt", "--samples", "x.npy"], "leave out --samples, or add --sparsity"),
         (["m.pt", "--sparsity"], "--sparsity belongs to inspect"),
     ],
