@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FORMATS = (".svg", ".png", ".pdf")
 
+_MOST = 24  # edges of a layer
+
 _EXAMPLES = """\
 examples:
   python -m export plot models/m/1 -o kan.svg             the whole network
@@ -61,15 +63,20 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input", type=int, metavar="I", help="edges from this input, from 0 on")
     parser.add_argument("--output", type=int, metavar="O", help="edges to this output, from 0 on")
     parser.add_argument(
-        "--most", type=int, default=24, metavar="N", help="edges of a layer (default: 24)"
+        "--most", type=int, metavar="N", help=f"edges of a layer (default: {_MOST})"
     )
     parser.add_argument("--activation", metavar="NAME", help="of a checkpoint, as in an export")
     parser.add_argument("--prefix", metavar="PREFIX", help="of a checkpoint, as in an export")
     arguments = parser.parse_args(words)
     if arguments.layer is None and (arguments.input is not None or arguments.output is not None):
         parser.error("--input and --output are those of a layer; give its --layer, too")
-    if arguments.most < 1:
-        parser.error(f"--most: expected at least 1, found {arguments.most}")
+    if arguments.most is not None:
+        if arguments.layer is None:
+            parser.error("--most is that of a layer; give its --layer, too")
+        if arguments.input is not None and arguments.output is not None:
+            parser.error("--input and --output are one edge; leave --most out")
+        if arguments.most < 1:
+            parser.error(f"--most: expected at least 1, found {arguments.most}")
     return arguments
 
 
@@ -141,7 +148,8 @@ def _draw(curves: Curves, arguments: argparse.Namespace) -> "Figure":
     layer = layers[number]
     if arguments.input is not None and arguments.output is not None:
         return plot_edge(layer, arguments.input, arguments.output)
-    return plot_layer(layer, feature=arguments.input, output=arguments.output, most=arguments.most)
+    most = arguments.most or _MOST
+    return plot_layer(layer, feature=arguments.input, output=arguments.output, most=most)
 
 
 def _picture(text: str) -> Path:

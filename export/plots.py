@@ -68,7 +68,8 @@ def read_curves(
         report: Is told the warnings; None makes Python's own of them.
 
     Raises:
-        InputError: The bundle has no report with curves in it.
+        InputError: The bundle has no report with curves in it, or was given what only a checkpoint
+            leaves open.
         CheckpointError: The checkpoint cannot be used.
         ActivationError: The activation cannot be had.
         OSError: Something cannot be read.
@@ -82,6 +83,11 @@ def read_curves(
                 "wrote a report, or the checkpoint itself"
             )
     if place.suffix == ".html":
+        given = {"--activation": activation, "--prefix": prefix}
+        if strays := [flag for flag, value in given.items() if value is not None]:
+            raise InputError(
+                f"{place}: a bundle says itself what it is; leave out {', '.join(strays)}"
+            )
         with place.open("rb") as file:
             content = file.read(_LARGEST)
         try:

@@ -141,7 +141,12 @@ def test_a_picture_goes_where_a_link_leads(tmp_path: Path) -> None:
         (["m", "-o", "kan.gif"], "ends in .svg, .png, .pdf"),
         (["m"], "required: -o"),
         (["m", "-o", "a.svg", "--input", "1"], "give its --layer"),
-        (["m", "-o", "a.svg", "--most", "0"], "at least 1"),
+        (["m", "-o", "a.svg", "--layer", "0", "--most", "0"], "at least 1"),
+        (["m", "-o", "a.svg", "--most", "3"], "--most is that of a layer; give its --layer"),
+        (
+            ["m", "-o", "a.svg", "--layer=0", "--input=1", "--output=2", "--most=3"],
+            "one edge; leave --most out",
+        ),
     ],
 )
 def test_wrong_usage_is_told(
@@ -159,6 +164,8 @@ def test_wrong_usage_is_told(
         (["--layer", "2"], "expected 0 to 1, found 2"),
         (["--layer", "0", "--input", "4", "--output", "0"], "an input from 0 to 3"),
         (["--layer", "0", "--output", "-1"], "an output from 0 to 7"),
+        (["--activation", "gelu"], "leave out --activation$"),
+        (["--activation", "silu", "--prefix", ""], "leave out --activation, --prefix$"),
     ],
 )
 def test_what_is_not_there_is_told(
