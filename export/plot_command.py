@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import InputError
-from export.plots import Curves, plot_edge, plot_layer, plot_network, read_curves
+from export.plots import Curves, Edges, plot_edge, plot_layer, plot_network, read_curves
 from export.report import Report
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".svg", ".png", ".pdf")
 
-_MOST = 24  # edges of a layer
+_MOST = Edges.most  # of a layer
 
 _EXAMPLES = """\
 examples:
@@ -95,10 +95,15 @@ def plot(arguments: argparse.Namespace, report: Report | None = None) -> Path:
         KanModelError: The checkpoint cannot be used.
         OSError: Something cannot be read or written.
     """
+    wanted = Edges(arguments.layer, arguments.input, arguments.output, arguments.most or _MOST)
     curves = read_curves(
-        arguments.model, activation=arguments.activation, prefix=arguments.prefix, report=report
+        arguments.model,
+        activation=arguments.activation,
+        prefix=arguments.prefix,
+        only=wanted,
+        report=report,
     )
-    figure = _draw(curves, arguments)
+    figure = _draw(curves, wanted, arguments.model)
     import matplotlib
 
     # The same curves give the same file: no date, and names that do not come by chance.
@@ -130,26 +135,22 @@ def _write(path: Path, content: bytes) -> None:
             part.unlink()
 
 
-def _draw(curves: Curves, arguments: argparse.Namespace) -> "Figure":
+def _draw(curves: Curves, wanted: Edges, model: Path) -> "Figure":
     layers = curves.layers
     if not layers:
-        raise InputError(f"{arguments.model}: the network has no KANLinear layer")
-    number = arguments.layer
-    if number is None:
+        raise InputError(f"{model}: the network has no KANLinear layer")
+    if wanted.layer is None:
         if not curves.chain and len(layers) > 1:
             names = ", ".join(f"{i} is {layer.name}" for i, layer in enumerate(layers))
             raise InputError(
-                f"{arguments.model}: its KANLinear layers lie within a larger network; choose one "
-                f"with --layer: {names}"
+                f"{model}: its KANLinear layers lie within a larger network; choose one with "
+                f"--layer: {names}"
             )
         return plot_network(layers)
-    if not 0 <= number < len(layers):
-        raise InputError(f"--layer: expected 0 to {len(layers) - 1}, found {number}")
-    layer = layers[number]
-    if arguments.input is not None and arguments.output is not None:
-        return plot_edge(layer, arguments.input, arguments.output)
-    most = arguments.most or _MOST
-    return plot_layer(layer, feature=arguments.input, output=arguments.output, most=most)
+    (layer,) = layers
+    if wanted.feature is not None and wanted.output is not None:
+        return plot_edge(layer, wanted.feature, wanted.output)
+    return plot_layer(layer, feature=wanted.feature, output=wanted.output, most=wanted.most)
 
 
 def _picture(text: str) -> Path:

@@ -11,8 +11,9 @@ import torch
 from matplotlib.figure import Figure
 
 from export import plot_command
+from export.curves import LayerCurves, layer_curves
 from export.errors import InputError
-from export.plots import plot_edge, plot_layer, plot_network, read_curves
+from export.plots import Edges, plot_edge, plot_layer, plot_network, read_curves
 from kan_model import KAN
 from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden, run_module
 from tests.test_curves import golden_layers, phi
@@ -204,6 +205,47 @@ def test_edges_that_a_report_has_no_room_for_come_from_the_checkpoint(tmp_path: 
     assert plot_edge(layer, feature, output).axes
     with pytest.raises(InputError, match="holds the 2 most important of 6 edges"):
         plot_edge(few, feature, output)
+
+
+@pytest.mark.parametrize(
+    ("feature", "output", "most"), [(None, None, 7), (2, None, 3), (None, 1, 24), (3, 2, 24)]
+)
+def test_of_a_checkpoint_only_the_edges_that_are_drawn_are_kept(
+    feature: int | None, output: int | None, most: int
+) -> None:
+    """They are those that a layer with all of its edges would have drawn."""
+    whole = read_curves(UNIFORM.checkpoint, activation="silu").layers[0]
+    only = Edges(0, feature, output, most)
+    (few,) = read_curves(UNIFORM.checkpoint, activation="silu", only=only).layers
+    ends = np.array([whole.ends(place) for place in range(len(whole.edges))])
+    wanted = np.ones(len(ends), dtype=bool)
+    for side, number in enumerate((feature, output)):
+        if number is not None:
+            wanted &= ends[:, side] == number
+    for name in ("edges", "importance", "base_weight", "coefficients"):
+        expected = getattr(whole, name)[wanted][:most]
+        np.testing.assert_array_equal(getattr(few, name), expected)
+
+
+def test_the_command_asks_for_no_more_than_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    torch.save(KAN([300, 200, 2]).state_dict(), tmp_path / "kan.pt")
+    held: list[int] = []
+
+    def look(*arguments: Any, **options: Any) -> LayerCurves:
+        curves = layer_curves(*arguments, **options)
+        held.append(len(curves.edges))
+        return curves
+
+    monkeypatch.setattr("export.plots.layer_curves", look)
+    for words, edges in (([], [59_999, 400]), (["--layer", "0", "--input", "3"], [24])):
+        held.clear()
+        flags = ["--activation", "silu", "-o", str(tmp_path / "kan.svg"), *words]
+        plot_command.plot(plot_command.parse([str(tmp_path / "kan.pt"), *flags]))
+        assert len(held) == len(edges)
+        assert all(found <= most for found, most in zip(held, edges, strict=True))
 
 
 def test_without_matplotlib_it_says_what_to_install(
