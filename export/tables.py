@@ -15,6 +15,7 @@ from export.inputs import shown
 from export.network import Network
 from export.proof.parity import Measurement
 from export.sparsity import Sparsity
+from export.wording import largest_excess, percent
 from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, Precision, PruningRecord
 from kan_model.inspection import Inspection, LayerFacts
 from kan_model.stacks import listed, printable
@@ -54,7 +55,9 @@ def parity(
         width: Columns there are; where they are few, some figures are left to the manifest.
     """
     exact, wide = precision == "fp32", width >= _WIDE
-    table = _table(title=f"Distance from {reference}", title_justify="left")
+    runtimes = len(measurements) - 1
+    title = f"Distance from {reference}: eager, and {runtimes} runtimes"
+    table = _table(title=title, title_justify="left")
     table.add_column("runtime", no_wrap=True)
     columns = {
         "rows": True,
@@ -75,7 +78,7 @@ def parity(
             f"{m.max_relative:.2e}",
             f"{m.max_ulp:.3g}",
             f"{m.max_from_eager:.2e}",
-            f"{m.excess:.0%}" if math.isfinite(m.excess) else "NaN",
+            percent(m.excess) if math.isfinite(m.excess) else "NaN",
             "" if m.same_argmax is None else f"{m.same_argmax:.2%}",
         )
         right = Text("equal" if exact else "close", style="green")
@@ -142,7 +145,7 @@ def result(manifest: Manifest, path: str, seconds: float) -> RenderableType:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     fused = sum(layer.operator is not None for layer in manifest.layers)
-    worst = max(record.excess for record in manifest.parity)
+    worst, runtimes = largest_excess(manifest)
     files = [f"{name} {_bytes(file.size_bytes)}" for name, file in manifest.files.items()]
     verdict = "equal" if manifest.precision == "fp32" else "close"
     of = "the network" if manifest.pruning is None else "the PRUNED network"
@@ -152,8 +155,8 @@ def result(manifest: Manifest, path: str, seconds: float) -> RenderableType:
         "files": ", ".join(files),
         "layers": f"{len(manifest.layers)} KANLinear, "
         + (f"{fused} of them one fused node" if fused else "as standard operators"),
-        "parity": f"{verdict} to {of} in {len(manifest.parity) - 1} runtimes, at most {worst:.0%} "
-        "of what is allowed",
+        "parity": f"{verdict} to {of} in {runtimes} runtimes, at most {percent(worst)} of what "
+        "is allowed",
         "time": f"{seconds:.1f} s",
     }
     for key, value in rows.items():

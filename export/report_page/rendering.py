@@ -37,6 +37,7 @@ from export.report_page.diagram import BOX, Diagram, make_diagram
 from export.report_page.diagram import WIDTH as DIAGRAM_WIDTH
 from export.report_page.distribution import distribute
 from export.report_page.embedding import LayerData, embed, share_room
+from export.wording import largest_excess, percent
 from kan_bundle.layout import MODEL_FILE, WEIGHTS_FILE
 from kan_bundle.manifest import Manifest, PruningRecord
 from kan_model import KANLinear
@@ -175,7 +176,7 @@ def _left_out(pruning: PruningRecord) -> str:
 
 def _outside(layers: Sequence[LayerData]) -> list[str]:
     return [
-        f"{_percent(layer.distribution.outside_in_all)} of the values that reach "
+        f"{percent(layer.distribution.outside_in_all)} of the values that reach "
         f"{layer.curves.name} with the samples lie outside of its grid, where splines fade and "
         "only the base path is left; train with update_grid, or bring inputs to the grid's range"
         for layer in layers
@@ -190,15 +191,15 @@ def _verdict(manifest: Manifest) -> tuple[str, str]:
     without = "" if manifest.pruning is None else f" without {_left_out(manifest.pruning)}"
     records = [record for record in manifest.parity if record.runtime != "eager"]
     rows = min(record.probes for record in records)
-    largest = _percent(max(record.excess for record in records))
+    largest, runtimes = largest_excess(manifest)
     error = (
-        f"at {rows:,} inputs the largest error in any of {len(records)} runtimes is {largest} of "
-        "what is allowed"
+        f"at {rows:,} inputs the largest error in any of {runtimes} runtimes is "
+        f"{percent(largest)} of what is allowed"
     )
     if manifest.precision == "fp32":
         return "Equal", f"{name} computes what {what} computes{without}: {error}."
     same = [r.same_argmax for r in records if r.same_argmax is not None]
-    also = f", and the largest output is the same at {_percent(min(same))} of them" if same else ""
+    also = f", and the largest output is the same at {percent(min(same))} of them" if same else ""
     return "Close", (
         f"{name} computes nearly what {what} computes{without}, in {manifest.precision}: {error}, "
         f"{TOLERANCE[manifest.precision]:g} of an output's size{also}."
@@ -244,7 +245,7 @@ def _environment() -> Environment:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "percent": _percent,
+        "percent": percent,
         "error": lambda value: f"{value:.2e}",
         "three": lambda value: f"{value:.3g}",
         "number": lambda value: f"{value:,}",
@@ -263,10 +264,6 @@ def _asset(name: str) -> str:
 def _hash(text: str) -> str:
     """Name an inline script or style as a Content-Security-Policy does."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _size(count: int) -> str:
