@@ -142,12 +142,14 @@ def _read_password(path: Path | None) -> str | None:
 
 def _following(arguments: argparse.Namespace, manifest: Manifest) -> list[tuple[str, str]]:
     """Suggest commands, of the kind that this one was called by."""
+    from export.inputs import split_name
+
     installed = Path(sys.argv[0]).name == "kan-export"
     serve, client = ("kan-serve", "kan-client") if installed else (
         "python -m serving", "python -m serving.client"
     )  # fmt: skip
     folder = arguments.output / manifest.name / str(manifest.version)
-    rows = arguments.samples[0] if len(arguments.samples or ()) == 1 else "x.npy"
+    rows = split_name(arguments.samples[0])[1] if len(arguments.samples or ()) == 1 else "x.npy"
     name = shlex.quote(manifest.name)
     found = [
         (f"{serve} --model-repository {shlex.quote(str(arguments.output))}", "serve it"),

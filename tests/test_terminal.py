@@ -164,9 +164,11 @@ def test_quiet_tells_warnings_and_errors_alone(tmp_path: Path) -> None:
     assert "error: none.pt: no such file" in refused.raw
 
 
-def test_the_end_says_what_to_do_next_and_that_works(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "input="])
+def test_the_end_says_what_to_do_next_and_that_works(tmp_path: Path, name: str) -> None:
     np.save(tmp_path / "my rows.npy", np.zeros((3, 4), np.float32))
-    options = ("--output", str(tmp_path / "my models"), "--samples", str(tmp_path / "my rows.npy"))
+    samples = f"{name}{tmp_path / 'my rows.npy'}"
+    options = ("--output", str(tmp_path / "my models"), "--samples", samples)
     done = run_module("export", UNIFORM, *options)
     lines = [line.strip() for line in done.stderr.splitlines()]
     serve = shlex.split(next(line for line in lines if line.startswith("python -m serving --")))
