@@ -15,14 +15,13 @@ from export.inputs import shown
 from export.network import Network
 from export.proof.parity import Measurement
 from export.sparsity import Sparsity
-from export.wording import largest_excess, percent
+from export.wording import ROWS, largest_excess, percent, size
 from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, Precision, PruningRecord
 from kan_model.inspection import Inspection, LayerFacts
 from kan_model.stacks import listed, printable
 
 _MOST_LISTED = 12
 _WIDE = 104  # columns that the whole table of a parity takes
-_UNITS = ("bytes", "KB", "MB", "GB", "TB")
 
 
 def found_lines(network: Network, layers: Sequence[LayerRecord]) -> list[str]:
@@ -79,7 +78,7 @@ def parity(
             f"{m.max_ulp:.3g}",
             f"{m.max_from_eager:.2e}",
             percent(m.excess) if math.isfinite(m.excess) else "NaN",
-            "" if m.same_argmax is None else f"{m.same_argmax:.2%}",
+            "" if m.same_argmax is None else percent(m.same_argmax),
         )
         right = Text("equal" if exact else "close", style="green")
         table.add_row(
@@ -123,15 +122,10 @@ def pruning_lines(pruning: PruningRecord) -> list[str]:
 
 
 def _change_lines(change: ChangeRecord) -> list[str]:
-    on = {
-        "samples": "rows of the samples",
-        "grid": "random rows within the grid",
-        "random": "random rows",
-    }[change.on]
-    same = "" if change.same_argmax is None else f", same argmax on {change.same_argmax:.2%}"
+    same = "" if change.same_argmax is None else f", same argmax on {percent(change.same_argmax)}"
     return [
-        f"change of the outputs on {change.rows:,} {on}: at most {change.largest:.3g}, typically "
-        f"{change.typical:.3g}{_of_size(change)}{same}"
+        f"change of the outputs on {change.rows:,} {ROWS[change.on]}: at most "
+        f"{change.largest:.3g}, typically {change.typical:.3g}{_of_size(change)}{same}"
     ]
 
 
@@ -146,7 +140,7 @@ def result(manifest: Manifest, path: str, seconds: float) -> RenderableType:
     table.add_column(overflow="fold")
     fused = sum(layer.operator is not None for layer in manifest.layers)
     worst, runtimes = largest_excess(manifest)
-    files = [f"{name} {_bytes(file.size_bytes)}" for name, file in manifest.files.items()]
+    files = [f"{name} {size(file.size_bytes)}" for name, file in manifest.files.items()]
     verdict = "equal" if manifest.precision == "fp32" else "close"
     of = "the network" if manifest.pruning is None else "the PRUNED network"
     rows = {
@@ -171,14 +165,6 @@ def following(commands: Sequence[tuple[str, str]]) -> Text:
         text.append(f"  {purpose}\n", style="dim")
         text.append(f"    {command}\n")
     return text
-
-
-def _bytes(count: float) -> str:
-    for unit in _UNITS[:-1]:
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
-        count /= 1000
-    return f"{count:.3g} {_UNITS[-1]}"
 
 
 def inspection(found: Inspection, sparsity: Sequence[Sparsity] = ()) -> str:
@@ -249,7 +235,7 @@ def _sparsity_table(found: Sequence[Sparsity]) -> Table:
             continue
         c = s.change
         share = f"{c.typical / c.size:.2%}" if c.size > 0 else ""
-        same = [] if c.same_argmax is None else [f"{c.same_argmax:.2%}"]
+        same = [] if c.same_argmax is None else [percent(c.same_argmax)]
         table.add_row(*left_out, f"{c.largest:.3g}", f"{c.typical:.3g}", share, *same)
     return table
 
@@ -262,13 +248,8 @@ def _sparsity_notes(found: Sequence[Sparsity]) -> list[str]:
     else:
         lines.append("largest; nodes go from a KAN alone, so this makes nothing smaller or faster")
     if change is not None:
-        rows = {
-            "samples": "rows of the samples",
-            "grid": "rows in the grid",
-            "random": "random rows",
-        }[change.on]
         lines += [
-            f"largest and typical (root mean square) change on {change.rows:,} {rows}",
+            f"changes on {change.rows:,} {ROWS[change.on]}; typical is the root mean square,",
             f"of size: of the outputs' own root mean square, {change.size:.3g}",
         ]
         if change.on != "samples":

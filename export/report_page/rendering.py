@@ -37,7 +37,7 @@ from export.report_page.diagram import BOX, Diagram, make_diagram
 from export.report_page.diagram import WIDTH as DIAGRAM_WIDTH
 from export.report_page.distribution import distribute
 from export.report_page.embedding import LayerData, embed, share_room
-from export.wording import largest_excess, percent
+from export.wording import ROWS, largest_excess, percent, seconds, size
 from kan_bundle.layout import MODEL_FILE, WEIGHTS_FILE
 from kan_bundle.manifest import Manifest, PruningRecord
 from kan_model import KANLinear
@@ -156,14 +156,9 @@ def _pruned(pruning: PruningRecord | None) -> list[str]:
     if pruning is None:
         return []
     change = pruning.change
-    rows = {
-        "samples": "of the samples",
-        "grid": "within the first layer's grid",
-        "random": "of random numbers",
-    }
     return [
         f"{_left_out(pruning)} were left out, of importance up to {pruning.threshold:g} of the "
-        f"largest in their layer: at {change.rows:,} rows {rows[change.on]} the answers change "
+        f"largest in their layer: at {change.rows:,} {ROWS[change.on]} the answers change "
         f"by {change.typical:.2g} (root mean square; at most {change.largest:.2g}), where outputs "
         f"are {change.size:.2g} in size"
     ]
@@ -249,8 +244,8 @@ def _environment() -> Environment:
         "error": lambda value: f"{value:.2e}",
         "three": lambda value: f"{value:.3g}",
         "number": lambda value: f"{value:,}",
-        "size": _size,
-        "seconds": _seconds,
+        "size": size,
+        "seconds": seconds,
         "shape": shown,
     }
     return environment
@@ -264,21 +259,3 @@ def _asset(name: str) -> str:
 def _hash(text: str) -> str:
     """Name an inline script or style as a Content-Security-Policy does."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("bytes", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "\N{EN DASH}"
-    for unit, factor in (("s", 1), ("ms", 1e3)):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e6:.3g} \N{MICRO SIGN}s"
