@@ -339,7 +339,14 @@ def _no_such(layer: LayerCurves, feature: int | None, output: int | None) -> str
             f"of {layer.in_features * layer.out_features:,} edges, and this is none of them; give "
             "the checkpoint instead of the bundle"
         )
-    return (
-        f"{printable(layer.name)}: expected an input from 0 to {layer.in_features - 1} and an "
-        f"output from 0 to {layer.out_features - 1}, found input {feature} and output {output}"
-    )
+    asked = [
+        (kind, width, number)
+        for kind, width, number in (
+            ("input", layer.in_features, feature),
+            ("output", layer.out_features, output),
+        )
+        if number is not None
+    ]
+    expected = " and ".join(f"an {kind} from 0 to {width - 1}" for kind, width, _ in asked)
+    found = " and ".join(f"{kind} {number}" for kind, _, number in asked)
+    return f"{printable(layer.name)}: expected {expected}, found {found}"

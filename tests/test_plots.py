@@ -164,7 +164,11 @@ def test_wrong_usage_is_told(
     [
         (["--layer", "2"], "expected 0 to 1, found 2"),
         (["--layer", "0", "--input", "4", "--output", "0"], "an input from 0 to 3"),
-        (["--layer", "0", "--output", "-1"], "an output from 0 to 7"),
+        (
+            ["--layer", "0", "--input", "9"],
+            r"^layers\.0: expected an input from 0 to 3, found input 9$",
+        ),
+        (["--layer", "0", "--output", "-1"], "expected an output from 0 to 7, found output -1$"),
         (["--activation", "gelu"], "leave out --activation$"),
         (["--activation", "silu", "--prefix", ""], "leave out --activation, --prefix$"),
     ],
