@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from export.report import Report
     from export.sparsity import Sparsity
 
+_OF_THE_EXTRA = ("jinja2", "onnx", "onnx_ir", "onnxscript", "rich", "safetensors", "torch")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -39,7 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ModuleNotFoundError as error:  # the server and its clients do without
+        if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
+            raise
+        print(
+            f"error: {error.name} is not installed; pip install 'kanserve[export]' has it",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _run(words: list[str]) -> int:
     plotting = words[:1] == ["plot"]  # a file of that name is ./plot
     if plotting:
         from export import plot_command

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import shlex
 import shutil
@@ -181,6 +182,24 @@ def test_the_end_says_what_to_do_next_and_that_works(tmp_path: Path, name: str) 
         asked = run_module(*ask[2:-1], answer, "--address", process.address)
         assert asked.returncode == 0, asked.stderr
     assert np.load(answer).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("torch", [UNIFORM]),
+        ("rich", [UNIFORM]),
+        ("onnx", [UNIFORM, "--opset", "18"]),
+        ("torch", ["plot", UNIFORM, "-o", "kan.svg"]),
+    ],
+)
+def test_what_is_not_installed_is_told(module: str, words: list[str]) -> None:
+    hidden = f"import sys; sys.modules[{module!r}] = None; from export.__main__ import main;"
+    command = [sys.executable, "-c", f"{hidden} sys.exit(main())", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    expected = rf"error: {module}[.\w]* is not installed; pip install 'kanserve\[export\]' has it\n"
+    assert re.fullmatch(expected, done.stderr)
 
 
 def test_help_comes_without_torch() -> None:
