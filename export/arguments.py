@@ -49,6 +49,10 @@ _EXPORT_ONLY = (
     *("--name", "--version", "--opset", "--precision", "--prune", "--inline", "--benchmark"),
     *("--output", "--sign-key", "--sign-password-file", "--force", "--quiet"),
 )
+_OTHER_PRECISIONS = {
+    **{"float32": "fp32", "float": "fp32", "single": "fp32"},
+    **{"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "i8": "int8", "qint8": "int8"},
+}
 _OF_NETWORKS = ("--model", "--input-shape", "--samples")
 
 
@@ -186,6 +190,7 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how it is written")
     group.add_argument(
         "--precision",
+        type=_precision,
         choices=get_args(Precision),
         help="of the KAN layers' weights and products; below fp32 the model is smaller and only "
         "approximately what was trained (default: fp32)",
@@ -280,6 +285,15 @@ def _version(text: str) -> int:
             f"expected a positive integer of at most 18 digits, found {text!r}"
         )
     return number
+
+
+def _precision(text: str) -> str:
+    meant = _OTHER_PRECISIONS.get(text.lower(), text.lower())
+    if meant != text and meant in get_args(Precision):
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(get_args(Precision))}, found {text!r}; did you mean {meant}?"
+        )
+    return text
 
 
 def _threshold(text: str) -> float:

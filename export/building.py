@@ -94,7 +94,4 @@ def _build(
 def warn_of_assumption(stack: Stack, activation: str | None, report: Report) -> None:
     """Warn that a base activation is assumed, where neither the file nor its user names it."""
     if activation is None and any(layer.activation is None for layer in stack.layers.values()):
-        report.warn(
-            f"the file does not say which base activation was trained; {DEFAULT_ACTIVATION} is "
-            "ASSUMED. If it was another, every answer is wrong: name it with --activation"
-        )
+        report.assume(DEFAULT_ACTIVATION)

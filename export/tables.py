@@ -133,8 +133,17 @@ def _of_size(change: ChangeRecord) -> str:
     return f" ({change.typical / change.size:.2%} of their size)" if change.size > 0 else ""
 
 
-def result(manifest: Manifest, path: str, seconds: float) -> RenderableType:
-    """Sum up what was made."""
+def result(
+    manifest: Manifest, path: str, seconds: float, *, assumed: bool = False
+) -> RenderableType:
+    """Sum up what was made.
+
+    Args:
+        manifest: Of the bundle.
+        path: Of its version folder.
+        seconds: That it took.
+        assumed: Whether nobody named the base activation.
+    """
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -143,18 +152,23 @@ def result(manifest: Manifest, path: str, seconds: float) -> RenderableType:
     files = [f"{name} {size(file.size_bytes)}" for name, file in manifest.files.items()]
     verdict = "equal" if manifest.precision == "fp32" else "close"
     of = "the network" if manifest.pruning is None else "the PRUNED network"
+    activations = ", ".join(dict.fromkeys(layer.base_activation for layer in manifest.layers))
+    warning = ", ASSUMED: if it was another, every answer is wrong; name it with --activation"
     rows = {
         "model": f"{printable(manifest.name)}, version {manifest.version}",
         "folder": printable(path),
         "files": ", ".join(files),
         "layers": f"{len(manifest.layers)} KANLinear, "
         + (f"{fused} of them one fused node" if fused else "as standard operators"),
+        "activation": printable(activations) + (warning if assumed else ""),
         "parity": f"{verdict} to {of} in {runtimes} runtimes, at most {percent(worst)} of what "
         "is allowed",
         "time": f"{seconds:.1f} s",
     }
     for key, value in rows.items():
-        table.add_row(key, Text(value))
+        if value:  # a network without KAN layers has no activation of theirs
+            bad = key == "activation" and assumed
+            table.add_row(key, Text(value, style="bold yellow" if bad else ""))
     return Padding(table, (1, 0, 0, 2))
 
 
