@@ -21,6 +21,7 @@ from kan_model.inspection import Inspection, LayerFacts
 from kan_model.stacks import listed, printable
 
 _MOST_LISTED = 12
+_UNFUSED = ": fewer bits do not run fused, so on CPU they are slower where kan_ops is"
 _WIDE = 104  # columns that the whole table of a parity takes
 
 
@@ -159,7 +160,8 @@ def result(
         "folder": printable(path),
         "files": ", ".join(files),
         "layers": f"{len(manifest.layers)} KANLinear, "
-        + (f"{fused} of them one fused node" if fused else "as standard operators"),
+        + (f"{fused} of them one fused node" if fused else "as standard operators")
+        + ("" if manifest.precision == "fp32" else _UNFUSED),
         "activation": printable(activations) + (warning if assumed else ""),
         "parity": f"{verdict} to {of} in {runtimes} runtimes, at most {percent(worst)} of what "
         "is allowed",
