@@ -102,7 +102,13 @@ def write_bundle(
         reference = _compute_reference(network, report)
         runtimes = _list_runtimes(place.path, layers, report)
         reference, found, measured = _compare(network, runtimes, reference, options, report)
-        report.parity(measured, reference.precision, options.precision, pruned=pruning is not None)
+        report.parity(
+            measured,
+            reference.precision,
+            options.precision,
+            pruned=pruning is not None,
+            far=network.leading is not None,
+        )
         require_parity(measured, network, options.precision)
 
         golden = choose_golden(reference)

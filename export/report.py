@@ -131,12 +131,25 @@ class Report:
         precision: Precision,
         *,
         pruned: bool = False,
+        far: bool = False,
     ) -> None:
-        """Show how far each runtime is from the network in the precision of the reference."""
+        """Show how far each runtime is from the network in the precision of the reference.
+
+        Args:
+            measurements: One for each runtime.
+            reference: Precision that they were compared in.
+            precision: Of the files.
+            pruned: Whether that network is a pruned one.
+            far: Whether there are probes far outside of a grid.
+        """
         network = "pruned network" if pruned else "network"
         self._table(
             *tables.parity(
-                measurements, f"the {network} in {reference}", precision, self._console.width
+                measurements,
+                f"the {network} in {reference}",
+                precision,
+                self._console.width,
+                far=far,
             )
         )
 

@@ -44,7 +44,12 @@ def found_lines(network: Network, layers: Sequence[LayerRecord]) -> list[str]:
 
 
 def parity(
-    measurements: Sequence[Measurement], reference: str, precision: Precision, width: int
+    measurements: Sequence[Measurement],
+    reference: str,
+    precision: Precision,
+    width: int,
+    *,
+    far: bool = False,
 ) -> tuple[RenderableType, ...]:
     """Show how far each runtime is from the reference.
 
@@ -53,6 +58,7 @@ def parity(
         reference: What they were compared with.
         precision: Of the files.
         width: Columns there are; where they are few, some figures are left to the manifest.
+        far: Whether there are probes far outside of a grid.
     """
     exact, wide = precision == "fp32", width >= _WIDE
     runtimes = len(measurements) - 1
@@ -93,7 +99,11 @@ def parity(
         f"allowed is {_share(precision)} of an output's size, or twice eager's error if that is "
         "more"
     )
-    note = Text(f"{relative}{units}\n{allowed}", style="dim")
+    beyond = (
+        "\ninputs lie up to 10^6 widths of the knots away, where outputs are huge, and\n"
+        "so are the largest errors; each output is judged by what is allowed for it"
+    )
+    note = Text(f"{relative}{units}\n{allowed}{beyond if far else ''}", style="dim")
     return table, Padding(note, (0, 0, 0, 2))
 
 

@@ -127,6 +127,7 @@ def test_the_command_prints_the_path_and_tells_the_story(tmp_path: Path) -> None
     for expected in (
         "layers.0: 4 -> 8, uniform grid of 5, order 3, with standalone scaler, silu",
         "silu is ASSUMED",
+        "inputs lie up to 10^6 widths of the knots away, where outputs are huge",
         "write model.onnx",
         "write model.ts",
         "onnxruntime cpu",
