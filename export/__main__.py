@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from export.report import Report
     from export.sparsity import Sparsity
 
+_OF_THE_EXTRA = ("jinja2", "onnx", "onnx_ir", "onnxscript", "rich", "safetensors", "torch")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -39,7 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ModuleNotFoundError as error:  # the server and its clients do without
+        if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
+            raise
+        print(
+            f"error: {error.name} is not installed; install kanserve's extra export: "
+            "pip install '.[export]' in its checkout",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _run(words: list[str]) -> int:
     plotting = words[:1] == ["plot"]  # a file of that name is ./plot
     if plotting:
         from export import plot_command
@@ -69,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.fail(str(error))
         return 1
     except OSError as error:
-        where = error.filename or arguments.output
-        remedy = "; make room, or choose another --output" if error.errno in _NO_ROOM else ""
+        where = error.filename or (arguments.file if plotting else arguments.output)
+        flag = "-o" if plotting else "--output"
+        remedy = f"; make room, or choose another {flag}" if error.errno in _NO_ROOM else ""
         report.fail(f"{where}: {error.strerror or error}{remedy}")
         return 1
     except KeyboardInterrupt:
@@ -141,12 +156,14 @@ def _read_password(path: Path | None) -> str | None:
 
 def _following(arguments: argparse.Namespace, manifest: Manifest) -> list[tuple[str, str]]:
     """Suggest commands, of the kind that this one was called by."""
+    from export.inputs import split_name
+
     installed = Path(sys.argv[0]).name == "kan-export"
     serve, client = ("kan-serve", "kan-client") if installed else (
         "python -m serving", "python -m serving.client"
     )  # fmt: skip
     folder = arguments.output / manifest.name / str(manifest.version)
-    rows = arguments.samples[0] if len(arguments.samples or ()) == 1 else "x.npy"
+    rows = split_name(arguments.samples[0])[1] if len(arguments.samples or ()) == 1 else "x.npy"
     name = shlex.quote(manifest.name)
     found = [
         (f"{serve} --model-repository {shlex.quote(str(arguments.output))}", "serve it"),
@@ -211,7 +228,7 @@ def _measure_sparsity(arguments: argparse.Namespace, report: "Report") -> "list[
 def _plot(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
     from export import plot_command
 
-    return 0, str(plot_command.plot(arguments))
+    return 0, str(plot_command.plot(arguments, report))
 
 
 def _print_result(result: str, report: "Report") -> int:

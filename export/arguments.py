@@ -15,6 +15,7 @@ from kan_bundle.layout import parse_version
 from kan_bundle.manifest import Precision
 
 DEFAULT_ACTIVATION = "silu"
+DEFAULT_OUTPUT = Path("models")
 ACTIVATIONS = ("silu", "gelu", "relu", "tanh", "identity")
 OPSETS = (17, 20)
 """The oldest and the default version of ONNX's operators."""
@@ -46,8 +47,12 @@ for programs and for others:
 
 _EXPORT_ONLY = (
     *("--name", "--version", "--opset", "--precision", "--prune", "--inline", "--benchmark"),
-    *("--sign-key", "--sign-password-file", "--force", "--quiet"),
+    *("--output", "--sign-key", "--sign-password-file", "--force", "--quiet"),
 )
+_OTHER_PRECISIONS = {
+    **{"float32": "fp32", "float": "fp32", "single": "fp32"},
+    **{"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "i8": "int8", "qint8": "int8"},
+}
 _OF_NETWORKS = ("--model", "--input-shape", "--samples")
 
 
@@ -64,9 +69,9 @@ def parse(words: list[str]) -> argparse.Namespace:
 
     def given(flags: tuple[str, ...]) -> str:
         """List those of some flags that are given."""
-        names = {flag: flag.removeprefix("--").replace("-", "_") for flag in flags}
-        return ", ".join(
-            flag for flag in flags if getattr(arguments, names[flag]) not in (None, False)
+        values = {f: getattr(arguments, f.removeprefix("--").replace("-", "_")) for f in flags}
+        return ", ".join(  # 0 is given, although it equals False
+            flag for flag, value in values.items() if value is not None and value is not False
         )
 
     if arguments.inspect and (strays := given(_EXPORT_ONLY)):
@@ -77,6 +82,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error("--sparsity belongs to inspect; --prune leaves edges out of an export")
     if arguments.sign_password_file and not arguments.sign_key:
         parser.error("--sign-password-file is that of --sign-key; give both or neither")
+    if arguments.output is None:
+        arguments.output = DEFAULT_OUTPUT
     return arguments
 
 
@@ -148,9 +155,8 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output",
         type=Path,
-        default=Path("models"),
         metavar="DIR",
-        help="the model repository (default: models)",
+        help=f"the model repository (default: {DEFAULT_OUTPUT})",
     )
     group.add_argument("--name", help="model name (default: the file's stem)")
     group.add_argument(
@@ -184,6 +190,7 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how it is written")
     group.add_argument(
         "--precision",
+        type=_precision,
         choices=get_args(Precision),
         help="of the KAN layers' weights and products; below fp32 the model is smaller and only "
         "approximately what was trained (default: fp32)",
@@ -278,6 +285,15 @@ def _version(text: str) -> int:
             f"expected a positive integer of at most 18 digits, found {text!r}"
         )
     return number
+
+
+def _precision(text: str) -> str:
+    meant = _OTHER_PRECISIONS.get(text.lower(), text.lower())
+    if meant != text and meant in get_args(Precision):
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(get_args(Precision))}, found {text!r}; did you mean {meant}?"
+        )
+    return text
 
 
 def _threshold(text: str) -> float:

@@ -11,7 +11,7 @@ from export.factory import build_module, load_weights
 from export.report import Report
 from kan_model import resolve_activation
 from kan_model.checkpoint import Checkpoint, read_checkpoint
-from kan_model.stacks import listed, neighbours
+from kan_model.stacks import Stack, listed, neighbours, printable
 
 
 def read_network(
@@ -44,7 +44,9 @@ def read_network(
         read_checkpoint(path, trust_pickle=trust_pickle), activation, prefix, model, report
     )
     if trust_pickle:
-        report.warn(f"--trust-pickle: the code in {path} was RUN, as a program of yours")
+        report.warn(
+            f"--trust-pickle: the code in {printable(str(path))} was RUN, as a program of yours"
+        )
     return module
 
 
@@ -85,9 +87,11 @@ def _build(
             f"the file also holds tensors at {listed(left_out)}; the KAN ALONE is exported. If "
             "they belong to one network, give it with --model package.module:factory"
         )
-    if activation is None and any(layer.activation is None for layer in stack.layers.values()):
-        report.warn(
-            f"the file does not say which base activation was trained; {DEFAULT_ACTIVATION} is "
-            "ASSUMED. If it was another, every answer is wrong: name it with --activation"
-        )
+    warn_of_assumption(stack, activation, report)
     return kan
+
+
+def warn_of_assumption(stack: Stack, activation: str | None, report: Report) -> None:
+    """Warn that a base activation is assumed, where neither the file nor its user names it."""
+    if activation is None and any(layer.activation is None for layer in stack.layers.values()):
+        report.assume(DEFAULT_ACTIVATION)

@@ -141,11 +141,15 @@ def _read_samples(given: Samples | None) -> Iterator[tuple[str | None, NDArray[A
             yield from _read_file(str(part))
 
 
+def split_name(text: str) -> tuple[str, str]:
+    """Split NAME=FILE; the name is empty where there is none, or a file is called all of it."""
+    name, equals, place = text.partition("=")
+    return ("", text) if not equals or Path(text).exists() else (name, place)
+
+
 def _read_file(text: str) -> Iterator[tuple[str | None, NDArray[Any]]]:
     """Read `x.npy`, `image=x.npy`, or an .npz file with one array for each input."""
-    name, equals, place = text.partition("=")
-    if not equals or Path(text).exists():
-        name, place = "", text
+    name, place = split_name(text)
     try:
         with Path(place).open("rb") as file:
             content = np.load(file, allow_pickle=False)

@@ -102,7 +102,13 @@ def write_bundle(
         reference = _compute_reference(network, report)
         runtimes = _list_runtimes(place.path, layers, report)
         reference, found, measured = _compare(network, runtimes, reference, options, report)
-        report.parity(measured, reference.precision, options.precision, pruned=pruning is not None)
+        report.parity(
+            measured,
+            reference.precision,
+            options.precision,
+            pruned=pruning is not None,
+            far=network.leading is not None,
+        )
         require_parity(measured, network, options.precision)
 
         golden = choose_golden(reference)
@@ -262,13 +268,14 @@ def _with_page(
     The files are proven by now, so nothing in a picture of them stops the export.
     """
     try:
-        page = render_page(tell())
+        # A file's name may hold what is no UTF-8, and a warning tells it.
+        page = render_page(tell()).encode("utf-8", "replace")
     except Exception as error:  # whatever an odd network leads to
         report.warn(
             f"{REPORT_FILE} could not be made: {cause(error)}; the bundle is complete without it"
         )
         return manifest
     path = folder / REPORT_FILE
-    path.write_text(page, encoding="utf-8")
+    path.write_bytes(page)
     files = dict(manifest.files) | {REPORT_FILE: record_file(path)}
     return replace(manifest, files=dict(sorted(files.items())))

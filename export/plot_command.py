@@ -1,17 +1,23 @@
 """`python -m export plot BUNDLE|CHECKPOINT -o FILE`: curves of a model as svg, png or pdf."""
 
 import argparse
+import io
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import InputError
-from export.plots import Curves, plot_edge, plot_layer, plot_network, read_curves
+from export.plots import Curves, Edges, plot_edge, plot_layer, plot_network, read_curves
+from export.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".svg", ".png", ".pdf")
+
+_MOST = Edges.most  # of a layer
 
 _EXAMPLES = """\
 examples:
@@ -57,20 +63,29 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input", type=int, metavar="I", help="edges from this input, from 0 on")
     parser.add_argument("--output", type=int, metavar="O", help="edges to this output, from 0 on")
     parser.add_argument(
-        "--most", type=int, default=24, metavar="N", help="edges of a layer (default: 24)"
+        "--most", type=int, metavar="N", help=f"edges of a layer (default: {_MOST})"
     )
     parser.add_argument("--activation", metavar="NAME", help="of a checkpoint, as in an export")
     parser.add_argument("--prefix", metavar="PREFIX", help="of a checkpoint, as in an export")
     arguments = parser.parse_args(words)
     if arguments.layer is None and (arguments.input is not None or arguments.output is not None):
         parser.error("--input and --output are those of a layer; give its --layer, too")
-    if arguments.most < 1:
-        parser.error(f"--most: expected at least 1, found {arguments.most}")
+    if arguments.most is not None:
+        if arguments.layer is None:
+            parser.error("--most is that of a layer; give its --layer, too")
+        if arguments.input is not None and arguments.output is not None:
+            parser.error("--input and --output are one edge; leave --most out")
+        if arguments.most < 1:
+            parser.error(f"--most: expected at least 1, found {arguments.most}")
     return arguments
 
 
-def plot(arguments: argparse.Namespace) -> Path:
+def plot(arguments: argparse.Namespace, report: Report | None = None) -> Path:
     """Draw what was asked for, and write it.
+
+    Args:
+        arguments: From `parse`.
+        report: As in `read_curves`.
 
     Returns:
         The file.
@@ -80,38 +95,62 @@ def plot(arguments: argparse.Namespace) -> Path:
         KanModelError: The checkpoint cannot be used.
         OSError: Something cannot be read or written.
     """
-    curves = read_curves(arguments.model, activation=arguments.activation, prefix=arguments.prefix)
-    figure = _draw(curves, arguments)
+    wanted = Edges(arguments.layer, arguments.input, arguments.output, arguments.most or _MOST)
+    curves = read_curves(
+        arguments.model,
+        activation=arguments.activation,
+        prefix=arguments.prefix,
+        only=wanted,
+        report=report,
+    )
+    figure = _draw(curves, wanted, arguments.model)
     import matplotlib
 
     # The same curves give the same file: no date, and names that do not come by chance.
     with matplotlib.rc_context({"svg.hashsalt": "kanserve", "svg.fonttype": "none"}):
         dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        metadata = dated.get(arguments.file.suffix.lower(), {})
-        figure.savefig(arguments.file, dpi=200, metadata=metadata)
+        ending = arguments.file.suffix.lower()
+        content = io.BytesIO()
+        figure.savefig(content, format=ending[1:], dpi=200, metadata=dated.get(ending, {}))
     path: Path = arguments.file
+    _write(path, content.getvalue())
     return path
 
 
-def _draw(curves: Curves, arguments: argparse.Namespace) -> "Figure":
+def _write(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all: what was there stays until all of the new is.
+
+    Raises:
+        OSError: It cannot be written; names the file.
+    """
+    target = Path(os.path.realpath(path))  # a link stays one
+    part = target.with_name(f".plot-{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        part.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _draw(curves: Curves, wanted: Edges, model: Path) -> "Figure":
     layers = curves.layers
     if not layers:
-        raise InputError(f"{arguments.model}: the network has no KANLinear layer")
-    number = arguments.layer
-    if number is None:
+        raise InputError(f"{model}: the network has no KANLinear layer")
+    if wanted.layer is None:
         if not curves.chain and len(layers) > 1:
             names = ", ".join(f"{i} is {layer.name}" for i, layer in enumerate(layers))
             raise InputError(
-                f"{arguments.model}: its KANLinear layers lie within a larger network; choose one "
-                f"with --layer: {names}"
+                f"{model}: its KANLinear layers lie within a larger network; choose one with "
+                f"--layer: {names}"
             )
         return plot_network(layers)
-    if not 0 <= number < len(layers):
-        raise InputError(f"--layer: expected 0 to {len(layers) - 1}, found {number}")
-    layer = layers[number]
-    if arguments.input is not None and arguments.output is not None:
-        return plot_edge(layer, arguments.input, arguments.output)
-    return plot_layer(layer, feature=arguments.input, output=arguments.output, most=arguments.most)
+    (layer,) = layers
+    if wanted.feature is not None and wanted.output is not None:
+        return plot_edge(layer, wanted.feature, wanted.output)
+    return plot_layer(layer, feature=wanted.feature, output=wanted.output, most=wanted.most)
 
 
 def _picture(text: str) -> Path:

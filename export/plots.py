@@ -8,8 +8,9 @@
     plot_network(curves.layers).savefig("network.png", dpi=200)
 
 Each returns a matplotlib Figure that is not shown anywhere. What is drawn of a bundle is what its
-report holds: all edges, or of a large layer the most important ones; of a checkpoint everything.
-matplotlib is imported when something is drawn, not before.
+report holds: all edges, or of a large layer the most important ones; of a checkpoint everything, or
+only what is asked for, as all edges of a large layer take gigabytes. matplotlib is imported when
+something is drawn, not before.
 """
 
 import math
@@ -19,13 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
+from export.building import warn_of_assumption
 from export.curves import LayerCurves, importance, layer_curves
 from export.errors import InputError
+from export.report import Report
 from export.report_page.diagram import BOX, WIDTH, make_diagram
-from export.report_page.embedding import read_embedded
+from export.report_page.embedding import read_embedded, share_room
 from kan_bundle.layout import REPORT_FILE
-from kan_model import resolve_activation
+from kan_model import KANLinear, resolve_activation
 from kan_model.checkpoint import read_checkpoint
 from kan_model.stacks import printable
 
@@ -49,19 +53,45 @@ class Curves:
     chain: bool
 
 
+@dataclass(frozen=True)
+class Edges:
+    """What a picture needs of a model's edges. A bundle has what its report holds of them.
+
+    Attributes:
+        layer: Those of this layer alone, by its number from 0; None are those of the whole network,
+            of a large layer as many as a report holds.
+        feature: Those from this input.
+        output: Those to this output.
+        most: So many of the layer at most, the most important ones.
+    """
+
+    layer: int | None = None
+    feature: int | None = None
+    output: int | None = None
+    most: int = 24
+
+
 def read_curves(
-    path: Path | str, *, activation: str | None = None, prefix: str | None = None
+    path: Path | str,
+    *,
+    activation: str | None = None,
+    prefix: str | None = None,
+    only: Edges | None = None,
+    report: Report | None = None,
 ) -> Curves:
     """Read the curves of a bundle or of a checkpoint.
 
     Args:
         path: A version folder or its report.html, or a checkpoint file with a KAN in it.
         activation: Base activation of a checkpoint, as `--activation`; None takes the file's own,
-            or SiLU.
+            or assumes SiLU and warns.
         prefix: The KAN to take of a checkpoint that holds several.
+        only: Read these; None reads all.
+        report: Is told the warnings; None makes Python's own of them.
 
     Raises:
-        InputError: The bundle has no report with curves in it.
+        InputError: The bundle has no report with curves in it, or was given what only a checkpoint
+            leaves open.
         CheckpointError: The checkpoint cannot be used.
         ActivationError: The activation cannot be had.
         OSError: Something cannot be read.
@@ -75,23 +105,64 @@ def read_curves(
                 "wrote a report, or the checkpoint itself"
             )
     if place.suffix == ".html":
+        given = {"--activation": activation, "--prefix": prefix}
+        if strays := [flag for flag, value in given.items() if value is not None]:
+            raise InputError(
+                f"{place}: a bundle says itself what it is; leave out {', '.join(strays)}"
+            )
         with place.open("rb") as file:
             content = file.read(_LARGEST)
         try:
             layers, chain = read_embedded(content)
         except ValueError as error:
             raise InputError(f"{place}: {error}") from error
-        return Curves(tuple(layers), chain)
+        return Curves(tuple(layers[i] for i in _numbers(len(layers), only)), chain)
     checkpoint = read_checkpoint(place)
     make = None if activation is None else resolve_activation(activation)
-    kan = checkpoint.build_kan(checkpoint.find_kan(prefix), make)
+    stack = checkpoint.find_kan(prefix)
+    kan = checkpoint.build_kan(stack, make)
+    warn_of_assumption(stack, activation, report or Report.silent())
+    rooms = [room.edges for room in share_room(list(kan.layers))]
     return Curves(
         tuple(
-            layer_curves(f"layers.{i}", layer, importance(layer), sampled=False)
-            for i, layer in enumerate(kan.layers)
+            _measure(f"layers.{i}", kan.layers[i], only, rooms[i])
+            for i in _numbers(len(kan.layers), only)
         ),
         chain=True,
     )
+
+
+def _numbers(count: int, only: Edges | None) -> Sequence[int]:
+    """List the layers to read.
+
+    Raises:
+        InputError: There is no such layer.
+    """
+    if only is None or only.layer is None:
+        return range(count)
+    if not 0 <= only.layer < count:
+        raise InputError(f"--layer: expected 0 to {count - 1}, found {only.layer}")
+    return [only.layer]
+
+
+def _measure(name: str, layer: KANLinear, only: Edges | None, room: int) -> LayerCurves:
+    """Measure a layer, and take the edges that are asked for."""
+    measured = importance(layer)
+    if only is None:
+        return layer_curves(name, layer, measured, sampled=False)
+    most = room if only.layer is None else only.most
+    wanted = torch.zeros_like(measured, dtype=torch.bool)
+    wanted[_part(only.output), _part(only.feature)] = True
+    count = int(wanted.sum())
+    # NaN comes last, whatever the others are; what is not there is refused when it is drawn.
+    if 0 < count < wanted.numel() and not bool(measured[wanted].isnan().any()):
+        measured[~wanted] = -1
+        most = min(most, count)
+    return layer_curves(name, layer, measured, sampled=False, most_edges=most)
+
+
+def _part(number: int | None) -> slice:
+    return slice(None) if number is None else slice(number, number + 1)
 
 
 def plot_edge(layer: LayerCurves, feature: int, output: int) -> "Figure":
@@ -269,7 +340,14 @@ def _no_such(layer: LayerCurves, feature: int | None, output: int | None) -> str
             f"of {layer.in_features * layer.out_features:,} edges, and this is none of them; give "
             "the checkpoint instead of the bundle"
         )
-    return (
-        f"{printable(layer.name)}: expected an input from 0 to {layer.in_features - 1} and an "
-        f"output from 0 to {layer.out_features - 1}, found input {feature} and output {output}"
-    )
+    asked = [
+        (kind, width, number)
+        for kind, width, number in (
+            ("input", layer.in_features, feature),
+            ("output", layer.out_features, output),
+        )
+        if number is not None
+    ]
+    expected = " and ".join(f"an {kind} from 0 to {width - 1}" for kind, width, _ in asked)
+    found = " and ".join(f"{kind} {number}" for kind, _, number in asked)
+    return f"{printable(layer.name)}: expected {expected}, found {found}"

@@ -45,6 +45,7 @@ class Report:
         self._quiet = quiet
         self._exit_code: int | None = None
         self._in_python = False
+        self._assumed = False
         self._started = time.perf_counter()
         self.warnings: list[str] = []  # for report.html
 
@@ -98,6 +99,14 @@ class Report:
             warnings.warn(line, stacklevel=3)
         self._print(Text(f"warning: {line}", style="bold yellow"))
 
+    def assume(self, activation: str) -> None:
+        """Warn that a base activation is assumed, now and again with the result."""
+        self._assumed = True
+        self.warn(
+            f"the file does not say which base activation was trained; {activation} is ASSUMED. "
+            "If it was another, every answer is wrong: name it with --activation"
+        )
+
     def fail(self, line: str) -> None:
         """Tell why there is no result."""
         self._print(Text(f"error: {line}", style="bold red"))
@@ -122,12 +131,25 @@ class Report:
         precision: Precision,
         *,
         pruned: bool = False,
+        far: bool = False,
     ) -> None:
-        """Show how far each runtime is from the network in the precision of the reference."""
+        """Show how far each runtime is from the network in the precision of the reference.
+
+        Args:
+            measurements: One for each runtime.
+            reference: Precision that they were compared in.
+            precision: Of the files.
+            pruned: Whether that network is a pruned one.
+            far: Whether there are probes far outside of a grid.
+        """
         network = "pruned network" if pruned else "network"
         self._table(
             *tables.parity(
-                measurements, f"the {network} in {reference}", precision, self._console.width
+                measurements,
+                f"the {network} in {reference}",
+                precision,
+                self._console.width,
+                far=far,
             )
         )
 
@@ -149,7 +171,8 @@ class Report:
             path: Of its version folder.
             following: Commands with what each is for.
         """
-        self._table(tables.result(manifest, path, time.perf_counter() - self._started))
+        took_s = time.perf_counter() - self._started
+        self._table(tables.result(manifest, path, took_s, assumed=self._assumed))
         if not self._quiet:  # to be copied, so no line is broken
             self._console.print(tables.following(following), soft_wrap=True)
 

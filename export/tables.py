@@ -15,13 +15,14 @@ from export.inputs import shown
 from export.network import Network
 from export.proof.parity import Measurement
 from export.sparsity import Sparsity
+from export.wording import ROWS, largest_excess, percent, size
 from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, Precision, PruningRecord
 from kan_model.inspection import Inspection, LayerFacts
 from kan_model.stacks import listed, printable
 
 _MOST_LISTED = 12
+_UNFUSED = ": fewer bits do not run fused, so on CPU they are slower where kan_ops is"
 _WIDE = 104  # columns that the whole table of a parity takes
-_UNITS = ("bytes", "KB", "MB", "GB", "TB")
 
 
 def found_lines(network: Network, layers: Sequence[LayerRecord]) -> list[str]:
@@ -43,7 +44,12 @@ def found_lines(network: Network, layers: Sequence[LayerRecord]) -> list[str]:
 
 
 def parity(
-    measurements: Sequence[Measurement], reference: str, precision: Precision, width: int
+    measurements: Sequence[Measurement],
+    reference: str,
+    precision: Precision,
+    width: int,
+    *,
+    far: bool = False,
 ) -> tuple[RenderableType, ...]:
     """Show how far each runtime is from the reference.
 
@@ -52,9 +58,12 @@ def parity(
         reference: What they were compared with.
         precision: Of the files.
         width: Columns there are; where they are few, some figures are left to the manifest.
+        far: Whether there are probes far outside of a grid.
     """
     exact, wide = precision == "fp32", width >= _WIDE
-    table = _table(title=f"Distance from {reference}", title_justify="left")
+    runtimes = len(measurements) - 1
+    title = f"Distance from {reference}: eager, and {runtimes} runtimes"
+    table = _table(title=title, title_justify="left")
     table.add_column("runtime", no_wrap=True)
     columns = {
         "rows": True,
@@ -75,8 +84,8 @@ def parity(
             f"{m.max_relative:.2e}",
             f"{m.max_ulp:.3g}",
             f"{m.max_from_eager:.2e}",
-            f"{m.excess:.0%}" if math.isfinite(m.excess) else "NaN",
-            "" if m.same_argmax is None else f"{m.same_argmax:.2%}",
+            percent(m.excess) if math.isfinite(m.excess) else "NaN",
+            "" if m.same_argmax is None else percent(m.same_argmax),
         )
         right = Text("equal" if exact else "close", style="green")
         table.add_row(
@@ -90,7 +99,11 @@ def parity(
         f"allowed is {_share(precision)} of an output's size, or twice eager's error if that is "
         "more"
     )
-    note = Text(f"{relative}{units}\n{allowed}", style="dim")
+    beyond = (
+        "\ninputs lie up to 10^6 widths of the knots away, where outputs are huge, and\n"
+        "so are the largest errors; each output is judged by what is allowed for it"
+    )
+    note = Text(f"{relative}{units}\n{allowed}{beyond if far else ''}", style="dim")
     return table, Padding(note, (0, 0, 0, 2))
 
 
@@ -110,20 +123,20 @@ def pruning_lines(pruning: PruningRecord) -> list[str]:
         told = [f"{n:,} {kind}" for kind, n in zip(kinds, removed, strict=True) if n]
         lines.append(f"nodes left out: {', '.join(told)}; that is what makes it faster")
     elif zeroed:
-        lines.append("no node is without edges, so it is as large as before and no faster")
+        why = (
+            "because that is done in a KAN alone, with an activation known by name"
+            if pruning.nodes_removed is None
+            else "because no hidden one is idle, and at most half of the inputs are"
+        )
+        lines.append(f"no node is taken out, {why}: it is as large as before and no faster")
     return [*lines, *_change_lines(pruning.change)]
 
 
 def _change_lines(change: ChangeRecord) -> list[str]:
-    on = {
-        "samples": "rows of the samples",
-        "grid": "random rows within the grid",
-        "random": "random rows",
-    }[change.on]
-    same = "" if change.same_argmax is None else f", same argmax on {change.same_argmax:.2%}"
+    same = "" if change.same_argmax is None else f", same argmax on {percent(change.same_argmax)}"
     return [
-        f"change of the outputs on {change.rows:,} {on}: at most {change.largest:.3g}, typically "
-        f"{change.typical:.3g}{_of_size(change)}{same}"
+        f"change of the outputs on {change.rows:,} {ROWS[change.on]}: at most "
+        f"{change.largest:.3g}, typically {change.typical:.3g}{_of_size(change)}{same}"
     ]
 
 
@@ -131,28 +144,43 @@ def _of_size(change: ChangeRecord) -> str:
     return f" ({change.typical / change.size:.2%} of their size)" if change.size > 0 else ""
 
 
-def result(manifest: Manifest, path: str, seconds: float) -> RenderableType:
-    """Sum up what was made."""
+def result(
+    manifest: Manifest, path: str, seconds: float, *, assumed: bool = False
+) -> RenderableType:
+    """Sum up what was made.
+
+    Args:
+        manifest: Of the bundle.
+        path: Of its version folder.
+        seconds: That it took.
+        assumed: Whether nobody named the base activation.
+    """
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     fused = sum(layer.operator is not None for layer in manifest.layers)
-    worst = max(record.excess for record in manifest.parity)
-    files = [f"{name} {_bytes(file.size_bytes)}" for name, file in manifest.files.items()]
+    worst, runtimes = largest_excess(manifest)
+    files = [f"{name} {size(file.size_bytes)}" for name, file in manifest.files.items()]
     verdict = "equal" if manifest.precision == "fp32" else "close"
     of = "the network" if manifest.pruning is None else "the PRUNED network"
+    activations = ", ".join(dict.fromkeys(layer.base_activation for layer in manifest.layers))
+    warning = ", ASSUMED: if it was another, every answer is wrong; name it with --activation"
     rows = {
         "model": f"{printable(manifest.name)}, version {manifest.version}",
         "folder": printable(path),
         "files": ", ".join(files),
         "layers": f"{len(manifest.layers)} KANLinear, "
-        + (f"{fused} of them one fused node" if fused else "as standard operators"),
-        "parity": f"{verdict} to {of} in {len(manifest.parity) - 1} runtimes, at most {worst:.0%} "
-        "of what is allowed",
+        + (f"{fused} of them one fused node" if fused else "as standard operators")
+        + ("" if manifest.precision == "fp32" else _UNFUSED),
+        "activation": printable(activations) + (warning if assumed else ""),
+        "parity": f"{verdict} to {of} in {runtimes} runtimes, at most {percent(worst)} of what "
+        "is allowed",
         "time": f"{seconds:.1f} s",
     }
     for key, value in rows.items():
-        table.add_row(key, Text(value))
+        if value:  # a network without KAN layers has no activation of theirs
+            bad = key == "activation" and assumed
+            table.add_row(key, Text(value, style="bold yellow" if bad else ""))
     return Padding(table, (1, 0, 0, 2))
 
 
@@ -163,14 +191,6 @@ def following(commands: Sequence[tuple[str, str]]) -> Text:
         text.append(f"  {purpose}\n", style="dim")
         text.append(f"    {command}\n")
     return text
-
-
-def _bytes(count: float) -> str:
-    for unit in _UNITS[:-1]:
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
-        count /= 1000
-    return f"{count:.3g} {_UNITS[-1]}"
 
 
 def inspection(found: Inspection, sparsity: Sequence[Sparsity] = ()) -> str:
@@ -241,25 +261,21 @@ def _sparsity_table(found: Sequence[Sparsity]) -> Table:
             continue
         c = s.change
         share = f"{c.typical / c.size:.2%}" if c.size > 0 else ""
-        same = [] if c.same_argmax is None else [f"{c.same_argmax:.2%}"]
+        same = [] if c.same_argmax is None else [percent(c.same_argmax)]
         table.add_row(*left_out, f"{c.largest:.3g}", f"{c.typical:.3g}", share, *same)
     return table
 
 
 def _sparsity_notes(found: Sequence[Sparsity]) -> list[str]:
     change = next((s.change for s in found if s.change is not None), None)
-    lines = [
-        "edges are left out whose importance is at most that share of their layer's",
-        "largest; nodes that are then idle go too: they make it faster, edges do not",
-    ]
+    lines = ["edges are left out whose importance is at most that share of their layer's"]
+    if any(s.nodes_removed is not None for s in found):
+        lines.append("largest; nodes that are then idle go too: they make it faster, edges do not")
+    else:
+        lines.append("largest; nodes go from a KAN alone, so this makes nothing smaller or faster")
     if change is not None:
-        rows = {
-            "samples": "rows of the samples",
-            "grid": "rows in the grid",
-            "random": "random rows",
-        }[change.on]
         lines += [
-            f"largest and typical (root mean square) change on {change.rows:,} {rows}",
+            f"changes on {change.rows:,} {ROWS[change.on]}; typical is the root mean square,",
             f"of size: of the outputs' own root mean square, {change.size:.3g}",
         ]
         if change.on != "samples":

@@ -22,6 +22,8 @@ NAMED: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
 }
 
+_OTHER_NAMES = {"swish": "silu", "linear": "identity"}
+
 _OF_FUNCTION: dict[Callable[..., Tensor], Callable[[], nn.Module]] = {
     functional.silu: nn.SiLU,
     functional.gelu: nn.GELU,
@@ -60,8 +62,8 @@ def resolve_activation(name: str) -> Callable[[], nn.Module]:
     """Find the maker of a base activation.
 
     Args:
-        name: One of `NAMED`, or `package.module:Class`, which imports that module; anything
-            callable without arguments that returns an `nn.Module` will do.
+        name: One of `NAMED`, in capitals or not, or `package.module:Class`, which imports that
+            module; anything callable without arguments that returns an `nn.Module` will do.
 
     Returns:
         A callable that makes a new module at each call.
@@ -69,12 +71,14 @@ def resolve_activation(name: str) -> Callable[[], nn.Module]:
     Raises:
         ActivationError: The name is unknown, cannot be imported, or does not make a module.
     """
-    if name in NAMED:
-        return NAMED[name]
+    if name.lower() in NAMED:
+        return NAMED[name.lower()]
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute):
+        other = _OTHER_NAMES.get(name.lower())
+        hint = f" ({name} is {other})" if other else ""
         raise ActivationError(
-            f"activation {name!r} is not known; expected one of {', '.join(NAMED)}, "
+            f"activation {name!r} is not known{hint}; expected one of {', '.join(NAMED)}, "
             "or package.module:Class"
         )
     try:

@@ -289,7 +289,8 @@ def _explain_absence(states: Sequence[StateDict]) -> str:
         )
     return (
         "holds no efficient-KAN layer: expected names such as layers.0.base_weight, found "
-        f"{listed(names) or 'none'}"
+        f"{listed(names) or 'none'}; if it is another network, give that with --model "
+        "package.module:factory"
     )
 
 

@@ -13,7 +13,8 @@ def in_place() -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("swish", "not known; expected one of silu, gelu, relu, tanh, identity"),
+        ("mish", "not known; expected one of silu, gelu, relu, tanh, identity"),
+        ("Swish", "not known (Swish is silu); expected one of silu, gelu"),
         ("no_such_module:Thing", "cannot be made: ModuleNotFoundError"),
         ("torch.nn:Linear", "cannot be made: TypeError"),
         ("math:tau", "cannot be made: TypeError"),
@@ -26,3 +27,8 @@ def in_place() -> nn.Module:
 def test_unusable_activations_are_refused(name: str, message: str) -> None:
     with pytest.raises(ActivationError, match=re.escape(message)):
         resolve_activation(name)
+
+
+def test_a_name_may_have_capitals() -> None:
+    assert resolve_activation("SiLU") is nn.SiLU
+    assert resolve_activation("GELU") is nn.GELU

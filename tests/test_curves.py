@@ -1,6 +1,9 @@
 """Curves, importances and attributions as numbers, against the definition edge by edge."""
 
+import base64
+import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.curves import LayerCurves, attribution, curve_points, importance, layer_curves
+from export.report_page.diagram import make_diagram
 from export.report_page.embedding import LayerData, embed, read_embedded, share_room
 from kan_model import KAN, KANLinear, load_checkpoint, resolve_activation
 from tests.conftest import Golden
@@ -201,11 +205,61 @@ def test_a_name_cannot_end_the_block() -> None:
         (block('{"format": 2, "layers": []}'), "format 1, found 2"),
         (block("[]"), "format 1, found None"),
         (block('{"format": 1, "chain": true, "layers": [{"name": "a"}]}'), "damaged"),
+        (block("{"), "damaged"),
+        (block("[" * 100_000), "damaged"),
     ],
 )
 def test_what_is_no_report_is_refused_in_plain_words(content: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_embedded(content)
+
+
+NUMBERS: tuple[object, ...] = (0, -1, 1, 2, 5, 10**6, 10**30, None, "x", float("inf"), [], {})
+CHANGES: tuple[Callable[[bytes], bytes], ...] = (
+    lambda raw: raw[:-4],
+    lambda raw: raw + raw[-4:],
+    lambda raw: raw + bytes(1),
+    lambda raw: b"",
+    lambda raw: b"\xff" * len(raw),
+    lambda raw: bytes(len(raw)),
+    lambda raw: raw[-4:] + raw[4:-4] + raw[:4],
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, n) for key in ("in", "out", "order", "steps", "name") for n in NUMBERS]
+)
+def test_a_damaged_number_is_refused_or_does_no_harm(key: str, value: object) -> None:
+    content = json.loads(embed([data(layer, "a") for layer in KAN([3, 2, 3]).layers], chain=True))
+    content["layers"][0][key] = value
+    assert_refused_or_drawn(content)
+
+
+@pytest.mark.parametrize(
+    "key", ["inputs", "knots", "activation", "edges", "importance", "base", "spline"]
+)
+def test_a_damaged_array_is_refused_or_does_no_harm(key: str) -> None:
+    for change in CHANGES:
+        kan = KAN([3, 2, 3])
+        content = json.loads(embed([data(layer, "a") for layer in kan.layers], chain=True))
+        raw = base64.b64decode(content["layers"][0][key])
+        content["layers"][0][key] = base64.b64encode(change(raw)).decode()
+        assert_refused_or_drawn(content)
+
+
+def assert_refused_or_drawn(content: object) -> None:
+    try:
+        layers, _ = read_embedded(block(json.dumps(content)))
+    except ValueError as error:
+        if "damaged" not in str(error):
+            raise
+        return
+    assert make_diagram(layers).edges
+    for layer in layers:
+        for place in range(len(layer.edges)):
+            assert np.isfinite(layer.curve(place).x).all()
+            knots = layer.knots_of(layer.ends(place)[0])
+            assert knots[0] < knots[-1]
 
 
 def test_small_layers_are_there_as_a_whole_and_large_ones_in_part() -> None:

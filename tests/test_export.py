@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,9 @@ import onnxruntime
 import pytest
 import torch
 from google.protobuf import text_format
+from rich.console import Console
 
-from export import export_checkpoint, export_module
+from export import export_checkpoint, export_module, tables
 from export.conversion import onnx_graph
 from export.conversion.torchscript import METADATA_FILE, load_torchscript
 from export.errors import ParityError
@@ -125,6 +127,7 @@ def test_the_command_prints_the_path_and_tells_the_story(tmp_path: Path) -> None
     for expected in (
         "layers.0: 4 -> 8, uniform grid of 5, order 3, with standalone scaler, silu",
         "silu is ASSUMED",
+        "inputs lie up to 10^6 widths of the knots away, where outputs are huge",
         "write model.onnx",
         "write model.ts",
         "onnxruntime cpu",
@@ -135,6 +138,16 @@ def test_the_command_prints_the_path_and_tells_the_story(tmp_path: Path) -> None
     ):
         assert expected in done.stderr
     assert "Traceback" not in done.stderr
+    end = done.stderr.partition("\n  model")[2]
+    assert re.search(r"activation +silu, ASSUMED: if it was another, every answer is wrong", end)
+
+
+def test_the_end_names_the_activation_that_was_taken(repository: Path, golden: Golden) -> None:
+    manifest = read_manifest(bundle(repository, golden))
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(tables.result(manifest, "models/m/1", 1.0))
+    assert re.search(rf"activation +{golden.activation} *\n", shown.get())
 
 
 @pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
@@ -184,6 +197,10 @@ def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         pytest.param(["none.pt"], 1, "none.pt: no such file", id="missing"),
+        pytest.param(["."], 1, ".: expected a checkpoint file, found a folder", id="folder"),
+        pytest.param(
+            [str(UNIFORM), "--precision", "float16"], 2, "did you mean fp16?", id="precision"
+        ),
         pytest.param([str(UNIFORM), "--activation", "swish"], 1, "'swish' is not known", id="act"),
         pytest.param([str(UNIFORM), "--name", "a/b"], 1, "model name 'a/b'", id="name"),
         pytest.param([str(UNIFORM), "--output", "/proc/none"], 1, "/proc/none", id="unwritable"),
@@ -260,6 +277,23 @@ def test_a_full_disk_publishes_nothing(
     with pytest.raises(OSError, match="No space left"):
         export_checkpoint(UNIFORM, output=tmp_path / "models", report=quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_no_utf8_does_not_stop_a_proven_export(
+    tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = os.fsdecode(b"m\xff.pt")
+    shutil.copy(UNIFORM, tmp_path / odd)
+    monkeypatch.chdir(tmp_path)
+    options = {"name": "m", "activation": "silu", "output": tmp_path / "models", "report": quiet}
+    manifest = export_checkpoint(odd, trust_pickle=True, **options)  # type: ignore[arg-type]
+    assert "report.html" in manifest.files
+    assert any(r"the code in 'm\udcff.pt' was RUN" in warning for warning in quiet.warnings)
+
+    monkeypatch.setattr("export.pipeline.render_page", lambda told: odd)
+    manifest = export_checkpoint(odd, **options)  # type: ignore[arg-type]
+    assert manifest.version == 2
+    assert (tmp_path / "models" / "m" / "2" / "report.html").read_text() == "m?.pt"
 
 
 def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from export.conversion.precision import PRECISIONS, TOLERANCE
 from export.inputs import read_inputs
 from export.network import describe_network
 from kan_bundle.manifest import Precision
-from kan_model import KAN
+from kan_model import KAN, KANLinear
 from tests.conftest import GOLDENS, run_module
 
 Make = Callable[[KAN], KAN]
@@ -251,3 +251,38 @@ def test_a_layer_that_a_branch_reads_from_has_a_body_without_it(tmp_path: Path) 
     onnx.checker.check_model(path, full_check=True)
     x = torch.randn(20, 3)
     np.testing.assert_allclose(load_onnx(path)([x.numpy()])[0], network(x).detach(), atol=1e-5)
+
+
+class Branching(nn.Module):
+    """Has a KANLinear in a branch of `torch.cond`, once it is traced."""
+
+    flag: torch.Tensor
+
+    def __init__(self, *, adapted: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kan, self.other = KANLinear(4, 3), nn.Linear(4, 3)
+        self.register_buffer("flag", torch.tensor(1.0))
+        if adapted:
+            self.kan.update_grid(torch.randn(300, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            found: torch.Tensor = torch.cond(self.flag > 0, self.kan, self.other, (x,))
+            return found
+        chosen = self.kan if self.flag > 0 else self.other
+        return chosen(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("adapted", "remedy"), [(True, r"with --inline \(inline=True\)"), (False, "torch.where")]
+)
+def test_a_layer_in_a_branch_is_refused_with_what_helps(
+    tmp_path: Path, adapted: bool, remedy: str
+) -> None:
+    network = Branching(adapted=adapted).eval()
+    with pytest.raises(ConversionError, match=f"in a branch of torch.cond .* {remedy}"):
+        export_module(network, name="m", output=tmp_path, input_shape=4)
+    if adapted:
+        done = export_module(network, name="m", output=tmp_path, input_shape=4, inline=True)
+        assert done.layers[0].operator is None

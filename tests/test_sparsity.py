@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import InputError, export_checkpoint, export_module
+from export import InputError, export_checkpoint, export_module, tables
 from export.conversion.onnx_graph import load_onnx
 from export.conversion.torchscript import load_torchscript
 from export.curves import importance
@@ -20,6 +20,7 @@ from export.sparsity import THRESHOLDS, prune_further, prune_network
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
 from kan_model import KAN
+from kan_model.inspection import inspect_checkpoint
 from tests import oracle
 from tests.conftest import GOLDENS, run_module
 
@@ -279,6 +280,38 @@ def test_inspect_shows_it_on_stdout(tmp_path: Path) -> None:
         assert f" {sum(layer['zeroed'] for layer in step['layers'])} " in done.stdout
 
 
+def test_why_no_node_is_taken_out_is_told() -> None:
+    """Of a KAN with an idle input, which stays, and of one in a network, whose idle node does."""
+    kan, network = uneven([5, 7, 3]), WithKAN().eval()
+    with torch.no_grad():
+        for layer in (kan.layers[0], network.head.layers[1]):
+            layer.base_weight[:, 2] = 0
+            layer.spline_weight[:, 2] = 0
+    _, stays = prune_network(describe_network(kan, None), 0.0)
+    assert stays.nodes_removed == (0, 0, 0)
+    told = "\n".join(tables.pruning_lines(stays))
+    assert "7 of 56 edges left out" in told
+    assert "no hidden one is idle, and at most half of the inputs are" in told
+    inputs = read_inputs("3", None)
+    _, inside = prune_network(describe_network(network, inputs), 0.0)
+    told = "\n".join(tables.pruning_lines(inside))
+    assert "2 of 36 edges left out" in told
+    assert "no node is taken out, because that is done in a KAN alone" in told
+
+
+def test_nodes_are_told_of_only_where_they_can_go(tmp_path: Path) -> None:
+    found = inspect_checkpoint(UNIFORM)
+    for network, can_go in (
+        (describe_network(uneven([5, 7, 3]), None), True),
+        (describe_network(WithKAN().eval(), read_inputs("3", None)), False),
+    ):
+        text = tables.inspection(found, list(prune_further(network, THRESHOLDS)))
+        assert ("nodes that are then idle go too" in text) == can_go
+        assert ("nothing smaller or faster" in text) != can_go
+        table = text.partition("What leaving edges out would change")[2]
+        assert max(map(len, table.splitlines())) <= 80
+
+
 def test_inspect_takes_a_network_of_your_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(WithKAN().state_dict(), tmp_path / "m.pt")
@@ -294,6 +327,8 @@ def test_inspect_takes_a_network_of_your_own(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["inspect", "m.pt", "--prune", "0.1"], "inspect exports nothing; leave out --prune"),
+        (["inspect", "m.pt", "--prune", "0"], "inspect exports nothing; leave out --prune"),
+        (["inspect", "m.pt", "--output", "models"], "inspect exports nothing; leave out --output"),
         (["inspect", "m.pt", "--samples", "x.npy"], "leave out --samples, or add --sparsity"),
         (["m.pt", "--sparsity"], "--sparsity belongs to inspect"),
     ],

@@ -213,7 +213,7 @@ BAD_STATES = [
     ),
     pytest.param(
         lambda: {"conv1.weight": torch.zeros(8, 3, 3, 3), "conv1.bias": torch.zeros(8)},
-        r"holds no efficient-KAN layer: .* found conv1\.weight, conv1\.bias",
+        r"holds no efficient-KAN layer: .* found conv1\.weight, conv1\.bias; .* with --model",
         id="another network",
     ),
     pytest.param(dict, r"the state dict is empty", id="empty state dict"),

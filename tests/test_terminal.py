@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import shlex
 import shutil
@@ -164,9 +165,11 @@ def test_quiet_tells_warnings_and_errors_alone(tmp_path: Path) -> None:
     assert "error: none.pt: no such file" in refused.raw
 
 
-def test_the_end_says_what_to_do_next_and_that_works(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "input="])
+def test_the_end_says_what_to_do_next_and_that_works(tmp_path: Path, name: str) -> None:
     np.save(tmp_path / "my rows.npy", np.zeros((3, 4), np.float32))
-    options = ("--output", str(tmp_path / "my models"), "--samples", str(tmp_path / "my rows.npy"))
+    samples = f"{name}{tmp_path / 'my rows.npy'}"
+    options = ("--output", str(tmp_path / "my models"), "--samples", samples)
     done = run_module("export", UNIFORM, *options)
     lines = [line.strip() for line in done.stderr.splitlines()]
     serve = shlex.split(next(line for line in lines if line.startswith("python -m serving --")))
@@ -179,6 +182,26 @@ def test_the_end_says_what_to_do_next_and_that_works(tmp_path: Path) -> None:
         asked = run_module(*ask[2:-1], answer, "--address", process.address)
         assert asked.returncode == 0, asked.stderr
     assert np.load(answer).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("torch", [UNIFORM]),
+        ("rich", [UNIFORM]),
+        ("onnx", [UNIFORM, "--opset", "18"]),
+        ("torch", ["plot", UNIFORM, "-o", "kan.svg"]),
+    ],
+)
+def test_what_is_not_installed_is_told(module: str, words: list[str]) -> None:
+    hidden = f"import sys; sys.modules[{module!r}] = None; from export.__main__ import main;"
+    command = [sys.executable, "-c", f"{hidden} sys.exit(main())", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    expected = (
+        rf"error: {module}[.\w]* is not installed; .*pip install '\.\[export\]' in its checkout\n"
+    )
+    assert re.fullmatch(expected, done.stderr)
 
 
 def test_help_comes_without_torch() -> None:
@@ -264,7 +287,7 @@ PROGRAMS = {"kan-export": "export", "kan-client": "serving.client", "kan-serve":
 
 @lru_cache
 def script_of(program: str, shell: str) -> str:
-    pytest.importorskip("shtab", reason="writes the scripts; install kanserve[export]")
+    pytest.importorskip("shtab", reason="writes the scripts; install kanserve's extra export")
     done = run_module(PROGRAMS[program], "--print-completion", shell)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -352,7 +375,7 @@ def test_fish_completes(tmp_path: Path, program: str, typed: str, appears: str) 
 
 
 def test_the_shell_may_follow_an_equals_sign_and_nothing_may_follow_the_shell() -> None:
-    pytest.importorskip("shtab", reason="writes the scripts; install kanserve[export]")
+    pytest.importorskip("shtab", reason="writes the scripts; install kanserve's extra export")
     done = run_module("serving", "--print-completion=bash")
     assert (done.returncode, done.stdout) == (0, script_of("kan-serve", "bash"))
     done = run_module("serving", "--print-completion", "ba", "sh")

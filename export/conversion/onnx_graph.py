@@ -23,6 +23,7 @@ from torch import Tensor
 
 import kan_ops
 from export.arguments import OPSETS
+from export.conversion.basis import CardinalBasis
 from export.conversion.functions import WithBodies
 from export.conversion.graph_names import name_after_modules
 from export.conversion.lowering import fusible, own_tensors
@@ -90,7 +91,7 @@ def write_onnx(
         ConversionError: The network cannot be converted, or the graph is not what was asked for.
     """
     batch = {0: torch.export.Dim("batch")}
-    with _quiet_exporter(), conversion("ONNX"):
+    with _quiet_exporter(), _explained_branches(network, inline=inline), conversion("ONNX"):
         both = WithBodies(network, [] if inline else fusible(network))
         further_inputs, further_outputs = both.names()
         program = torch.onnx.export(
@@ -195,6 +196,29 @@ def _forget_the_exporting_machine(model: onnx_ir.Model) -> None:
     for part in parts:
         part.metadata_props.clear()
         part.doc_string = None
+
+
+@contextmanager
+def _explained_branches(network: Call, *, inline: bool) -> Iterator[None]:
+    """Say what to do about a KANLinear in a branch of `torch.cond`.
+
+    torch looks into a branch, and there not at an operator of ONNX's that is called by its name: a
+    whole layer that is one node, or the closed form of a basis.
+    """
+    try:
+        yield
+    except ConversionError as error:
+        if "function `symbolic`" not in str(error.__cause__):
+            raise
+        closed = any(isinstance(module, CardinalBasis) for module in network.modules())
+        remedy = (
+            "choose between their outputs with torch.where instead"
+            if inline or closed
+            else "write it as standard operators, with --inline (inline=True)"
+        )
+        raise ConversionError(
+            f"a KANLinear in a branch of torch.cond cannot be written as it is: {remedy}"
+        ) from error.__cause__
 
 
 @contextmanager

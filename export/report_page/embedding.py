@@ -9,12 +9,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.curves import LayerCurves, curve_points, has_common_knots, steps_between
+from export.curves import LayerCurves, has_common_knots, steps_between
 from export.report_page.distribution import BINS, Distribution
 from kan_model import KANLinear
 
@@ -109,12 +110,15 @@ def read_embedded(page: bytes) -> tuple[list[LayerCurves], bool]:
         The layers, and whether each one's outputs are the next one's inputs.
 
     Raises:
-        ValueError: There is no such block, or it is of another format.
+        ValueError: There is no such block, it is of another format, or damaged.
     """
     found = _BLOCK.search(page)
     if found is None:
         raise ValueError("expected a report of an export, found no curves in it")
-    content = json.loads(found.group(1))
+    try:
+        content = json.loads(found.group(1))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(error) from error
     known = content.get("format") if isinstance(content, dict) else None
     if known != FORMAT:
         raise ValueError(
@@ -122,9 +126,24 @@ def read_embedded(page: bytes) -> tuple[list[LayerCurves], bool]:
             "report, or export again"
         )
     try:
-        return [_to_layer(layer) for layer in content["layers"]], bool(content["chain"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"its curves are damaged ({error}); export again") from error
+        layers, chain = [_to_layer(layer) for layer in content["layers"]], bool(content["chain"])
+        if chain:
+            _require(
+                all(a.out_features == b.in_features for a, b in pairwise(layers)),
+                "each layer's outputs are the next one's inputs",
+            )
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise _damaged(error) from error
+    return layers, chain
+
+
+def _damaged(error: Exception) -> ValueError:
+    return ValueError(f"its curves are damaged ({error}); export again")
+
+
+def _require(right: object, expected: str) -> None:
+    if not right:
+        raise ValueError(f"expected that {expected}")
 
 
 def _of_layer(data: LayerData) -> dict[str, Any]:
@@ -158,27 +177,52 @@ def _of_layer(data: LayerData) -> dict[str, Any]:
 
 
 def _to_layer(content: dict[str, Any]) -> LayerCurves:
+    """Read a layer.
+
+    Raises:
+        ValueError: What is told of it does not fit together.
+        KeyError: Something is missing; TypeError and others: it is of another type.
+    """
+
     def array(key: str, kind: str = "<f4") -> NDArray[Any]:
         return np.frombuffer(base64.b64decode(content[key]), kind)
 
     order, steps = int(content["order"]), int(content["steps"])
+    width, outputs = int(content["in"]), int(content["out"])
+    _require(order >= 0 and steps >= 1, "order and steps are counts")
+    _require(width >= 1 and outputs >= 1, "a layer has inputs and outputs")
+    inputs = array("inputs", "<u4").astype(np.int64)
+    _require((np.diff(inputs, prepend=-1) > 0).all(), "inputs rise")
     edges = array("edges", "<u4").astype(np.int64)
+    _require(len(edges), "there are edges")
+    # Edges are 32 bits wide.
+    _require(edges.max() < width * outputs <= 2**32, "edges are those between inputs and outputs")
+    _require((inputs < width).all(), "inputs are those of the layer")
+    _require(np.isin(edges % width, inputs).all(), "edges begin at inputs that are told of")
     coefficients = array("spline").astype(np.float64).reshape(len(edges), -1)
+    _require(coefficients.shape[1] > order, "a spline has more coefficients than its order")
     count = coefficients.shape[1] + order + 1
     knots = array("knots").astype(np.float64).reshape(-1, count)
-    points = curve_points(knots, steps).shape[1]
+    _require(len(knots) in (1, len(inputs)), "all inputs have knots, or the same")
+    _require(np.isfinite(knots).all() and (np.diff(knots) >= 0).all(), "knots rise")
+    _require((knots[:, 0] < knots[:, -1]).all(), "knots rise")
+    activation = array("activation").astype(np.float64)
+    activation = activation.reshape(len(knots), (count - 1) * (steps + 1))
+    importance = array("importance").astype(np.float64)
+    base = array("base").astype(np.float64)
+    _require(len(importance) == len(base) == len(edges), "all edges have the same numbers")
     return LayerCurves(
         name=str(content["name"]),
-        in_features=int(content["in"]),
-        out_features=int(content["out"]),
+        in_features=width,
+        out_features=outputs,
         order=order,
         steps=steps,
-        inputs=array("inputs", "<u4").astype(np.int64),
+        inputs=inputs,
         knots=knots,
-        activation=array("activation").astype(np.float64).reshape(-1, points),
+        activation=activation,
         edges=edges,
-        importance=array("importance").astype(np.float64),
-        base_weight=array("base").astype(np.float64),
+        importance=importance,
+        base_weight=base,
         coefficients=coefficients,
         sampled=bool(content["sampled"]),
     )

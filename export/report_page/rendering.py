@@ -37,6 +37,7 @@ from export.report_page.diagram import BOX, Diagram, make_diagram
 from export.report_page.diagram import WIDTH as DIAGRAM_WIDTH
 from export.report_page.distribution import distribute
 from export.report_page.embedding import LayerData, embed, share_room
+from export.wording import ROWS, largest_excess, percent, seconds, size
 from kan_bundle.layout import MODEL_FILE, WEIGHTS_FILE
 from kan_bundle.manifest import Manifest, PruningRecord
 from kan_model import KANLinear
@@ -155,14 +156,9 @@ def _pruned(pruning: PruningRecord | None) -> list[str]:
     if pruning is None:
         return []
     change = pruning.change
-    rows = {
-        "samples": "of the samples",
-        "grid": "within the first layer's grid",
-        "random": "of random numbers",
-    }
     return [
         f"{_left_out(pruning)} were left out, of importance up to {pruning.threshold:g} of the "
-        f"largest in their layer: at {change.rows:,} rows {rows[change.on]} the answers change "
+        f"largest in their layer: at {change.rows:,} {ROWS[change.on]} the answers change "
         f"by {change.typical:.2g} (root mean square; at most {change.largest:.2g}), where outputs "
         f"are {change.size:.2g} in size"
     ]
@@ -175,7 +171,7 @@ def _left_out(pruning: PruningRecord) -> str:
 
 def _outside(layers: Sequence[LayerData]) -> list[str]:
     return [
-        f"{_percent(layer.distribution.outside_in_all)} of the values that reach "
+        f"{percent(layer.distribution.outside_in_all)} of the values that reach "
         f"{layer.curves.name} with the samples lie outside of its grid, where splines fade and "
         "only the base path is left; train with update_grid, or bring inputs to the grid's range"
         for layer in layers
@@ -190,15 +186,15 @@ def _verdict(manifest: Manifest) -> tuple[str, str]:
     without = "" if manifest.pruning is None else f" without {_left_out(manifest.pruning)}"
     records = [record for record in manifest.parity if record.runtime != "eager"]
     rows = min(record.probes for record in records)
-    largest = _percent(max(record.excess for record in records))
+    largest, runtimes = largest_excess(manifest)
     error = (
-        f"at {rows:,} inputs the largest error in any of {len(records)} runtimes is {largest} of "
-        "what is allowed"
+        f"at {rows:,} inputs the largest error in any of {runtimes} runtimes is "
+        f"{percent(largest)} of what is allowed"
     )
     if manifest.precision == "fp32":
         return "Equal", f"{name} computes what {what} computes{without}: {error}."
     same = [r.same_argmax for r in records if r.same_argmax is not None]
-    also = f", and the largest output is the same at {_percent(min(same))} of them" if same else ""
+    also = f", and the largest output is the same at {percent(min(same))} of them" if same else ""
     return "Close", (
         f"{name} computes nearly what {what} computes{without}, in {manifest.precision}: {error}, "
         f"{TOLERANCE[manifest.precision]:g} of an output's size{also}."
@@ -244,12 +240,12 @@ def _environment() -> Environment:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "percent": _percent,
+        "percent": percent,
         "error": lambda value: f"{value:.2e}",
         "three": lambda value: f"{value:.3g}",
         "number": lambda value: f"{value:,}",
-        "size": _size,
-        "seconds": _seconds,
+        "size": size,
+        "seconds": seconds,
         "shape": shown,
     }
     return environment
@@ -263,25 +259,3 @@ def _asset(name: str) -> str:
 def _hash(text: str) -> str:
     """Name an inline script or style as a Content-Security-Policy does."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("bytes", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "\N{EN DASH}"
-    for unit, factor in (("s", 1), ("ms", 1e3)):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e6:.3g} \N{MICRO SIGN}s"

@@ -65,11 +65,13 @@ function three(value) {
   return String(Number(value.toPrecision(3)));
 }
 
-/** A share of 1; what is more than nothing never reads as nothing. */
+/** A share of 1; what is more than nothing never reads as nothing, and less than all not as all. */
 function percent(value) {
   if (!Number.isFinite(value)) return DASH;
   if (value > 0 && value < 1e-5) return "<0.001 %";
-  return `${Number((100 * value).toPrecision(3))} %`;
+  const shown = Number((100 * value).toPrecision(3));
+  if (value < 1 && shown === 100) return `${(Math.floor(value * 1e4) / 100).toFixed(2)} %`;
+  return `${shown} %`;
 }
 
 /**
