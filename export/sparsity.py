@@ -139,11 +139,14 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
     }
     rows, kind = _choose_rows(network)
     before = _answers(network, rows)
+    already = {name: int((~edges_of(layer)).sum()) for name, layer in network.layers.items()}
     for threshold in thresholds:
         for name, layer in _in_every_precision(network):
             _leave_out(layer, shares[name] <= threshold)
         layers = tuple(
-            PrunedLayer(name, layer.base_weight.numel(), int((~edges_of(layer)).sum()))
+            PrunedLayer(
+                name, layer.base_weight.numel(), int((~edges_of(layer)).sum()), already[name]
+            )
             for name, layer in network.layers.items()
         )
         kan = _kan_to_write(network)

@@ -1,5 +1,6 @@
 """Which edges count, what leaving them out changes, and files of a network without them."""
 
+import io
 import json
 from pathlib import Path
 
@@ -135,6 +136,51 @@ def test_neither_the_module_nor_the_file_is_changed(tmp_path: Path, quiet: Repor
 
 def test_without_threshold_nothing_is_left_out(repository: Path) -> None:
     assert read_manifest(repository / "uniform_4x8x3" / "1").pruning is None
+
+
+def told_of(report: Report) -> str:
+    file = report._console.file
+    assert isinstance(file, io.StringIO)
+    return " ".join(file.getvalue().split())
+
+
+def test_a_change_that_no_row_shows_is_still_another_function(
+    tmp_path: Path, quiet: Report
+) -> None:
+    """One input never varies in the samples, so its edges go; other rows would show it."""
+    torch.manual_seed(0)
+    kan = KAN([3, 4, 2], grid_range=(1, 2))
+    x = np.random.default_rng(0).uniform(1, 2, (64, 3)).astype(np.float32)
+    x[:, 1] = 0
+    done = export_module(kan, name="m", output=tmp_path, prune=0.0, samples=x, report=quiet)
+    assert done.pruning is not None
+    assert (done.pruning.zeroed, done.pruning.already) == (4, 0)
+    assert done.pruning.change.largest == 0
+    elsewhere = np.full((1, 3), 1.5, np.float32)
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([elsewhere])[0]
+    assert np.abs(found - oracle.kan(arrays(kan), elsewhere, oracle.silu)).max() > 1e-3
+    assert any("NO LONGER the checkpoint's function" in line for line in quiet.warnings)
+    assert "4 of 20 edges left out, 20.0%: layers.0: 4 of 12 layers.1: 0 of 8" in told_of(quiet)
+
+
+def test_edges_without_weight_are_told_from_those_that_lose_theirs(
+    tmp_path: Path, quiet: Report
+) -> None:
+    kan = uneven([5, 7, 3])
+    with torch.no_grad():
+        for weight in (kan.layers[0].base_weight, kan.layers[0].spline_weight):
+            weight[:2, 1] = 0
+    done = export_module(kan, name="m", output=tmp_path, prune=0.0, report=quiet)
+    assert done.pruning is not None
+    assert (done.pruning.zeroed, done.pruning.already) == (2, 2)
+    assert not any("NO LONGER" in line for line in quiet.warnings)
+    assert "2 of 56 edges left out, 3.6%, of which 2 had no weight before:" in told_of(quiet)
+    done = export_module(kan, name="m", output=tmp_path, prune=0.03, report=quiet)
+    assert done.pruning is not None
+    assert done.pruning.zeroed > done.pruning.already == 2
+    assert any("NO LONGER" in line for line in quiet.warnings)
+    page = (tmp_path / "m" / "2" / "report.html").read_text()
+    assert f"{done.pruning.zeroed} of 56 edges were left out, of which 2 had no weight" in page
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
