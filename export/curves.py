@@ -273,7 +273,7 @@ def has_curves(layer: KANLinear) -> bool:
     x = x.reshape(2, layer.in_features)
     try:
         return torch.allclose(_activate(layer, x), _activate(layer, x.T).T, equal_nan=True)
-    except RuntimeError:
+    except Exception:  # a user's own activation may fail in any way
         return False
 
 
@@ -327,6 +327,7 @@ def _covariance(layer: KANLinear, x: Tensor, knots: Tensor) -> Tensor:
 
 def _activate(layer: KANLinear, x: Tensor) -> Tensor:
     """Apply the base activation in float64, or in float32 if it insists on it."""
+    x = x.contiguous()  # as what reaches it in the network is; some want to view it
     y: Tensor
     try:
         y = copy.deepcopy(layer.base_activation).double()(x)

@@ -1,13 +1,22 @@
 """Curves, importances and attributions as numbers, against the definition edge by edge."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from export.curves import LayerCurves, attribution, curve_points, importance, layer_curves
+from export.curves import (
+    LayerCurves,
+    attribution,
+    curve_points,
+    has_curves,
+    importance,
+    layer_curves,
+)
 from export.report_page.embedding import LayerData, embed, read_embedded, share_room
 from kan_model import KAN, KANLinear, load_checkpoint, resolve_activation
 from tests.conftest import Golden
@@ -119,6 +128,31 @@ def test_large_layers_are_measured_piece_by_piece(monkeypatch: pytest.MonkeyPatc
     whole = importance(layer)
     monkeypatch.setattr("export.curves._BUDGET", 200)
     torch.testing.assert_close(importance(layer), whole)
+
+
+class Flattened(nn.Module):
+    """Element by element, on a tensor that lies in one piece."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x.view(-1)).view(x.shape)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, Flattened, lambda: nn.PReLU(1)])
+def test_an_activation_of_each_number_has_curves(activation: Callable[[], nn.Module]) -> None:
+    layer = KANLinear(4, 2, base_activation=activation)
+    assert has_curves(layer)
+    assert (importance(layer) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "activation", [lambda: nn.Softmax(dim=2), lambda: nn.Softmax(dim=-1), lambda: nn.PReLU(4)]
+)
+def test_an_activation_that_goes_by_places_has_none(activation: Callable[[], nn.Module]) -> None:
+    layer = KANLinear(4, 2, base_activation=activation)
+    if isinstance(layer.base_activation, nn.PReLU):
+        with torch.no_grad():
+            layer.base_activation.weight.copy_(torch.arange(4))
+    assert not has_curves(layer)
 
 
 def test_attribution_is_shared_among_inputs_by_importance() -> None:

@@ -20,7 +20,7 @@ from export.report import Report
 from export.sparsity import THRESHOLDS, prune_further, prune_network
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
-from kan_model import KAN
+from kan_model import KAN, KANLinear
 from tests import oracle
 from tests.conftest import GOLDENS, run_module
 
@@ -282,6 +282,16 @@ def test_a_network_without_kan_layers_has_no_edges(tmp_path: Path, quiet: Report
     with pytest.raises(InputError, match=r"the network\s+has none"):
         export_module(
             nn.Linear(3, 2), name="m", output=tmp_path, input_shape=3, prune=0.1, report=quiet
+        )
+
+
+def test_an_activation_over_another_axis_is_refused_in_plain_words(
+    tmp_path: Path, quiet: Report
+) -> None:
+    layer = KANLinear(4, 2, base_activation=lambda: nn.Softmax(dim=2))
+    with pytest.raises(InputError, match="the base activation of KANLinear goes by places"):
+        export_module(
+            layer, name="m", output=tmp_path, input_shape=(3, 4), prune=0.1, report=quiet
         )
 
 
