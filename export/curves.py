@@ -70,7 +70,8 @@ class LayerCurves:
         out_features: Width of the output.
         order: k, the spline order.
         steps: Parts in which a curve crosses an interval between two knots.
-        inputs: The inputs whose edges may be here, rising, shape (inputs,).
+        inputs: The inputs that are told of, among them those of all edges here, rising, shape
+            (inputs,).
         knots: Of these inputs, shape (inputs, G + 2k + 1), or (1, G + 2k + 1) if all of the layer's
             have the same.
         activation: b at `curve_points` of the knots, shape (inputs, points) or (1, points).
@@ -225,15 +226,21 @@ def layer_curves(
         measured: From `importance`.
         sampled: Whether that was over samples.
         most_edges: Keep at most so many edges, the most important ones; None keeps all.
-        most_inputs: Of so many inputs at most, those whose edges are the most important together.
+        most_inputs: And no more than come from so many inputs. Where edges come from fewer, others
+            are told of too, those whose edges are the most important together.
     """
     values = measured.cpu().numpy()  # (out, in)
+    kept = _largest(values.ravel(), values.size if most_edges is None else most_edges)
     inputs = np.arange(layer.in_features)
     if most_inputs is not None and most_inputs < len(inputs):
-        inputs = np.sort(_largest(np.nan_to_num(values).sum(axis=0), most_inputs))
-    values = values[:, inputs].ravel()
-    kept = _largest(values, len(values) if most_edges is None else most_edges)
-    output, feature = kept // len(inputs), inputs[kept % len(inputs)]
+        first = np.sort(np.unique(kept % len(inputs), return_index=True)[1])  # edge of each input
+        if len(first) > most_inputs:
+            kept = kept[: first[most_inputs]]
+        needed = np.unique(kept % len(inputs))
+        others = _largest(np.nan_to_num(values).sum(axis=0), len(inputs))
+        others = others[~np.isin(others, needed)][: most_inputs - len(needed)]
+        inputs = np.sort(np.concatenate([needed, others]))
+    output, feature = np.divmod(kept, layer.in_features)
     knots = layer.grid.detach().double().cpu()
     knots = knots[:1] if has_common_knots(layer) else knots[torch.from_numpy(inputs)]
     steps = steps_between(layer)
@@ -251,8 +258,8 @@ def layer_curves(
         inputs=inputs,
         knots=knots.numpy(),
         activation=activate(layer, points).cpu().numpy(),
-        edges=output * layer.in_features + feature,
-        importance=values[kept],
+        edges=kept,
+        importance=values.ravel()[kept],
         base_weight=layer.base_weight.detach()[places].double().cpu().numpy(),
         coefficients=weight.cpu().numpy(),
         sampled=sampled,
@@ -284,8 +291,18 @@ def steps_between(layer: KANLinear) -> int:
 
 def _largest(values: Array, most: int) -> NDArray[np.int64]:
     """Find the places of the largest values, in falling order; NaN comes last."""
-    keys = np.where(np.isnan(values), np.inf, -values)
-    if most < len(keys):
-        few = np.sort(np.argpartition(keys, most)[:most])
-        return few[np.argsort(keys[few], kind="stable")]
-    return np.argsort(keys, kind="stable")
+    few = np.arange(min(len(values), most))
+    if most < len(values):  # piece by piece: the places of all take as much room as the values
+        pieces = range(0, len(values), _BUDGET)
+        few = np.concatenate([i + _few(values[i : i + _BUDGET], most) for i in pieces])
+        few = np.sort(few[_few(values[few], most)])
+    return few[np.argsort(_falling(values[few]), kind="stable")]
+
+
+def _few(values: Array, most: int) -> NDArray[np.int64]:
+    """Find the places of the largest values, in any order."""
+    return np.argpartition(_falling(values), min(most, len(values) - 1))[:most]
+
+
+def _falling(values: Array) -> Array:
+    return np.where(np.isnan(values), np.inf, -values)

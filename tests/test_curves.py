@@ -284,14 +284,31 @@ def test_what_there_is_no_room_for_is_the_least_important() -> None:
     measured = importance(layer)
     curves = layer_curves("l", layer, measured, sampled=False, most_edges=10, most_inputs=4)
     assert not curves.complete
-    strongest = measured.sum(dim=0).argsort(descending=True)[:4].sort().values
-    np.testing.assert_array_equal(curves.inputs, strongest)
-    expected = measured[:, strongest].flatten().sort(descending=True).values[:10]
-    np.testing.assert_array_equal(curves.importance, expected)
-    for place in range(10):
+    expected = measured.flatten().sort(descending=True).values
+    count = len(curves.edges)
+    np.testing.assert_array_equal(curves.importance, expected[:count])
+    following = int(measured.flatten().argsort(descending=True)[count]) % 20
+    assert count == 10 or following not in curves.inputs  # there is no room for its input
+    assert len(curves.inputs) == 4
+    for place in range(count):
         feature, output = curves.ends(place)
+        assert feature in curves.inputs
         assert curves.importance[place] == measured[output, feature]
         assert curves.place(feature, output) == place
+
+
+def test_a_strong_edge_of_a_weak_input_is_there_and_free_places_go_to_strong_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = KANLinear(6, 4)
+    measured = torch.ones(4, 6) * torch.arange(1, 7) / 100
+    measured[2, 0] = 1  # of the input whose others are the weakest
+    for budget in (2**22, 3):
+        monkeypatch.setattr("export.curves._BUDGET", budget)
+        curves = layer_curves("l", layer, measured, sampled=False, most_edges=3, most_inputs=3)
+        assert curves.ends(0) == (0, 2)
+        assert [curves.ends(place)[0] for place in (1, 2)] == [5, 5]
+        assert curves.inputs.tolist() == [0, 4, 5]
 
 
 def data(layer: KANLinear, name: str = "layer") -> LayerData:
