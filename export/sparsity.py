@@ -115,7 +115,7 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
         thresholds: Rising.
 
     Raises:
-        InputError: The network has no KANLinear layer, or one that has no edges to speak of.
+        InputError: The network has no KANLinear layer, or one whose edges cannot be ranked.
         NetworkError: It fails on the samples.
     """
     if not network.layers:
@@ -135,7 +135,8 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
     except Exception as error:  # the network's own code may fail in any way
         raise refused_samples(error) from error
     shares = {
-        name: _share(importance(layer, reached.get(name))) for name, layer in network.layers.items()
+        name: _share(name, importance(layer, reached.get(name)), sampled=name in reached)
+        for name, layer in network.layers.items()
     }
     rows, kind = _choose_rows(network)
     before = _answers(network, rows)
@@ -159,10 +160,33 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
         yield Sparsity(threshold, layers, None if nodes is None else nodes.removed, change)
 
 
-def _share(found: Tensor) -> Tensor:
-    """Express importances as shares of the largest, shape (out, in); of none, all are zero."""
+def _share(name: str, found: Tensor, *, sampled: bool) -> Tensor:
+    """Express importances as shares of the largest, shape (out, in).
+
+    Raises:
+        InputError: They mean nothing, or there is none.
+    """
+    if not bool(torch.isfinite(found).all()):
+        count = int((~torch.isfinite(found)).sum())
+        raise InputError(
+            f"--prune, --sparsity: the importance of {count:,} of {found.numel():,} edges of {name} "
+            "is not finite: its base activation or its splines overflow, or give NaN, "
+            + ("with the samples" if sampled else "on the grid")
+            + "; give rows that it takes with --samples, or leave them out"
+        )
     largest = float(found.max())
-    return found / largest if largest > 0 else torch.zeros_like(found)
+    if largest == 0:
+        raise InputError(
+            f"--prune, --sparsity: no edge of {name} varies "
+            + (
+                "over what reaches it with the samples: they do not vary, or the layer has no "
+                "weights; give other --samples"
+                if sampled
+                else "over its grid: the layer has no weights, or is constant; train it"
+            )
+            + ", or leave them out"
+        )
+    return found / largest
 
 
 def _in_every_precision(network: Network) -> Iterator[tuple[str, KANLinear]]:

@@ -255,14 +255,33 @@ def test_the_command_takes_a_share_alone(text: str) -> None:
     assert done.stdout == ""
 
 
-def test_a_layer_that_was_never_trained_leaves_nothing(tmp_path: Path, quiet: Report) -> None:
+def test_a_layer_without_weights_has_no_edges_to_rank(tmp_path: Path, quiet: Report) -> None:
     kan = uneven([3, 4, 2])
     with torch.no_grad():
         kan.layers[1].base_weight.zero_()
         kan.layers[1].spline_weight.zero_()
-    with pytest.raises(InputError, match=r"--prune 0: of layers\.1 nothing would be left"):
+    with pytest.raises(InputError, match=r"no edge of layers\.1 varies over its grid"):
         export_module(kan, name="m", output=tmp_path, prune=0.0, report=quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_that_do_not_vary_rank_no_edges() -> None:
+    inputs = read_inputs(None, np.full((20, 3), 0.1, np.float32))
+    network = describe_network(uneven([3, 4, 2]), inputs)
+    with pytest.raises(InputError, match=r"no edge of layers\.0 varies .* they do not vary"):
+        list(prune_further(network, [0.1]))
+
+
+class Logarithm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(x)
+
+
+def test_importances_that_are_not_finite_rank_no_edges() -> None:
+    """The activation is NaN over a half of the grid."""
+    network = describe_network(uneven([3, 4, 2], base_activation=Logarithm), None)
+    with pytest.raises(InputError, match=r"12 of 12 edges of layers\.0 is not finite"):
+        list(prune_further(network, [0.1]))
 
 
 def test_a_network_without_a_way_through_is_refused(tmp_path: Path, quiet: Report) -> None:
