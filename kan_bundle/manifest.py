@@ -177,7 +177,9 @@ class PrunedLayer:
 @_STRICT
 @dataclass(frozen=True)
 class ChangeRecord:
-    """How far the answers of a pruned network are from the checkpoint's, both in float64.
+    """How far the answers of a pruned network are from the checkpoint's.
+
+    Both are in float64, or in float32 if the network cannot run in float64.
 
     Attributes:
         on: The rows: samples that were given, random ones within the first layer's grid, or, of a

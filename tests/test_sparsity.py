@@ -21,6 +21,7 @@ from export.sparsity import THRESHOLDS, prune_further, prune_network
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
 from kan_model import KAN, KANLinear
+from kan_model.splines import b_spline_basis
 from tests import oracle
 from tests.conftest import GOLDENS, run_module
 
@@ -235,6 +236,36 @@ def test_kan_layers_inside_a_network_are_pruned(tmp_path: Path, quiet: Report) -
     found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
     assert (np.abs(found - expected) <= 2e-5 * np.maximum(1, np.abs(expected))).all()
     assert done.pruning.change.largest > 1e-4
+
+
+class Frozen(nn.Module):
+    """Somebody's efficient-KAN layer whose weights are buffers, because they are not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        (layer,) = uneven([4, 3]).layers
+        self.base_activation = nn.SiLU()
+        for name in ("base_weight", "spline_weight", "spline_scaler", "grid"):
+            self.register_buffer(name, getattr(layer, name).detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis = b_spline_basis(x, self.grid, 3).flatten(-2)
+        weight = (self.spline_weight * self.spline_scaler[..., None]).flatten(1)
+        base = nn.functional.linear(self.base_activation(x), self.base_weight)
+        return base + nn.functional.linear(basis, weight)
+
+
+def test_a_layer_whose_weights_are_buffers_is_pruned_too(tmp_path: Path, quiet: Report) -> None:
+    network = nn.Sequential(Frozen())
+    done = export_module(network, name="m", output=tmp_path, prune=0.3, input_shape=4, report=quiet)
+    assert done.pruning is not None
+    assert done.pruning.zeroed > 0
+    assert done.pruning.change.largest > 1e-4
+    kan = uneven([4, 3])
+    x = within(kan)
+    expected = oracle.kan(zeroed(kan, 0.3), x, oracle.silu)
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
+    assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
 
 
 # What is refused.
