@@ -16,6 +16,11 @@ function rowOf(layer, input) {
   return low;
 }
 
+/** A row of a layer's knots. */
+function knotsOf(layer, row) {
+  return layer.knots.subarray(row * layer.knotCount, (row + 1) * layer.knotCount);
+}
+
 /**
  * Every B-spline basis function at a point of the interval between two neighbouring knots, both ends
  * included, by the Cox-de Boor recursion.
@@ -45,7 +50,7 @@ function basis(knots, order, interval, x) {
 function pointsOf(layer, row) {
   layer.points ??= new Map();
   if (!layer.points.has(row)) {
-    const knots = layer.knots.subarray(row * layer.knotCount, (row + 1) * layer.knotCount);
+    const knots = knotsOf(layer, row);
     const x = [];
     const functions = [];
     for (let i = 0; i + 1 < knots.length; i++) {
