@@ -150,7 +150,10 @@ def test_histograms_count_every_number_that_was_compared(sampled: Path) -> None:
     for record in manifest.parity:
         part = page.split(f">{record.runtime}</h3>")[1].split("</svg>")[0]
         titles = re.findall(r"<title>.*?: ([\d,]+)</title>", part)
-        assert sum(int(title.replace(",", "")) for title in titles) == 3 * record.probes
+        counted = sum(int(title.replace(",", "")) for title in titles)
+        (nan,) = re.findall(r"; ([\d,]+) that are NaN", part)
+        assert counted + int(nan.replace(",", "")) == 3 * record.probes
+        assert int(nan.replace(",", "")) > 0
 
 
 def test_edges_can_be_searched_and_turned_by_keyboard(browser: Browser, sampled: Path) -> None:
