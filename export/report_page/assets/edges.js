@@ -2,7 +2,7 @@
 
 const PLANE = { width: 228, height: 132 };
 const AREA = { left: 48, right: 222, top: 8, bottom: 106 };
-const EDGES_A_PAGE = window.matchMedia("(max-width: 46rem)").matches ? 8 : 24;
+const EDGES_A_PAGE = window.matchMedia("(max-width: 46rem)").matches ? 8 : 25; // rows of five
 
 /** Which row of a layer's knots an input has. */
 function rowOf(layer, input) {
