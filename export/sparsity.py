@@ -149,8 +149,8 @@ def _steps(
     before = _answers(network, rows)
     already = {name: int((~edges_of(layer)).sum()) for name, layer in network.layers.items()}
     for threshold in thresholds:
-        for name, layer in _in_every_precision(network):
-            _leave_out(layer, shares[name] <= threshold)
+        for name, module in _in_every_precision(network):
+            _leave_out(module, shares[name] <= threshold)
         edges = {name: edges_of(layer) for name, layer in network.layers.items()}
         layers = tuple(
             PrunedLayer(name, own.numel(), int((~own).sum()), already[name])

@@ -25,6 +25,7 @@ from export.tables import pruning_lines
 from kan_bundle.layout import BundleFolder
 from kan_bundle.manifest import (
     ChangeRecord,
+    Precision,
     PrunedLayer,
     PruningRecord,
     Source,
@@ -92,7 +93,7 @@ def test_of_many_samples_some_are_taken_evenly() -> None:
     x = np.arange(5000, dtype=np.float32)[:, None] / 5000
     found = reaching(describe_network(kan, read_inputs(None, x)), [x])["layers.0"][:, 0]
     assert len(found) == 1024
-    assert (found[0], found[-1]) == (0, x[-1, 0])
+    assert [float(found[0]), float(found[-1])] == [0, float(x[-1, 0])]
     steps = found.diff()
     assert float(steps.min()) > 0.8 / 1024
     assert float(steps.max()) < 1.3 / 1024
@@ -179,7 +180,13 @@ def pruned(threshold: float, *layers: PrunedLayer, nodes: tuple[int, ...] = ()) 
 def test_versions_with_other_edges_are_no_variants(repository: Path, tmp_path: Path) -> None:
     manifest = read_manifest(repository / STATE_DICTS[0].name / "1")
     of = [pruned(0.1, PrunedLayer("a", 4, 1)), pruned(0.2, PrunedLayer("a", 4, 2)), None]
-    kinds = [("fp32", of[0]), ("fp16", of[0]), ("int8", of[1]), ("bf16", of[2]), ("fp32", of[2])]
+    kinds: list[tuple[Precision, PruningRecord | None]] = [
+        ("fp32", of[0]),
+        ("fp16", of[0]),
+        ("int8", of[1]),
+        ("bf16", of[2]),
+        ("fp32", of[2]),
+    ]
     for version, (precision, pruning) in enumerate(kinds, 1):
         folder = tmp_path / "m" / str(version)
         folder.mkdir(parents=True)

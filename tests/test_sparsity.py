@@ -157,8 +157,8 @@ def test_a_change_that_no_row_shows_is_still_another_function(
     assert done.pruning is not None
     assert (done.pruning.zeroed, done.pruning.already) == (4, 0)
     assert done.pruning.change.largest == 0
-    elsewhere = np.full((1, 3), 1.5, np.float32)
-    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([elsewhere])[0]
+    elsewhere = np.full((1, 3), 1.5)
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([elsewhere.astype(np.float32)])[0]
     assert np.abs(found - oracle.kan(arrays(kan), elsewhere, oracle.silu)).max() > 1e-3
     assert any("NO LONGER the checkpoint's function" in line for line in quiet.warnings)
     assert "4 of 20 edges left out, 20.0%: layers.0: 4 of 12 layers.1: 0 of 8" in told_of(quiet)
@@ -240,6 +240,11 @@ def test_kan_layers_inside_a_network_are_pruned(tmp_path: Path, quiet: Report) -
 
 class Frozen(nn.Module):
     """Somebody's efficient-KAN layer whose weights are buffers, because they are not trained."""
+
+    base_weight: Tensor
+    spline_weight: Tensor
+    spline_scaler: Tensor
+    grid: Tensor
 
     def __init__(self) -> None:
         super().__init__()

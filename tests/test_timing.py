@@ -37,7 +37,9 @@ def test_a_runtime_is_let_go_before_the_next_is_loaded(monkeypatch: pytest.Monke
         return runtime
 
     runtimes: dict[str, Callable[[], Runtime]] = dict.fromkeys(("a", "b", "c"), load)
-    found = benchmark(runtimes, make_probes(read_inputs(3, None)))
+    inputs = read_inputs(3, None)
+    assert inputs is not None
+    found = benchmark(runtimes, make_probes(inputs))
     assert alive == [0, 0, 0]
     assert {(speed.runtime, speed.rows) for speed in found.speeds} == {
         (name, rows) for name in "abc" for rows in (1, 16, 256, 1024)
