@@ -4,6 +4,7 @@ A figure here is for choosing between files and runtimes of one model. It comes 
 on a machine that may do other things; benchmarks/ is where comparisons are made with care.
 """
 
+import gc
 import os
 import platform
 import statistics
@@ -74,6 +75,8 @@ def benchmark(runtimes: Mapping[str, Callable[[], Runner]], probes: Probes) -> B
             taken = np.arange(rows) % len(few)
             inputs = [np.ascontiguousarray(array[taken]) for array in few.inputs]
             speeds.append(_time(name, rows, partial(run, inputs)))
+        del run
+        gc.collect()  # a runtime's own cycles would keep it beside the next one
     return Benchmark(_machine(), tuple(speeds))
 
 

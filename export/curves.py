@@ -17,7 +17,6 @@ node's own deviation, so that the shares of all inputs are one together.
 All of it is float64. Nothing here draws, or changes a layer.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,13 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.moments import activate, measure_moments
 from kan_model import KANLinear
 from kan_model.splines import b_spline_basis
 
 Array = NDArray[np.float64]
 
 _BUDGET = 2**22  # numbers of one tensor: large layers go piece by piece
-_FEWEST_POINTS = 64  # on a grid, where there are no samples
 _POINTS = (
     72  # of a drawn curve, at least; each interval between two knots has as many as the others
 )
@@ -71,7 +70,8 @@ class LayerCurves:
         out_features: Width of the output.
         order: k, the spline order.
         steps: Parts in which a curve crosses an interval between two knots.
-        inputs: The inputs whose edges may be here, rising, shape (inputs,).
+        inputs: The inputs that are told of, among them those of all edges here, rising, shape
+            (inputs,).
         knots: Of these inputs, shape (inputs, G + 2k + 1), or (1, G + 2k + 1) if all of the layer's
             have the same.
         activation: b at `curve_points` of the knots, shape (inputs, points) or (1, points).
@@ -170,25 +170,21 @@ def importance(layer: KANLinear, samples: Tensor | None = None) -> Tensor:
     Returns:
         Shape (out, in), float64, in units of the output.
     """
-    knots = layer.grid.detach().double().cpu()
-    x = _over_the_grid(layer, knots) if samples is None else _rows(layer, samples)
     weight, base = layer.spline_weight.detach(), layer.base_weight.detach()
     scaler = layer.spline_scaler.detach() if layer.enable_standalone_scale_spline else None
     out, features, functions = weight.shape
     found = torch.empty(out, features, dtype=torch.float64)
-    # Never (points, out, in): the variance is w' S w, with S the covariance of b(x) and the basis.
-    numbers = max(len(x) * knots.shape[1], (functions + 1) ** 2)
-    for some in torch.arange(features).split(max(1, _BUDGET // numbers)):
-        scatter = _covariance(layer, x[:, some], knots[some])  # (some, n + 1, n + 1)
-        rows = max(1, _BUDGET // (len(some) * (functions + 1)))
+    at_once = max(1, _BUDGET // (functions * (layer.spline_order + 4)))
+    for first in range(0, features, at_once):
+        some = slice(first, first + at_once)
+        moments = measure_moments(layer, some, samples, _BUDGET)
+        rows = max(1, _BUDGET // (min(at_once, features) * (functions + 1)))
         for start in range(0, out, rows):
             part = slice(start, start + rows)
             spline = weight[part, some].double()
             if scaler is not None:  # a piece at a time: the whole would be as large as the weights
                 spline = spline * scaler[part, some, None]
-            w = torch.cat([base[part, some, None].double(), spline], dim=-1).cpu()
-            squares = (torch.einsum("oic,icd->oid", w, scatter) * w).sum(-1)
-            found[part, some] = squares.clamp_min(0).sqrt()
+            found[part, some] = moments.deviation(base[part, some].double().cpu(), spline.cpu())
     return found
 
 
@@ -230,15 +226,21 @@ def layer_curves(
         measured: From `importance`.
         sampled: Whether that was over samples.
         most_edges: Keep at most so many edges, the most important ones; None keeps all.
-        most_inputs: Of so many inputs at most, those whose edges are the most important together.
+        most_inputs: And no more than come from so many inputs. Where edges come from fewer, others
+            are told of too, those whose edges are the most important together.
     """
     values = measured.cpu().numpy()  # (out, in)
+    kept = _largest(values.ravel(), values.size if most_edges is None else most_edges)
     inputs = np.arange(layer.in_features)
     if most_inputs is not None and most_inputs < len(inputs):
-        inputs = np.sort(_largest(np.nan_to_num(values).sum(axis=0), most_inputs))
-    values = values[:, inputs].ravel()
-    kept = _largest(values, len(values) if most_edges is None else most_edges)
-    output, feature = kept // len(inputs), inputs[kept % len(inputs)]
+        first = np.sort(np.unique(kept % len(inputs), return_index=True)[1])  # edge of each input
+        if len(first) > most_inputs:
+            kept = kept[: first[most_inputs]]
+        needed = np.unique(kept % len(inputs))
+        others = _largest(np.nan_to_num(values).sum(axis=0), len(inputs))
+        others = others[~np.isin(others, needed)][: most_inputs - len(needed)]
+        inputs = np.sort(np.concatenate([needed, others]))
+    output, feature = np.divmod(kept, layer.in_features)
     knots = layer.grid.detach().double().cpu()
     knots = knots[:1] if has_common_knots(layer) else knots[torch.from_numpy(inputs)]
     steps = steps_between(layer)
@@ -255,9 +257,9 @@ def layer_curves(
         steps=steps,
         inputs=inputs,
         knots=knots.numpy(),
-        activation=_activate(layer, points).cpu().numpy(),
-        edges=output * layer.in_features + feature,
-        importance=values[kept],
+        activation=activate(layer, points).cpu().numpy(),
+        edges=kept,
+        importance=values.ravel()[kept],
         base_weight=layer.base_weight.detach()[places].double().cpu().numpy(),
         coefficients=weight.cpu().numpy(),
         sampled=sampled,
@@ -272,8 +274,8 @@ def has_curves(layer: KANLinear) -> bool:
     x = torch.linspace(-2, 2, 2 * layer.in_features, dtype=torch.float64)
     x = x.reshape(2, layer.in_features)
     try:
-        return torch.allclose(_activate(layer, x), _activate(layer, x.T).T, equal_nan=True)
-    except RuntimeError:
+        return torch.allclose(activate(layer, x), activate(layer, x.T).T, equal_nan=True)
+    except Exception:  # a user's own activation may fail in any way
         return False
 
 
@@ -289,47 +291,18 @@ def steps_between(layer: KANLinear) -> int:
 
 def _largest(values: Array, most: int) -> NDArray[np.int64]:
     """Find the places of the largest values, in falling order; NaN comes last."""
-    keys = np.where(np.isnan(values), np.inf, -values)
-    if most < len(keys):
-        few = np.sort(np.argpartition(keys, most)[:most])
-        return few[np.argsort(keys[few], kind="stable")]
-    return np.argsort(keys, kind="stable")
+    few = np.arange(min(len(values), most))
+    if most < len(values):  # piece by piece: the places of all take as much room as the values
+        pieces = range(0, len(values), _BUDGET)
+        few = np.concatenate([i + _few(values[i : i + _BUDGET], most) for i in pieces])
+        few = np.sort(few[_few(values[few], most)])
+    return few[np.argsort(_falling(values[few]), kind="stable")]
 
 
-def _rows(layer: KANLinear, samples: Tensor) -> Tensor:
-    return samples.detach().reshape(-1, layer.in_features).double().cpu()
+def _few(values: Array, most: int) -> NDArray[np.int64]:
+    """Find the places of the largest values, in any order."""
+    return np.argpartition(_falling(values), min(most, len(values) - 1))[:most]
 
 
-def _over_the_grid(layer: KANLinear, knots: Tensor) -> Tensor:
-    """Place points in the middles of equal parts of each input's grid, shape (points, in)."""
-    count = max(_FEWEST_POINTS, 4 * layer.grid_size)
-    share = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
-    low = knots[:, layer.spline_order]
-    high = knots[:, layer.spline_order + layer.grid_size]
-    return low + (high - low) * share
-
-
-def _covariance(layer: KANLinear, x: Tensor, knots: Tensor) -> Tensor:
-    """Compute that of the base activation and every basis function, shape (in, n + 1, n + 1)."""
-    finite = torch.isfinite(x)  # (points, in)
-    x = torch.where(finite, x, knots[:, 0])
-    basis = b_spline_basis(x, knots, layer.spline_order)  # (points, in, n)
-    functions = torch.cat([_activate(layer, x)[..., None], basis], dim=-1).transpose(0, 1)
-    there = finite.T[..., None]  # (in, points, 1)
-    count = there.sum(dim=1, keepdim=True).clamp_min(1)  # (in, 1, 1)
-    if not bool(finite.all()):
-        functions = functions * there
-    centred = functions - functions.sum(dim=1, keepdim=True) / count
-    if not bool(finite.all()):
-        centred = centred * there
-    return centred.transpose(1, 2) @ centred / count
-
-
-def _activate(layer: KANLinear, x: Tensor) -> Tensor:
-    """Apply the base activation in float64, or in float32 if it insists on it."""
-    y: Tensor
-    try:
-        y = copy.deepcopy(layer.base_activation).double()(x)
-    except RuntimeError:
-        y = layer.base_activation(x.to(layer.base_weight.dtype).to(layer.grid.device))
-    return y.double()
+def _falling(values: Array) -> Array:
+    return np.where(np.isnan(values), np.inf, -values)

@@ -5,10 +5,12 @@ is left out with its edges, and the constants that such nodes contributed are ad
 single edge of zeros saves nothing: every layer remains one product of a full matrix.
 
 Inputs and outputs of the network keep their shapes, and NaN or infinity in an input without edges
-still makes every answer NaN, as zeros times NaN do.
+still makes every answer NaN, as zeros times NaN do. Splines of order 0 have no NaN at infinity, and
+a network of those is left as it is.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,8 @@ To take the others out of a row costs as much as half of the inputs: fused, at b
 core, [784, 64, 10] takes 1.43, 0.96 and 0.52 of its time without a quarter, a half and three
 quarters of them (onnxruntime 1.32.0, whose Gather copies number by number).
 """
+
+_BUDGET = 2**22  # weights that are looked at together
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,27 @@ class Nodes:
 
 
 @torch.no_grad()
-def find_nodes(kan: KAN) -> Nodes:
-    """Find out which nodes take part. Outputs always do, and inputs unless most are idle."""
+def find_nodes(kan: KAN, edges: Sequence[Tensor] | None = None) -> Nodes:
+    """Find out which nodes take part. Outputs always do, and inputs unless most are idle.
+
+    Args:
+        kan: It is not changed, nor copied: what is constant is worked out from its own edges alone.
+        edges: Of each layer, from `edges_of`; None finds them here.
+    """
+    if edges is None:
+        edges = [edges_of(layer) for layer in kan.layers]
     constant = torch.zeros(kan.layers[0].in_features, dtype=torch.bool)
     value = torch.zeros(len(constant), dtype=torch.float64)
     varying, offsets = [~constant], []
-    edges = [edges_of(layer) for layer in kan.layers]
     for layer, there in zip(kan.layers, edges, strict=True):
-        exact = copy.deepcopy(layer).double()
-        exact.base_weight[:, ~constant] = 0
-        exact.spline_weight[:, ~constant] = 0
-        offset = exact(value.unsqueeze(0))[0] if bool(constant.any()) else torch.zeros(len(there))
+        offset = torch.zeros(len(there), dtype=torch.float64)
+        if bool(constant.any()):
+            every = torch.ones_like(offset, dtype=torch.bool)
+            exact = copy.deepcopy(_some_of(layer, constant, every)).double()
+            offset = exact(value[constant].unsqueeze(0))[0]
         constant = ~(there & ~constant).any(dim=1)
-        value = torch.where(constant, offset, 0.0).double()
-        offsets.append(offset.double())
+        value = torch.where(constant, offset, 0.0)
+        offsets.append(offset)
         varying.append(~constant)
     wanted = torch.ones_like(varying[-1])
     kept = [wanted]
@@ -73,15 +84,30 @@ def find_nodes(kan: KAN) -> Nodes:
     return Nodes(tuple(varying), tuple(kept), tuple(offsets))
 
 
+@torch.no_grad()
 def edges_of(layer: KANLinear) -> Tensor:
     """Tell which edges of a layer have a weight that is not zero, shape (out, in)."""
-    return (layer.base_weight != 0) | (layer.scaled_spline_weight != 0).any(dim=-1)
+    found = layer.base_weight != 0
+    rows = max(1, _BUDGET // layer.spline_weight[0].numel())
+    for start in range(0, len(found), rows):  # scaled, they would be as large again
+        some = slice(start, start + rows)
+        weight = layer.spline_weight[some]
+        if layer.enable_standalone_scale_spline:
+            weight = weight * layer.spline_scaler[some, :, None]
+        found[some] |= (weight != 0).any(dim=-1)
+    return found
 
 
 def can_be_narrowed(kan: KAN) -> bool:
-    """Tell whether the activations take each feature by itself; a user's own may know channels."""
+    """Tell whether a KAN without its idle nodes would compute the same.
+
+    A user's own activation may know channels. Splines of order 0 answer infinity with a number
+    where the activation does, which what is left out cannot be.
+    """
     known = {type(make()) for make in NAMED.values()}
-    return all(type(layer.base_activation) in known for layer in kan.layers)
+    return all(
+        type(layer.base_activation) in known and layer.spline_order > 0 for layer in kan.layers
+    )
 
 
 class NarrowKAN(nn.Module):

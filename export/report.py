@@ -157,7 +157,7 @@ class Report:
         """Show what was left out and what it changes, and warn that it is another function."""
         for line in tables.pruning_lines(pruning):
             self.say(line)
-        if pruning.change.largest > 0:
+        if pruning.zeroed > pruning.already:  # whether or not it shows at the rows compared
             self.warn(
                 "pruned: this is NO LONGER the checkpoint's function. The files are proven equal "
                 "to the pruned network; whether that is good enough is for your own test to say"

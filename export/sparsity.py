@@ -17,17 +17,17 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.curves import has_curves, importance
 from export.errors import InputError, NetworkError, cause, refused_samples
-from export.narrowing import NarrowKAN, can_be_narrowed, edges_of, find_nodes
+from export.narrowing import NarrowKAN, Nodes, can_be_narrowed, edges_of, find_nodes
 from export.network import Arrays, Network, describe_network
 from export.probes import ORDINARY, make_probes
 from export.proof.eager import LARGEST_BATCH, evaluate, in_double
 from export.reaching import reaching
 from kan_bundle.manifest import ChangeRecord, PrunedLayer, PruningRecord
-from kan_model import KAN, KANLinear
+from kan_model import KAN
 from kan_model.adoption import adopt
 
 THRESHOLDS = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
@@ -45,7 +45,7 @@ class Sparsity:
         threshold: Share of the largest importance of a layer.
         layers: What is left of each.
         nodes_removed: Of a KAN: inputs, nodes of each hidden layer and outputs that can be done
-            without; None of another network, or if its activation is a user's own.
+            without; None of another network, or of one that is not narrowed (`can_be_narrowed`).
         change: What it changes of the answers; None if no way from an input to an output is left.
     """
 
@@ -90,7 +90,7 @@ def prune_network(network: Network, threshold: float) -> tuple[Network, PruningR
         InputError: The network has no KANLinear layer, or too little would be left of it.
         NetworkError: It fails on the samples.
     """
-    (found,) = prune_further(network, [check_threshold(threshold)])
+    ((found, nodes),) = _steps(network, [check_threshold(threshold)])
     if found.change is None:
         empty = [layer.name for layer in found.layers if layer.zeroed == layer.edges]
         what = f"of {', '.join(empty)} nothing" if empty else "no way from an input to an output"
@@ -99,10 +99,9 @@ def prune_network(network: Network, threshold: float) -> tuple[Network, PruningR
             "choose less ('inspect FILE --sparsity' shows what a threshold leaves)"
         )
     written = network
-    if found.nodes_removed is not None and any(found.nodes_removed):
-        kan = _kan_to_write(network)
-        assert kan is not None
-        written = describe_network(NarrowKAN(kan, find_nodes(kan)).eval(), network.inputs)
+    kan = _kan_to_write(network)
+    if kan is not None and nodes is not None and any(nodes.removed):
+        written = describe_network(NarrowKAN(kan, nodes).eval(), network.inputs)
     record = PruningRecord(threshold, found.layers, found.nodes_removed, found.change)
     return written, record
 
@@ -115,9 +114,17 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
         thresholds: Rising.
 
     Raises:
-        InputError: The network has no KANLinear layer, or one that has no edges to speak of.
+        InputError: The network has no KANLinear layer, or one whose edges cannot be ranked.
         NetworkError: It fails on the samples.
     """
+    for found, _ in _steps(network, thresholds):
+        yield found
+
+
+def _steps(
+    network: Network, thresholds: Sequence[float]
+) -> Iterator[tuple[Sparsity, Nodes | None]]:
+    """Do the above, and give the nodes that are left at each step."""
     if not network.layers:
         raise InputError(
             "--prune, --sparsity: they are about the edges of KANLinear layers, and the network "
@@ -135,48 +142,83 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
     except Exception as error:  # the network's own code may fail in any way
         raise refused_samples(error) from error
     shares = {
-        name: _share(importance(layer, reached.get(name))) for name, layer in network.layers.items()
+        name: _share(name, importance(layer, reached.get(name)), sampled=name in reached)
+        for name, layer in network.layers.items()
     }
     rows, kind = _choose_rows(network)
     before = _answers(network, rows)
+    already = {name: int((~edges_of(layer)).sum()) for name, layer in network.layers.items()}
     for threshold in thresholds:
-        for name, layer in _in_every_precision(network):
-            _leave_out(layer, shares[name] <= threshold)
+        for name, module in _in_every_precision(network):
+            _leave_out(module, shares[name] <= threshold)
+        edges = {name: edges_of(layer) for name, layer in network.layers.items()}
         layers = tuple(
-            PrunedLayer(name, layer.base_weight.numel(), int((~edges_of(layer)).sum()))
-            for name, layer in network.layers.items()
+            PrunedLayer(name, own.numel(), int((~own).sum()), already[name])
+            for name, own in edges.items()
         )
         kan = _kan_to_write(network)
-        nodes = None if kan is None else find_nodes(kan)
+        nodes = None if kan is None else find_nodes(kan, list(edges.values()))
         change = None
         if all(layer.zeroed < layer.edges for layer in layers) and (
             nodes is None or bool(nodes.varying[-1].any())
         ):
             change = _compare(network, before, _answers(network, rows), kind)
-        yield Sparsity(threshold, layers, None if nodes is None else nodes.removed, change)
+        yield Sparsity(threshold, layers, None if nodes is None else nodes.removed, change), nodes
 
 
-def _share(found: Tensor) -> Tensor:
-    """Express importances as shares of the largest, shape (out, in); of none, all are zero."""
+def _share(name: str, found: Tensor, *, sampled: bool) -> Tensor:
+    """Express importances as shares of the largest, shape (out, in).
+
+    Raises:
+        InputError: They mean nothing, or there is none.
+    """
+    if not bool(torch.isfinite(found).all()):
+        count = int((~torch.isfinite(found)).sum())
+        raise InputError(
+            f"--prune, --sparsity: the importance of {count:,} of {found.numel():,} edges of "
+            f"{name} is not finite: its base activation or its splines overflow, or give NaN, "
+            + ("with the samples" if sampled else "on the grid")
+            + "; give rows that it takes with --samples, or leave them out"
+        )
     largest = float(found.max())
-    return found / largest if largest > 0 else torch.zeros_like(found)
+    if largest == 0:
+        raise InputError(
+            f"--prune, --sparsity: no edge of {name} varies "
+            + (
+                "over what reaches it with the samples: they do not vary, or the layer has no "
+                "weights; give other --samples"
+                if sampled
+                else "over its grid: the layer has no weights, or is constant; train it"
+            )
+            + ", or leave them out"
+        )
+    return found / largest
 
 
-def _in_every_precision(network: Network) -> Iterator[tuple[str, KANLinear]]:
-    """List the layers by name, and those of the network in its own precision if it is another."""
+def _in_every_precision(network: Network) -> Iterator[tuple[str, nn.Module]]:
+    """List the layers by name, as ours, as the network's own, and in its own precision.
+
+    A layer of ours shares the tensors of the one that it stands for, until that is converted:
+    parameters stay what they are, but buffers are made anew.
+    """
     yield from network.layers.items()
+    yield from network.replaced.items()
     if network.exact is not network.call:
         for name, child in network.exact.module.named_modules():
-            layer = adopt(child)
-            if layer is not None and (own := name or type(child).__name__) in network.layers:
-                yield own, layer
+            own = name or type(child).__name__
+            if own in network.layers and adopt(child) is not None:
+                yield own, child
 
 
 @torch.no_grad()
-def _leave_out(layer: KANLinear, edges: Tensor) -> None:
+def _leave_out(layer: nn.Module, edges: Tensor) -> None:
     """Make weights zero, in place: the tensors are those of the user's own layer."""
-    layer.base_weight.masked_fill_(edges, 0)
-    layer.spline_weight.masked_fill_(edges[..., None], 0)
+    for weight, mask in (
+        (layer.base_weight, edges),
+        (layer.spline_weight, edges[..., None]),
+    ):
+        assert isinstance(weight, Tensor)
+        weight.masked_fill_(mask, 0)
 
 
 def _kan_to_write(network: Network) -> KAN | None:

@@ -113,9 +113,10 @@ def _share(precision: Precision) -> str:
 
 def pruning_lines(pruning: PruningRecord) -> list[str]:
     """Say what was left out, and what it changes."""
-    zeroed = sum(layer.zeroed for layer in pruning.layers)
-    edges = sum(layer.edges for layer in pruning.layers)
-    lines = [f"{zeroed:,} of {edges:,} edges left out, {zeroed / edges:.1%}:"]
+    zeroed, already = pruning.zeroed, pruning.already
+    before = f", of which {already:,} had no weight before" if already else ""
+    share = f"{zeroed / pruning.edges:.1%}"
+    lines = [f"{zeroed:,} of {pruning.edges:,} edges left out, {share}{before}:"]
     lines += [f"    {p.name}: {p.zeroed:,} of {p.edges:,}" for p in pruning.layers]
     removed = pruning.nodes_removed or ()
     if any(removed):

@@ -164,18 +164,22 @@ class PrunedLayer:
     Attributes:
         name: Its name in the network.
         edges: Of the checkpoint's layer, inputs times outputs.
-        zeroed: Those of them that have no weight any more.
+        zeroed: Those of them that have no weight in the files.
+        already: Those of `zeroed` that had none in the checkpoint either.
     """
 
     name: str
     edges: _Count
     zeroed: Annotated[int, Field(ge=0)]
+    already: Annotated[int, Field(ge=0)] = 0
 
 
 @_STRICT
 @dataclass(frozen=True)
 class ChangeRecord:
-    """How far the answers of a pruned network are from the checkpoint's, both in float64.
+    """How far the answers of a pruned network are from the checkpoint's.
+
+    Both are in float64, or in float32 if the network cannot run in float64.
 
     Attributes:
         on: The rows: samples that were given, random ones within the first layer's grid, or, of a
@@ -207,13 +211,28 @@ class PruningRecord:
         layers: What is left of each KANLinear, in the network's order.
         nodes_removed: Of a KAN: inputs, nodes of each hidden layer and outputs that the files do
             without. The tensors of the model keep their shapes.
-        change: What that changed.
+        change: What that changed, at some rows; elsewhere it may be more.
     """
 
     threshold: Annotated[float, Field(ge=0, lt=1)]
     layers: tuple[PrunedLayer, ...]
     nodes_removed: tuple[int, ...] | None
     change: ChangeRecord
+
+    @property
+    def edges(self) -> int:
+        """Edges of the checkpoint's layers."""
+        return sum(layer.edges for layer in self.layers)
+
+    @property
+    def zeroed(self) -> int:
+        """Those of them that have no weight in the files."""
+        return sum(layer.zeroed for layer in self.layers)
+
+    @property
+    def already(self) -> int:
+        """Those of `zeroed` that had none in the checkpoint either."""
+        return sum(layer.already for layer in self.layers)
 
 
 @_STRICT

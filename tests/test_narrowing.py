@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from export import export_module
+from export import export_module, narrowing
 from export.conversion.onnx_graph import load_onnx
-from export.narrowing import NarrowKAN, can_be_narrowed, find_nodes
+from export.narrowing import NarrowKAN, can_be_narrowed, edges_of, find_nodes
 from export.report import Report
-from kan_model import KAN
+from kan_model import KAN, KANLinear
 from tests import oracle
 
 
@@ -105,3 +105,54 @@ def test_files_are_narrower_and_their_tensors_are_not(tmp_path: Path, quiet: Rep
 def test_a_users_own_activation_may_know_its_channels_and_keeps_them_all() -> None:
     assert not can_be_narrowed(KAN([3, 2], base_activation=nn.PReLU))
     assert can_be_narrowed(KAN([3, 2], base_activation=nn.Tanh))
+
+
+def test_a_staircase_that_answers_infinity_with_a_number_is_left_as_it_is(
+    tmp_path: Path, quiet: Report
+) -> None:
+    torch.manual_seed(0)
+    kan = KAN([6, 3, 2], spline_order=0, base_activation=nn.Tanh)
+    with torch.no_grad():
+        kan.layers[0].base_weight[:, :4] = 0
+        kan.layers[0].spline_weight[:, :4] = 0
+    assert not can_be_narrowed(kan)
+    done = export_module(kan, name="m", output=tmp_path, prune=0.0, report=quiet)
+    assert done.pruning is not None
+    assert done.pruning.nodes_removed is None
+    x = np.zeros((2, 6), np.float32)
+    x[1, 0] = np.inf
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
+    np.testing.assert_allclose(found, kan(torch.from_numpy(x)).detach().numpy(), rtol=1e-5)
+    assert np.isfinite(found).all()
+
+
+def test_only_the_columns_of_constant_nodes_are_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[tuple[int, ...]] = []
+    take = narrowing._some_of
+
+    def note(layer: KANLinear, inputs: torch.Tensor, outputs: torch.Tensor) -> KANLinear:
+        some = take(layer, inputs, outputs)
+        copied.append(tuple(some.base_weight.shape))
+        return some
+
+    monkeypatch.setattr(narrowing, "_some_of", note)
+    find_nodes(KAN([6, 5, 4, 2]))
+    assert not copied
+    nodes = find_nodes(with_idle_nodes())
+    assert copied == [(4, 1), (2, 1)]  # node 2 after the first layer, node 3 after the second
+    kan = with_idle_nodes().double()
+    x = torch.zeros(1, 5, dtype=torch.float64)
+    kan.layers[1].base_weight.data[:, [0, 1, 3, 4]] = 0
+    kan.layers[1].spline_weight.data[:, [0, 1, 3, 4]] = 0
+    torch.testing.assert_close(nodes.offsets[1], kan.layers[1](x)[0].detach(), rtol=0, atol=1e-12)
+
+
+def test_edges_are_found_a_few_outputs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    kan = with_idle_nodes()
+    whole = [edges_of(layer) for layer in kan.layers]
+    for layer, there in zip(kan.layers, whole, strict=True):
+        expected = (layer.base_weight != 0) | (layer.scaled_spline_weight != 0).any(dim=-1)
+        assert torch.equal(there, expected)
+    monkeypatch.setattr("export.narrowing._BUDGET", 1)
+    for layer, there in zip(kan.layers, whole, strict=True):
+        assert torch.equal(edges_of(layer), there)

@@ -2,15 +2,17 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib.image as mpimg
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Page, expect
 
 from export import export_checkpoint
 from export.report import Report
@@ -25,6 +27,7 @@ from tests.test_curves import golden_layers, phi
 AXE = ROOT / "tests" / "node" / "node_modules" / "axe-core" / "axe.min.js"
 UNIFORM = STATE_DICTS[0]
 NAME = "digits"
+PHONE = {"width": 390, "height": 800}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def test_drawn_curves_are_the_models_numbers(
         for number, layer in enumerate(golden_layers(golden)):
             drawn = page.locator(f".layer[data-layer='{number}'] .edge svg")
             pictures = drawn.evaluate_all(PICTURES)
-            assert len(pictures) == min(24, layer.in_features * layer.out_features)
+            assert len(pictures) == min(25, layer.in_features * layer.out_features)
             for picture in pictures[:: len(pictures) - 1]:
                 feature, output = map(int, numbers_in(picture["label"])[:2])
                 for kind in ("base", "spline", "total"):
@@ -150,7 +153,10 @@ def test_histograms_count_every_number_that_was_compared(sampled: Path) -> None:
     for record in manifest.parity:
         part = page.split(f">{record.runtime}</h3>")[1].split("</svg>")[0]
         titles = re.findall(r"<title>.*?: ([\d,]+)</title>", part)
-        assert sum(int(title.replace(",", "")) for title in titles) == 3 * record.probes
+        counted = sum(int(title.replace(",", "")) for title in titles)
+        (nan,) = re.findall(r"; ([\d,]+) that are NaN", part)
+        assert counted + int(nan.replace(",", "")) == 3 * record.probes
+        assert int(nan.replace(",", "")) > 0
 
 
 def test_edges_can_be_searched_and_turned_by_keyboard(browser: Browser, sampled: Path) -> None:
@@ -159,14 +165,14 @@ def test_edges_can_be_searched_and_turned_by_keyboard(browser: Browser, sampled:
         section = page.locator(".layer").first
         captions = section.locator(".edge figcaption span:first-child")
         told = section.get_by_role("status")
-        expect(captions).to_have_count(24)
-        expect(told).to_have_text("1 to 24 of 32")
+        expect(captions).to_have_count(25)
+        expect(told).to_have_text("1 to 25 of 32")
         importances = [
             float(text) for text in section.locator(".edge figcaption .note").all_inner_texts()
         ]
         assert importances == sorted(importances, reverse=True)
         section.get_by_role("button", name="Next").press("Enter")
-        expect(told).to_have_text("25 to 32 of 32")
+        expect(told).to_have_text("26 to 32 of 32")
         expect(section.get_by_role("button", name="Next")).to_be_disabled()
         section.get_by_label("Input", exact=True).fill("2")
         expect(captions).to_have_count(8)
@@ -253,7 +259,7 @@ def test_the_server_shows_it_and_it_draws_there(browser: Browser, repository: Pa
     with served(repository) as (server, _), opened(browser) as page:
         page.goto(f"http://{server.metrics_address}/reports/{UNIFORM.name}/1")
         draw_all(page)
-        expect(page.locator(".layer").first.locator(".edge")).to_have_count(24)
+        expect(page.locator(".layer").first.locator(".edge")).to_have_count(25)
         assert page.evaluate("self.origin") == "null"
 
 
@@ -304,6 +310,72 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(
     with shown(browser, sampled / "2" / "report.html", viewport=size) as page:
         draw_all(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+TOP = "(id) => document.getElementById(id).getBoundingClientRect().top"
+AT_THE_END = "innerHeight + scrollY >= document.documentElement.scrollHeight - 2"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("place", ["edges", "layer-1", "inputs", "precision"])
+def test_a_link_to_a_section_leads_to_its_heading(
+    browser: Browser, sampled: Path, width: int, place: str
+) -> None:
+    file = sampled / "2" / "report.html"
+    arrived = f"({TOP})('{place}') >= -1 && (({TOP})('{place}') < 60 || ({AT_THE_END}))"
+    with opened(browser, viewport={"width": width, "height": 800}) as page:
+        page.goto(file.as_uri())
+        if place != "layer-1":  # which no link of the page leads to
+            page.locator(f"nav a[href='#{place}']").click()
+        else:
+            page.evaluate("location.hash = 'layer-1'")
+        draw_what_is_near(page)
+        assert page.evaluate(arrived)
+    with opened(browser, viewport={"width": width, "height": 800}) as page:
+        page.goto(f"{file.as_uri()}#{place}")
+        draw_what_is_near(page)
+        assert page.evaluate(arrived)
+
+
+def draw_what_is_near(page: Page) -> None:
+    """Wait until what an observer draws when a place is reached has been drawn."""
+    page.evaluate(
+        """() => new Promise((done) => {
+            let frames = 0;
+            const next = () => (++frames < 10 ? requestAnimationFrame(next) : done());
+            next();
+        })"""
+    )
+
+
+def test_the_verdict_and_the_share_are_seen_on_a_phone(browser: Browser, sampled: Path) -> None:
+    with shown(browser, sampled / "2" / "report.html", viewport=PHONE) as page:
+        table = page.get_by_role("region", name="Parity of each runtime")
+        edge = table.bounding_box()
+        assert edge is not None
+        for name in ("Verdict", "Of allowed"):
+            box = table.get_by_role("columnheader", name=name).bounding_box()
+            assert box is not None
+            assert box["x"] + box["width"] <= edge["x"] + edge["width"]
+
+
+def test_an_edge_behind_which_there_is_more_is_shaded(browser: Browser, sampled: Path) -> None:
+    with shown(browser, sampled / "2" / "report.html", viewport=PHONE) as page:
+        for name in ("Parity of each runtime", "Diagram of the network"):
+            region = page.get_by_role("region", name=name)
+            assert region.evaluate("(node) => node.scrollWidth > node.clientWidth")
+            region.evaluate("(node) => { node.scrollLeft = 0 }")
+            before = region.screenshot()
+            region.evaluate("(node) => { node.scrollLeft = node.scrollWidth }")
+            assert shades(before) == (False, True)
+            assert shades(region.screenshot()) == (True, False)
+
+
+def shades(picture: bytes) -> tuple[bool, bool]:
+    """Whether the left and the right edge are darker than what is next to them, in a light page."""
+    pixels = mpimg.imread(io.BytesIO(picture))[3, :, :3].mean(axis=1)
+    width = len(pixels)
+    return bool(pixels[4] < pixels[30] - 0.05), bool(pixels[width - 5] < pixels[width - 31] - 0.05)
 
 
 @pytest.mark.skipif(not AXE.exists(), reason="`make test` finds no node and npm for axe-core")

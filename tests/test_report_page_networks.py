@@ -94,10 +94,10 @@ def test_a_large_model_stays_small_and_quick(
     with shown(browser, file) as page:
         draw_all(page)
         section = page.locator(".layer").first
-        expect(section.get_by_role("status")).to_have_text("1 to 24 of 50,176")
-        expect(section.locator(".edge")).to_have_count(24)
+        expect(section.get_by_role("status")).to_have_text("1 to 25 of 50,176")
+        expect(section.locator(".edge")).to_have_count(25)
         section.get_by_label("Input", exact=True).fill("783")
-        expect(section.get_by_role("status")).to_have_text("1 to 24 of 64")
+        expect(section.get_by_role("status")).to_have_text("1 to 25 of 64")
         inputs = page.locator("details.inputs").first
         expect(inputs.get_by_role("status")).to_have_text("1 to 15 of 784")
         expect(page.locator(".diagram .node.input")).to_have_count(10)

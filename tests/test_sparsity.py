@@ -1,5 +1,6 @@
 """Which edges count, what leaving them out changes, and files of a network without them."""
 
+import io
 import json
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from export.report import Report
 from export.sparsity import THRESHOLDS, prune_further, prune_network
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
-from kan_model import KAN
+from kan_model import KAN, KANLinear
 from kan_model.inspection import inspect_checkpoint
+from kan_model.splines import b_spline_basis
 from tests import oracle
 from tests.conftest import GOLDENS, run_module
 
@@ -138,6 +140,51 @@ def test_without_threshold_nothing_is_left_out(repository: Path) -> None:
     assert read_manifest(repository / "uniform_4x8x3" / "1").pruning is None
 
 
+def told_of(report: Report) -> str:
+    file = report._console.file
+    assert isinstance(file, io.StringIO)
+    return " ".join(file.getvalue().split())
+
+
+def test_a_change_that_no_row_shows_is_still_another_function(
+    tmp_path: Path, quiet: Report
+) -> None:
+    """One input never varies in the samples, so its edges go; other rows would show it."""
+    torch.manual_seed(0)
+    kan = KAN([3, 4, 2], grid_range=(1, 2))
+    x = np.random.default_rng(0).uniform(1, 2, (64, 3)).astype(np.float32)
+    x[:, 1] = 0
+    done = export_module(kan, name="m", output=tmp_path, prune=0.0, samples=x, report=quiet)
+    assert done.pruning is not None
+    assert (done.pruning.zeroed, done.pruning.already) == (4, 0)
+    assert done.pruning.change.largest == 0
+    elsewhere = np.full((1, 3), 1.5)
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([elsewhere.astype(np.float32)])[0]
+    assert np.abs(found - oracle.kan(arrays(kan), elsewhere, oracle.silu)).max() > 1e-3
+    assert any("NO LONGER the checkpoint's function" in line for line in quiet.warnings)
+    assert "4 of 20 edges left out, 20.0%: layers.0: 4 of 12 layers.1: 0 of 8" in told_of(quiet)
+
+
+def test_edges_without_weight_are_told_from_those_that_lose_theirs(
+    tmp_path: Path, quiet: Report
+) -> None:
+    kan = uneven([5, 7, 3])
+    with torch.no_grad():
+        for weight in (kan.layers[0].base_weight, kan.layers[0].spline_weight):
+            weight[:2, 1] = 0
+    done = export_module(kan, name="m", output=tmp_path, prune=0.0, report=quiet)
+    assert done.pruning is not None
+    assert (done.pruning.zeroed, done.pruning.already) == (2, 2)
+    assert not any("NO LONGER" in line for line in quiet.warnings)
+    assert "2 of 56 edges left out, 3.6%, of which 2 had no weight before:" in told_of(quiet)
+    done = export_module(kan, name="m", output=tmp_path, prune=0.03, report=quiet)
+    assert done.pruning is not None
+    assert done.pruning.zeroed > done.pruning.already == 2
+    assert any("NO LONGER" in line for line in quiet.warnings)
+    page = (tmp_path / "m" / "2" / "report.html").read_text()
+    assert f"{done.pruning.zeroed} of 56 edges were left out, of which 2 had no weight" in page
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_fewer_bits_are_compared_with_the_pruned_network(
     tmp_path: Path, quiet: Report, precision: str
@@ -192,6 +239,41 @@ def test_kan_layers_inside_a_network_are_pruned(tmp_path: Path, quiet: Report) -
     assert done.pruning.change.largest > 1e-4
 
 
+class Frozen(nn.Module):
+    """Somebody's efficient-KAN layer whose weights are buffers, because they are not trained."""
+
+    base_weight: Tensor
+    spline_weight: Tensor
+    spline_scaler: Tensor
+    grid: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        (layer,) = uneven([4, 3]).layers
+        self.base_activation = nn.SiLU()
+        for name in ("base_weight", "spline_weight", "spline_scaler", "grid"):
+            self.register_buffer(name, getattr(layer, name).detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        basis = b_spline_basis(x, self.grid, 3).flatten(-2)
+        weight = (self.spline_weight * self.spline_scaler[..., None]).flatten(1)
+        base = nn.functional.linear(self.base_activation(x), self.base_weight)
+        return base + nn.functional.linear(basis, weight)
+
+
+def test_a_layer_whose_weights_are_buffers_is_pruned_too(tmp_path: Path, quiet: Report) -> None:
+    network = nn.Sequential(Frozen())
+    done = export_module(network, name="m", output=tmp_path, prune=0.3, input_shape=4, report=quiet)
+    assert done.pruning is not None
+    assert done.pruning.zeroed > 0
+    assert done.pruning.change.largest > 1e-4
+    kan = uneven([4, 3])
+    x = within(kan)
+    expected = oracle.kan(zeroed(kan, 0.3), x, oracle.silu)
+    found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
+    assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
+
+
 # What is refused.
 
 
@@ -210,14 +292,33 @@ def test_the_command_takes_a_share_alone(text: str) -> None:
     assert done.stdout == ""
 
 
-def test_a_layer_that_was_never_trained_leaves_nothing(tmp_path: Path, quiet: Report) -> None:
+def test_a_layer_without_weights_has_no_edges_to_rank(tmp_path: Path, quiet: Report) -> None:
     kan = uneven([3, 4, 2])
     with torch.no_grad():
         kan.layers[1].base_weight.zero_()
         kan.layers[1].spline_weight.zero_()
-    with pytest.raises(InputError, match=r"--prune 0: of layers\.1 nothing would be left"):
+    with pytest.raises(InputError, match=r"no edge of layers\.1 varies over its grid"):
         export_module(kan, name="m", output=tmp_path, prune=0.0, report=quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_that_do_not_vary_rank_no_edges() -> None:
+    inputs = read_inputs(None, np.full((20, 3), 0.1, np.float32))
+    network = describe_network(uneven([3, 4, 2]), inputs)
+    with pytest.raises(InputError, match=r"no edge of layers\.0 varies .* they do not vary"):
+        list(prune_further(network, [0.1]))
+
+
+class Logarithm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(x)
+
+
+def test_importances_that_are_not_finite_rank_no_edges() -> None:
+    """The activation is NaN over a half of the grid."""
+    network = describe_network(uneven([3, 4, 2], base_activation=Logarithm), None)
+    with pytest.raises(InputError, match=r"12 of 12 edges of layers\.0 is not finite"):
+        list(prune_further(network, [0.1]))
 
 
 def test_a_network_without_a_way_through_is_refused(tmp_path: Path, quiet: Report) -> None:
@@ -238,6 +339,14 @@ def test_a_network_without_kan_layers_has_no_edges(tmp_path: Path, quiet: Report
         export_module(
             nn.Linear(3, 2), name="m", output=tmp_path, input_shape=3, prune=0.1, report=quiet
         )
+
+
+def test_an_activation_over_another_axis_is_refused_in_plain_words(
+    tmp_path: Path, quiet: Report
+) -> None:
+    layer = KANLinear(4, 2, base_activation=lambda: nn.Softmax(dim=2))
+    with pytest.raises(InputError, match="the base activation of KANLinear goes by places"):
+        export_module(layer, name="m", output=tmp_path, input_shape=(3, 4), prune=0.1, report=quiet)
 
 
 # The table.

@@ -23,7 +23,7 @@ _GAP = 6.0
 _SUPERSCRIPTS = str.maketrans(
     "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
 )
-_LOWEST = 1e-12  # error that is told apart from nothing
+_LOWEST = 1e-12  # of what an axis is made for; what is less is at its end
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ def draw_histogram(deviation: Deviation) -> Histogram:
         f"Of {deviation.numbers:,} numbers compared, {deviation.exact / numbers:.1%} are exact and "
         f"{within / numbers:.1%} are off by at most a tenth of what is allowed."
     )
+    if deviation.undefined:
+        summary += f" {deviation.undefined:,} more are NaN, as the reference is."
     return Histogram(tuple(bars), tuple(ticks), f"{highest / numbers:.0%}", summary)
 
 
@@ -128,7 +130,7 @@ def draw_scatter(deviation: Deviation, *, from_grid: bool) -> Scatter:
     start = LEFT + (_FIRST if from_grid or not far.all() else 0)
     with np.errstate(divide="ignore"):
         exponent = np.log10(np.where(far, distance, 1))
-        across = start + (exponent - low) / (high - low) * (RIGHT - start)
+        across = start + _share(exponent, low, high) * (RIGHT - start)
         # Those within the grid lie side by side, in the order in which they were tried.
         near = np.cumsum(~far) / max(1, int((~far).sum()))
         x = np.where(far, across, LEFT + near * (_FIRST - _GAP))
@@ -136,7 +138,7 @@ def draw_scatter(deviation: Deviation, *, from_grid: bool) -> Scatter:
         bottom, top = _decades(error[wrong].tolist(), (-8, -6))
         up = np.log10(np.where(wrong, error, 1))
         floor = BOTTOM - 16
-        y = np.where(wrong, floor - (up - bottom) / (top - bottom) * (floor - TOP), BOTTOM)
+        y = np.where(wrong, floor - _share(up, bottom, top) * (floor - TOP), BOTTOM)
     dots = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y, strict=True))
     ticks = [Tick(LEFT + (_FIRST - _GAP) / 2, "inside")] if start > LEFT and from_grid else []
     every = max(1, math.ceil((high - low) / 5))
@@ -161,6 +163,11 @@ def draw_scatter(deviation: Deviation, *, from_grid: bool) -> Scatter:
 
 def _largest(values: NDArray[np.float64]) -> str:
     return f"{values.max():.1e}" if values.size else "none tried"
+
+
+def _share(exponent: NDArray[np.float64], low: int, high: int) -> NDArray[np.float64]:
+    """Say how far between two powers of ten others lie; what is beyond is at the end."""
+    return np.clip((exponent - low) / (high - low), 0.0, 1.0)
 
 
 def _decades(values: Sequence[float], otherwise: tuple[int, int]) -> tuple[int, int]:

@@ -60,6 +60,7 @@ class Deviation:
     Attributes:
         measurement: The runtime's.
         exact: Numbers that were exactly the reference's, rounded to float32 or not.
+        undefined: Those that were NaN where the reference is; they are counted nowhere else.
         counts: Numbers that needed a share of what is allowed from 10^-DECADES on, in `PARTS` bars
             a decade; what is less is in the first one.
         distance: Of each probe, in `distance_is`; shape (rows,).
@@ -69,6 +70,7 @@ class Deviation:
 
     measurement: Measurement
     exact: int
+    undefined: int
     counts: tuple[int, ...]
     distance: NDArray[np.float64]
     error: NDArray[np.float64]
@@ -76,7 +78,7 @@ class Deviation:
 
     @property
     def numbers(self) -> int:
-        """Numbers compared."""
+        """Numbers compared that are numbers."""
         return self.exact + sum(self.counts)
 
 
@@ -111,8 +113,12 @@ def _describe(
     distance: NDArray[np.float64],
 ) -> Deviation:
     ratio = np.stack([excess(a, reference.outputs, reference.tolerance) for a in answers])
+    undefined = np.isnan(answers) & np.isnan(reference.outputs)
+    with np.errstate(over="ignore"):
+        rounded = reference.outputs.astype(np.float32).astype(np.float64)
+    exact = (answers == reference.outputs) | (answers == rounded)
     with np.errstate(divide="ignore"):
-        place = np.floor((np.log10(ratio[ratio > 0]) + DECADES) * PARTS)
+        place = np.floor((np.log10(ratio[~exact & ~undefined]) + DECADES) * PARTS)
     place = np.clip(place, 0, DECADES * PARTS - 1).astype(int)
     counts = np.bincount(place, minlength=DECADES * PARTS)
     with np.errstate(invalid="ignore"):
@@ -121,7 +127,8 @@ def _describe(
     told = np.isfinite(reference.outputs).any(axis=1) & np.isfinite(distance)
     return Deviation(
         measurement=measurement,
-        exact=int((ratio == 0).sum()),
+        exact=int(exact.sum()),
+        undefined=int(undefined.sum()),
         counts=tuple(counts.tolist()),
         distance=distance[told],
         error=error[told],

@@ -156,17 +156,17 @@ def _pruned(pruning: PruningRecord | None) -> list[str]:
     if pruning is None:
         return []
     change = pruning.change
+    before = f", of which {pruning.already:,} had no weight before" if pruning.already else ""
     return [
-        f"{_left_out(pruning)} were left out, of importance up to {pruning.threshold:g} of the "
-        f"largest in their layer: at {change.rows:,} {ROWS[change.on]} the answers change "
+        f"{_left_out(pruning)} were left out{before}, of importance up to {pruning.threshold:g} of "
+        f"the largest in their layer: at {change.rows:,} {ROWS[change.on]} the answers change "
         f"by {change.typical:.2g} (root mean square; at most {change.largest:.2g}), where outputs "
         f"are {change.size:.2g} in size"
     ]
 
 
 def _left_out(pruning: PruningRecord) -> str:
-    zeroed = sum(layer.zeroed for layer in pruning.layers)
-    return f"{zeroed:,} of {sum(layer.edges for layer in pruning.layers):,} edges"
+    return f"{pruning.zeroed:,} of {pruning.edges:,} edges"
 
 
 def _outside(layers: Sequence[LayerData]) -> list[str]:

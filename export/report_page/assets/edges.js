@@ -2,7 +2,7 @@
 
 const PLANE = { width: 228, height: 132 };
 const AREA = { left: 48, right: 222, top: 8, bottom: 106 };
-const EDGES_A_PAGE = window.matchMedia("(max-width: 46rem)").matches ? 8 : 24;
+const EDGES_A_PAGE = window.matchMedia("(max-width: 46rem)").matches ? 8 : 25; // rows of five
 
 /** Which row of a layer's knots an input has. */
 function rowOf(layer, input) {
@@ -14,6 +14,11 @@ function rowOf(layer, input) {
     else high = middle;
   }
   return low;
+}
+
+/** A row of a layer's knots. */
+function knotsOf(layer, row) {
+  return layer.knots.subarray(row * layer.knotCount, (row + 1) * layer.knotCount);
 }
 
 /**
@@ -45,7 +50,7 @@ function basis(knots, order, interval, x) {
 function pointsOf(layer, row) {
   layer.points ??= new Map();
   if (!layer.points.has(row)) {
-    const knots = layer.knots.subarray(row * layer.knotCount, (row + 1) * layer.knotCount);
+    const knots = knotsOf(layer, row);
     const x = [];
     const functions = [];
     for (let i = 0; i + 1 < knots.length; i++) {

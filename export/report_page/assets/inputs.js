@@ -67,7 +67,7 @@ function showInputs(box, layer) {
   const show = (page) => {
     const rows = page.map((i) => {
       const row = element("tr");
-      const { knots } = pointsOf(layer, layer.knots.length === layer.knotCount ? 0 : i);
+      const knots = knotsOf(layer, layer.knots.length === layer.knotCount ? 0 : i);
       const cell = (content, classes = "num") => {
         const made = element("td", classes);
         made.append(content);
