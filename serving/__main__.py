@@ -8,8 +8,9 @@ import gc
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,38 @@ if TYPE_CHECKING:
 _COMPLETION = "--print-completion"
 
 
+class _Ends:
+    """The signals that ask for the end.
+
+    Python runs a handler between any two steps of the main thread, also between two of
+    `Event.wait`, whose lock it would then wait for itself, for ever. A SimpleQueue has no such
+    lock.
+
+    Attributes:
+        count: How many have come.
+        listening: Whether there is something to drain. Before that, a signal ends the process.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.listening = False
+        self._news: SimpleQueue[None] = SimpleQueue()
+
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Note a signal."""
+        if not self.listening:
+            # An exception could come out of any import.
+            os.write(2, b'{"event": "stopped", "level": "info"}\n')
+            os._exit(0)
+        self.count += 1
+        self._news.put(None)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for the next one."""
+        with suppress(Empty):
+            self._news.get(timeout=timeout_s)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; a second one does not wait for requests to end.
 
@@ -34,17 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    listening, stop, stop_now = threading.Event(), threading.Event(), threading.Event()
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        if not listening.is_set():
-            # There is nothing to drain, and an exception could come out of any import.
-            os.write(2, b'{"event": "stopped", "level": "info"}\n')
-            os._exit(0)
-        (stop_now if stop.is_set() else stop).set()
-
+    ends = _Ends()
     for signum in (signal.SIGTERM, signal.SIGINT):  # before models load, which may take long
-        signal.signal(signum, on_signal)
+        signal.signal(signum, ends.on_signal)
 
     # All are read at import. gRPC's log is not JSON; onnxruntime would send usage data home and
     # keep a database in the user's folder.
@@ -74,16 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, nearest in unknown_variables(Settings).items():
             log.warning("unknown_variable", variable=name, nearest=nearest or None)
         with _chosen(settings) as server:
-            listening.set()
+            ends.listening = True
             # What has been made by now stays: collections need not look at it again and again.
             gc.collect()
             gc.freeze()
             server.announce()
-            stop.wait()
+            ends.wait()
             log.info("draining", seconds=settings.drain_s)
             server.drain()
-            stop_now.wait(settings.drain_s)
-            server.stop(settings.grace_s, stop_now)
+            ends.wait(settings.drain_s)
+            server.stop(settings.grace_s, lambda: ends.count > 1)
     except WrongSetting as error:
         log.error("wrong_setting", reason=str(error))
         return 2

@@ -6,8 +6,7 @@ then are new ones refused and the running ones waited for.
 """
 
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -100,19 +99,19 @@ class Server:
         """Turn readiness and health off; requests are still taken."""
         self.readiness.drain()
 
-    def stop(self, grace_s: float, now: threading.Event) -> None:
+    def stop(self, grace_s: float, now: Callable[[], bool]) -> None:
         """Take no more requests, give the running ones time to end, and return when they have.
 
         Args:
             grace_s: How long they have, in seconds.
-            now: Once set, they are not waited for any longer.
+            now: Once true, they are not waited for any longer.
         """
         self._handlers.close()  # streams would last as long as their clients like
         stopped = self._grpc_server.stop(grace_s)
         self._health.close()
         self._reflection.close()
-        while not stopped.wait(_LOOK_S) and not now.is_set():
-            pass  # neither event can be waited for with the other
+        while not stopped.wait(_LOOK_S) and not now():
+            pass
         self._grpc_server.stop(None)
 
     def close(self) -> None:

@@ -118,7 +118,7 @@ def work(settings: Settings, index: int, connection: "Connection[Any, Any]") -> 
             gc.freeze()
             keeper.ask("listening")
             stop.wait()
-            server.stop(grace_s, now)
+            server.stop(grace_s, now.is_set)
     except (StartupError, BundleError) as error:
         with suppress(EngineError, Gone):
             keeper.ask("refused", str(error)).result()

@@ -79,12 +79,12 @@ class Workers:
         self._ending.set()
         wait(self._ask_all("drain"), _SCRAPE_S)
 
-    def stop(self, grace_s: float, now: threading.Event) -> None:
+    def stop(self, grace_s: float, now: Callable[[], bool]) -> None:
         """Take no more requests, give the running ones time to end, and return when they have.
 
         Args:
             grace_s: How long they have, in seconds.
-            now: Once set, they are not waited for any longer.
+            now: Once true, they are not waited for any longer.
         """
         self._ending.set()
         self._ask_all("stop", grace_s)
@@ -92,15 +92,13 @@ class Workers:
         for thread in self._threads:
             while thread.is_alive():
                 thread.join(_LOOK_S)
-                if now.is_set() and not told:
+                if now() and not told:
                     self._ask_all("stop_now")
                     told = True
 
     def close(self) -> None:
         """Have no worker left."""
-        now = threading.Event()
-        now.set()
-        self.stop(0, now)
+        self.stop(0, lambda: True)
 
     def scrape(self) -> dict[int, str]:
         """Ask every worker for its metrics, in Prometheus's words."""

@@ -187,6 +187,19 @@ def test_open_streams_neither_block_requests_nor_hold_up_the_end(repository: Pat
             hold.set()
 
 
+def test_a_signal_in_the_moment_of_waiting_for_one_is_taken() -> None:
+    """With an Event in place of the queue, this waits for its own lock within a second."""
+    script = (
+        "import signal; from serving.__main__ import _Ends;"
+        "ends = _Ends(); ends.listening = True;"
+        "signal.signal(signal.SIGALRM, ends.on_signal);"
+        "signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4);\n"
+        "while ends.count < 10_000: ends.wait(0)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_any_moment_of_the_start_ends_it_cleanly(
     repository: Path, signum: signal.Signals
