@@ -37,7 +37,9 @@ benchmark-serving: $(VENV)/benchmarks $(if $(findstring --quick,$(BENCHMARK)),,$
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
-test: lint $(OTHER_VENVS:%=%/installed) optional-clients
+test: $(VENV)/installed
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target \
+	    lint optional-clients $(OTHER_VENVS:%=%/installed)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 optional-clients:
