@@ -118,13 +118,10 @@ class Batch(Generic[AnyItem]):
     """From when on nobody else was waited for, only a slot."""
     rows: int
     """Of all parts."""
+    size_bytes: int
+    """Of all requests that have a part in it."""
     is_short: bool
     """Whether it is known to end soon."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all requests that have a part in it."""
-        return sum([part.item.size_bytes for part in self.parts])
 
 
 class Pace:
@@ -358,7 +355,9 @@ class Queue(Generic[AnyItem]):
                 ready = -math.inf
                 if lane.limits.max_wait_s:  # if not due, then full, with the last that came
                     ready = max(due, max(part.item.arrived for part in parts))
-                batch = Batch(lane, parts, ready, rows, is_short=0 < expected_s <= _TOGETHER_S)
+                size_bytes = sum([part.item.size_bytes for part in parts])
+                is_short = 0 < expected_s <= _TOGETHER_S
+                batch = Batch(lane, parts, ready, rows, size_bytes, is_short)
                 self._free -= 1
                 self._short += batch.is_short
                 lane.begin(batch)
