@@ -111,7 +111,7 @@ def test_a_running_request_is_finished_while_new_ones_are_refused(
 ) -> None:
     with one_running(repository, monkeypatch) as (server, stub, answer, leave):
         server.drain()
-        stopping = threading.Thread(target=server.stop, args=(60, threading.Event()))
+        stopping = threading.Thread(target=server.stop, args=(60, lambda: False))
         stopping.start()
         with pytest.raises(grpc.RpcError):
             call_until_refused(stub)
@@ -127,7 +127,7 @@ def test_a_second_signal_does_not_wait_for_running_requests(
 ) -> None:
     with one_running(repository, monkeypatch) as (server, stub, answer, _):
         now = threading.Event()
-        stopping = threading.Thread(target=server.stop, args=(600, now))
+        stopping = threading.Thread(target=server.stop, args=(600, now.is_set))
         stopping.start()
         with pytest.raises(grpc.RpcError):
             call_until_refused(stub)

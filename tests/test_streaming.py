@@ -183,7 +183,7 @@ def test_the_end_of_the_server_ends_streams_after_what_they_work_on(
         gate.opened.clear()
         busy.send(raw_request(UNIFORM.x[:1], id="last"))
         gate.await_run()
-        stopping = threading.Thread(target=server.stop, args=(600, threading.Event()))
+        stopping = threading.Thread(target=server.stop, args=(600, lambda: False))
         stopping.start()
         with pytest.raises(grpc.RpcError) as ended:
             next(idle_stream)
