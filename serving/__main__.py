@@ -5,9 +5,11 @@ Exit codes: 0 stopped by a signal, 1 refused to start, 2 wrong usage. stdout sta
 """
 
 import gc
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _COMPLETION = "--print-completion"
+_LOOK_S = 0.2
 
 
 class _Ends:
@@ -52,9 +55,19 @@ class _Ends:
         self._news.put(None)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait for the next one."""
-        with suppress(Empty):
-            self._news.get(timeout=timeout_s)
+        """Wait for the next one.
+
+        Now and then it looks up: a signal that comes just before a thread goes to sleep does not
+        wake it, and its handler is run only once it is awake.
+        """
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = end - time.monotonic()
+            with suppress(Empty):
+                self._news.get(timeout=min(max(left, 0.0), _LOOK_S))
+                return
+            if left <= _LOOK_S:
+                return
 
 
 def main(argv: Sequence[str] | None = None) -> int:
