@@ -56,6 +56,8 @@ from kan_bundle.manifest import LayerRecord, Manifest, Source, write_manifest
 _Runtimes = Mapping[str, Callable[[], Runner]]
 """What loads each runtime, by its name; one is loaded at a time, where memory is short."""
 
+_LARGE_BYTES = 2**26  # of weights, of which a process can well hold a few
+
 
 def write_bundle(
     module: nn.Module,
@@ -97,7 +99,7 @@ def write_bundle(
     notes = metadata_props(folder.name, source, layers, pruning)
     with staging(folder) as place:
         layers = _write_files(written, choices, layers, notes, place.path, options, report)
-        gc.collect()  # the converters leave cycles that hold every weight
+        _free_cycles(network)  # the converters leave some that hold every weight
 
         reference = _compute_reference(network, report)
         runtimes = _list_runtimes(place.path, layers, report)
@@ -154,6 +156,12 @@ def write_bundle(
             "kept; compare it before serving this folder with Triton, or rewrite it with --force"
         )
     return manifest
+
+
+def _free_cycles(network: Network) -> None:
+    """Free what cycles hold of a large network. Looking for them takes a quarter of a second."""
+    if sum(tensor.nbytes for tensor in network.call.state_dict().values()) > _LARGE_BYTES:
+        gc.collect()
 
 
 def size_of(path: Path) -> int:
@@ -242,7 +250,7 @@ def _compare(
     with report.stage("compare the files as written", total) as advance:
         for runtime, load in runtimes.items():
             found = {**found, runtime: run_probes(load(), reference, advance)}
-            gc.collect()  # one runtime at a time, where memory is short
+            _free_cycles(network)  # of a runtime, before the next one is loaded
     if network.kan is None and (swallowed := swallow_nan(found, reference)).any():
         report.warn(
             f"onnxruntime gives numbers for {swallowed.sum()} inputs with NaN that the network "

@@ -29,6 +29,7 @@ from serving.dispatch import Dispatcher
 from serving.engine import Engine, EngineOptions
 from serving.errors import ModelNotFound, StartupError
 from serving.models.control import Keeper, polling
+from serving.models.description import fitting_message_bytes, fitting_rows
 from serving.models.loading import Admission, LoadedModel, load_bundle
 from serving.models.policy import parse_policy
 from serving.models.repository import Repository
@@ -38,13 +39,7 @@ from serving.observability.telemetry import Telemetry
 from serving.observability.tracing import Tracing
 from serving.readiness import Readiness
 from serving.rpc import RpcHandlers
-from serving.service import (
-    SERVICE,
-    InferenceService,
-    ModelControl,
-    fitting_message_bytes,
-    fitting_rows,
-)
+from serving.service import SERVICE, InferenceService, ModelControl
 from serving.settings import Settings, is_own
 from serving.tls import server_credentials
 

@@ -11,9 +11,7 @@ from typing import NamedTuple, Protocol
 
 from kan_bundle import __version__
 from kan_bundle.layout import MODEL_FILE
-from kan_bundle.manifest import Datatype, Manifest, PruningRecord, TensorSpec
 from protos import inference_pb2 as pb
-from protos import model_config_pb2 as config_pb
 from serving.batching import QueueFull, TooLate
 from serving.dispatch import Abandoned, Dispatcher, Outcome
 from serving.errors import (
@@ -24,30 +22,18 @@ from serving.errors import (
     NotOffered,
     Overloaded,
 )
+from serving.models.description import model_config, model_metadata
 from serving.models.loading import LoadedModel
 from serving.models.repository import Repository
 from serving.observability.metrics import Counters
 from serving.parameters import read_wishes
-from serving.tensors import choose_outputs, decode_inputs, encode_outputs, row_bytes
+from serving.tensors import choose_outputs, decode_inputs, encode_outputs
 
 _PROTOCOL = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 SERVICE = _PROTOCOL.full_name
 METHODS = _PROTOCOL.methods_by_name
 SERVER_NAME = "kanserve"
-PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ("model_configuration", "model_repository", "parameters", "statistics")
-
-_DATA_TYPES: dict[Datatype, config_pb.DataType] = {
-    "FP32": config_pb.TYPE_FP32,
-    "INT64": config_pb.TYPE_INT64,
-    "INT32": config_pb.TYPE_INT32,
-    "UINT8": config_pb.TYPE_UINT8,
-    "BOOL": config_pb.TYPE_BOOL,
-}
-_ENVELOPE_BYTES = 1024  # of a request beside its tensors: names, shape, id
-_LEAST_MESSAGE_BYTES = 64 * 2**20
-_LARGEST_MESSAGE_BYTES = 2**31 - 1  # protobuf's
-_ROWS_THAT_FIT = 64
 
 
 class Call(Protocol):
@@ -147,39 +133,12 @@ class InferenceService:
     def ModelMetadata(self, request: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         """Tell a model's versions and tensors."""
         model = self._repository.find(request.name, request.version)
-        manifest = model.manifest
-        served = self._repository.served_versions(request.name)
-        return pb.ModelMetadataResponse(
-            name=manifest.name,
-            versions=[str(version) for version in served],
-            platform=PLATFORM,
-            inputs=[_tensor_metadata(spec) for spec in manifest.inputs],
-            outputs=[_tensor_metadata(spec) for spec in manifest.outputs],
-            properties=_properties(model),
-        )
+        return model_metadata(model, self._repository.served_versions(request.name))
 
     def ModelConfig(self, request: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         """Tell a model's configuration in Triton's terms."""
         model = self._repository.find(request.name, request.version)
-        manifest, limits = model.manifest, model.lane.limits
-        config = config_pb.ModelConfig(
-            name=manifest.name,
-            platform=PLATFORM,
-            backend="onnxruntime",
-            max_batch_size=max(1, fitting_rows(manifest, self._max_message_bytes)),
-            default_model_filename=MODEL_FILE,
-        )
-        if limits.max_wait_s:
-            config.dynamic_batching.max_queue_delay_microseconds = round(limits.max_wait_s * 1e6)
-        for spec in manifest.inputs:
-            config.input.add(
-                name=spec.name, data_type=_DATA_TYPES[spec.datatype], dims=spec.shape[1:]
-            )
-        for spec in manifest.outputs:
-            config.output.add(
-                name=spec.name, data_type=_DATA_TYPES[spec.datatype], dims=spec.shape[1:]
-            )
-        return pb.ModelConfigResponse(config=config)
+        return pb.ModelConfigResponse(config=model_config(model, self._max_message_bytes))
 
     def ModelStatistics(self, request: pb.ModelStatisticsRequest) -> pb.ModelStatisticsResponse:
         """Tell what a model, or every model, has answered in this process since it was loaded."""
@@ -342,21 +301,6 @@ class InferenceService:
         return self._control
 
 
-def fitting_message_bytes(models: Sequence[Manifest]) -> int:
-    """Choose a limit for requests that leaves room for a batch of the model with the largest rows.
-
-    gRPC's own default, 4 MiB, is less than seven images of 3 x 224 x 224.
-    """
-    largest_row = max((_row_bytes(manifest) for manifest in models), default=0)
-    wanted = _ROWS_THAT_FIT * largest_row + _ENVELOPE_BYTES
-    return min(max(_LEAST_MESSAGE_BYTES, wanted), _LARGEST_MESSAGE_BYTES)
-
-
-def fitting_rows(manifest: Manifest, max_message_bytes: int) -> int:
-    """Count the rows of a model that a request of so many bytes can have."""
-    return (max_message_bytes - _ENVELOPE_BYTES) // _row_bytes(manifest)
-
-
 def _told(error: Exception, call: Call) -> Exception:
     """Say what a caller is told of a request that has no outcome."""
     if not isinstance(error, Abandoned | TooLate):
@@ -365,38 +309,3 @@ def _told(error: Exception, call: Call) -> Exception:
     if isinstance(error, TooLate) or (left_s is not None and left_s <= 0):
         return Expired("the deadline has passed")
     return Cancelled("cancelled")
-
-
-def _row_bytes(manifest: Manifest) -> int:
-    return sum(row_bytes(spec) for spec in manifest.inputs)
-
-
-def _properties(model: LoadedModel) -> dict[str, str]:
-    """Tell where a model comes from, and how it runs."""
-    manifest = model.manifest
-    activations = sorted({layer.base_activation for layer in manifest.layers})
-    return {
-        "version": str(manifest.version),
-        "model_sha256": manifest.files[MODEL_FILE].sha256,
-        "source_sha256": manifest.source.sha256 if manifest.source else "",
-        "base_activation": ", ".join(activations),
-        "kan_layers": str(len(manifest.layers)),
-        "fused_layers": str(model.engine.fused_layers),
-        "nodes": ", ".join(f"{count} {name}" for name, count in model.engine.placement.items()),
-        **_pruning(manifest.pruning),
-    }
-
-
-def _pruning(record: PruningRecord | None) -> dict[str, str]:
-    """Tell whether a model is another function than its source."""
-    if record is None:
-        return {"prune_threshold": "", "pruned_edges": ""}
-    zeroed = sum(layer.zeroed for layer in record.layers)
-    edges = sum(layer.edges for layer in record.layers)
-    return {"prune_threshold": str(record.threshold), "pruned_edges": f"{zeroed} of {edges}"}
-
-
-def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
-    return pb.ModelMetadataResponse.TensorMetadata(
-        name=spec.name, datatype=spec.datatype, shape=spec.shape
-    )

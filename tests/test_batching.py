@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serving.batching import Batch, Item, Lane, Limits, Pace, Queue, QueueFull, TooLate
+from serving.batching import Batch, Item, Lane, Limits, Queue, QueueFull, TooLate
 
 NO_LIMIT = 10**9
 
@@ -283,23 +282,6 @@ def test_a_dropped_request_starts_no_further_part() -> None:
     queue.drop(lane, large)
     queue.end(first, 1)
     assert queue.take(1) is None
-
-
-@given(
-    fixed=st.floats(0, 1),
-    per_row=st.floats(1e-6, 1),
-    rows=st.lists(st.integers(1, 100), min_size=2),
-)
-def test_the_pace_of_runs_is_learned(fixed: float, per_row: float, rows: list[int]) -> None:
-    pace = Pace()
-    for n in rows:
-        pace.learn(n, fixed + per_row * n)
-    if len(set(rows)) > 1:
-        assert pace.expect(50) == pytest.approx(fixed + per_row * 50, rel=1e-3)
-        assert pace.expect(200, runs=4) == pytest.approx(4 * fixed + per_row * 200, rel=1e-3)
-    else:
-        assert pace.expect(rows[0]) == pytest.approx(fixed + per_row * rows[0])
-        assert pace.expect(100) <= fixed + per_row * 100
 
 
 @dataclass(eq=False)

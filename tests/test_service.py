@@ -18,8 +18,9 @@ from kan_bundle import __version__
 from kan_bundle.manifest import TensorSpec, read_manifest
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.models.description import fitting_message_bytes
 from serving.server import Server
-from serving.service import SERVICE, fitting_message_bytes
+from serving.service import SERVICE
 from tests.conftest import STATE_DICTS, Golden
 from tests.wire import raw_output, raw_request, typed_output, typed_request
 
