@@ -1,4 +1,4 @@
-"""KANLinear layers for tests, and two ways to run them beside their own."""
+"""KANLinear layers for tests, and ways to run them beside their own: a file, the definition."""
 
 from pathlib import Path
 
@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from export.conversion.onnx_graph import load_onnx, write_onnx
 from export.network import Call
-from kan_model import KANLinear
+from kan_model import KANLinear, load_checkpoint, resolve_activation
 from tests import oracle
+from tests.conftest import Golden
+
+ACTIVATIONS = {"silu": oracle.silu, "gelu": oracle.gelu}
 
 
 def make_layer(
@@ -41,3 +44,23 @@ def write_and_run(module: nn.Module, rows: Tensor, folder: Path) -> np.ndarray:
     write_onnx(Call(module, ["x"]).eval(), (rows[:2],), ["x"], ["y"], path, "m", {})
     found: np.ndarray = load_onnx(path)([rows.numpy()])[0]
     return found
+
+
+def golden_layers(golden: Golden) -> list[KANLinear]:
+    kan = load_checkpoint(golden.checkpoint, resolve_activation(golden.activation))
+    return list(kan.requires_grad_(False).layers)
+
+
+def phi(
+    layer: KANLinear, feature: int, output: int, x: float, activation: str = "silu"
+) -> tuple[float, float]:
+    """The base and the spline of one edge, by the oracle."""
+    knots = layer.grid[feature].double().numpy()
+    basis = [
+        oracle.basis_function(x, knots, c, layer.spline_order)
+        for c in range(layer.spline_weight.shape[2])
+    ]
+    spline = float(np.dot(layer.spline_weight[output, feature].detach().double().numpy(), basis))
+    scaler = float(layer.spline_scaler[output, feature])
+    base = float(layer.base_weight[output, feature]) * ACTIVATIONS[activation](x)
+    return base, scaler * spline

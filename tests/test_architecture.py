@@ -137,3 +137,10 @@ def test_models_are_loaded_and_kept_without_grpc() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_one_line_of_the_program_registers_libraries() -> None:
+    packages = ("export", "kan_bundle", "kan_ops", "serving")
+    files = [file for package in packages for file in (ROOT / package).glob("**/*.py")]
+    naming = [f for f in files if "register_custom_ops_library" in f.read_text()]
+    assert [f.relative_to(ROOT) for f in naming] == [Path("kan_ops/__init__.py")]

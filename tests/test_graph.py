@@ -420,11 +420,3 @@ def test_nothing_but_the_installed_package_names_a_library(
     assert load(folder).engine.fused_layers == 2
     assert registered == [own]
     assert not Path(own).is_relative_to(tmp_path)
-
-
-def test_one_line_of_the_program_registers_libraries() -> None:
-    root = Path(kan_ops.__file__).parent.parent
-    packages = ("export", "kan_bundle", "kan_ops", "serving")
-    files = [file for package in packages for file in (root / package).glob("**/*.py")]
-    naming = [f for f in files if "register_custom_ops_library" in f.read_text()]
-    assert [f.relative_to(root) for f in naming] == [Path("kan_ops/__init__.py")]

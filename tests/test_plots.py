@@ -16,7 +16,7 @@ from export.errors import InputError
 from export.plots import Edges, plot_edge, plot_layer, plot_network, read_curves
 from kan_model import KAN
 from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden, run_module
-from tests.test_curves import golden_layers, phi
+from tests.layers import golden_layers, phi
 
 UNIFORM = STATE_DICTS[0]
 BEGINNINGS = {".png": b"\x89PNG", ".pdf": b"%PDF-", ".svg": b"<?xml"}

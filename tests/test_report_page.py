@@ -21,8 +21,8 @@ from kan_bundle.manifest import read_manifest
 from kan_model import KANLinear
 from tests.browsing import TRAP, contrast, draw_all, opened, shown
 from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden
+from tests.layers import golden_layers, phi
 from tests.servers import served
-from tests.test_curves import golden_layers, phi
 
 AXE = ROOT / "tests" / "node" / "node_modules" / "axe-core" / "axe.min.js"
 UNIFORM = STATE_DICTS[0]

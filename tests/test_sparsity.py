@@ -10,58 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export import InputError, export_checkpoint, export_module, tables
+from export import InputError, export_checkpoint, export_module
 from export.conversion.onnx_graph import load_onnx
 from export.conversion.torchscript import load_torchscript
-from export.curves import importance
 from export.inputs import read_inputs
 from export.network import describe_network
 from export.report import Report
-from export.sparsity import THRESHOLDS, prune_further, prune_network
+from export.sparsity import prune_further
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
 from kan_model import KAN, KANLinear
-from kan_model.inspection import inspect_checkpoint
 from kan_model.splines import b_spline_basis
 from tests import oracle
 from tests.conftest import GOLDENS, run_module
+from tests.edges import WithKAN, arrays, uneven, within, zeroed
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
-
-
-def uneven(widths: list[int], seed: int = 0, **options: object) -> KAN:
-    """A KAN whose edges differ in importance by five powers of ten."""
-    torch.manual_seed(seed)
-    kan = KAN(widths, **options)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for layer in kan.layers:
-            nn.init.normal_(layer.spline_weight)
-            size = 10 ** -(5 * torch.rand_like(layer.base_weight))
-            layer.base_weight.mul_(size)
-            layer.spline_weight.mul_(size[..., None])
-    return kan
-
-
-def arrays(kan: KAN) -> dict[str, np.ndarray]:
-    return {key: value.double().numpy() for key, value in kan.state_dict().items()}
-
-
-def zeroed(kan: KAN, threshold: float, samples: Tensor | None = None) -> dict[str, np.ndarray]:
-    """The weights with the edges left out, by the definition of a threshold."""
-    state = arrays(kan)
-    for i, layer in enumerate(kan.layers):
-        found = importance(layer, samples).numpy()
-        out = found <= threshold * found.max()
-        state[f"layers.{i}.base_weight"][out] = 0
-        state[f"layers.{i}.spline_weight"][out] = 0
-        if samples is not None:
-            samples = layer(samples).detach()
-    return state
-
-
-def within(kan: KAN, rows: int = 40) -> np.ndarray:
-    rng = np.random.default_rng(1)
-    return rng.uniform(-1, 1, (rows, kan.layers[0].in_features)).astype(np.float32)
 
 
 @pytest.mark.parametrize("threshold", [1e-3, 0.03, 0.1])
@@ -209,18 +173,6 @@ def test_a_float64_checkpoint_is_pruned_in_both_precisions(tmp_path: Path, quiet
     assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
 
 
-class WithKAN(nn.Module):
-    """A KAN between other layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before = nn.Linear(3, 4)
-        self.head = uneven([4, 6, 2])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.before(x))) + 1  # type: ignore[no-any-return]
-
-
 def test_kan_layers_inside_a_network_are_pruned(tmp_path: Path, quiet: Report) -> None:
     torch.manual_seed(0)
     network = WithKAN().eval()
@@ -347,109 +299,3 @@ def test_an_activation_over_another_axis_is_refused_in_plain_words(
     layer = KANLinear(4, 2, base_activation=lambda: nn.Softmax(dim=2))
     with pytest.raises(InputError, match="the base activation of KANLinear goes by places"):
         export_module(layer, name="m", output=tmp_path, input_shape=(3, 4), prune=0.1, report=quiet)
-
-
-# The table.
-
-
-def test_the_table_is_what_an_export_would_find() -> None:
-    kan = uneven([5, 7, 3])
-    found = list(prune_further(describe_network(uneven([5, 7, 3]), None), THRESHOLDS))
-    assert [step.threshold for step in found] == list(THRESHOLDS)
-    x = within(kan, 200)
-    for step in found:
-        state = zeroed(kan, step.threshold)
-        assert step.zeroed == sum(
-            int((state[f"layers.{i}.base_weight"] == 0).sum()) for i in range(2)
-        )
-        alone = prune_network(describe_network(uneven([5, 7, 3]), None), step.threshold)[1]
-        assert alone.change == step.change
-        assert step.change is not None
-        assert step.change.on == "grid"
-    changes = [step.change.largest for step in found if step.change is not None]
-    assert changes == sorted(changes)
-    assert changes[0] == 0
-    state = zeroed(kan, THRESHOLDS[-1])
-    off = np.abs(oracle.kan(state, x, oracle.silu) - oracle.kan(arrays(kan), x, oracle.silu))
-    assert off.max() == pytest.approx(changes[-1], rel=0.5)  # on other random rows
-
-
-def test_inspect_shows_it_on_stdout(tmp_path: Path) -> None:
-    torch.save(uneven([5, 7, 3]).state_dict(), tmp_path / "m.pt")
-    flags = ["--activation", "silu", "--sparsity"]
-    done = run_module("export", "inspect", tmp_path / "m.pt", *flags)
-    assert done.returncode == 0, done.stderr
-    assert "What leaving edges out would change" in done.stdout
-    table = done.stdout.partition("What leaving edges out would change")[2]
-    assert max(map(len, table.splitlines())) <= 80
-    as_json = run_module("export", "inspect", tmp_path / "m.pt", *flags, "--json")
-    steps = json.loads(as_json.stdout)["sparsity"]
-    assert [step["threshold"] for step in steps] == list(THRESHOLDS)
-    for step in steps:
-        assert f" {sum(layer['zeroed'] for layer in step['layers'])} " in done.stdout
-
-
-def test_why_no_node_is_taken_out_is_told() -> None:
-    """Of a KAN with an idle input, which stays, and of one in a network, whose idle node does."""
-    kan, network = uneven([5, 7, 3]), WithKAN().eval()
-    with torch.no_grad():
-        for layer in (kan.layers[0], network.head.layers[1]):
-            layer.base_weight[:, 2] = 0
-            layer.spline_weight[:, 2] = 0
-    _, stays = prune_network(describe_network(kan, None), 0.0)
-    assert stays.nodes_removed == (0, 0, 0)
-    told = "\n".join(tables.pruning_lines(stays))
-    assert "7 of 56 edges left out" in told
-    assert "no hidden one is idle, and at most half of the inputs are" in told
-    inputs = read_inputs("3", None)
-    _, inside = prune_network(describe_network(network, inputs), 0.0)
-    told = "\n".join(tables.pruning_lines(inside))
-    assert "2 of 36 edges left out" in told
-    assert "no node is taken out, because that is done in a KAN alone" in told
-
-
-def test_nodes_are_told_of_only_where_they_can_go(tmp_path: Path) -> None:
-    found = inspect_checkpoint(UNIFORM)
-    for network, can_go in (
-        (describe_network(uneven([5, 7, 3]), None), True),
-        (describe_network(WithKAN().eval(), read_inputs("3", None)), False),
-    ):
-        text = tables.inspection(found, list(prune_further(network, THRESHOLDS)))
-        assert ("nodes that are then idle go too" in text) == can_go
-        assert ("nothing smaller or faster" in text) != can_go
-        table = text.partition("What leaving edges out would change")[2]
-        assert max(map(len, table.splitlines())) <= 80
-
-
-def test_inspect_takes_a_network_of_your_own(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    torch.save(WithKAN().state_dict(), tmp_path / "m.pt")
-    flags = ["--model", "tests.test_sparsity:WithKAN", "--input-shape", "3", "--json"]
-    done = run_module("export", "inspect", tmp_path / "m.pt", "--sparsity", *flags)
-    assert done.returncode == 0, done.stderr
-    step = json.loads(done.stdout)["sparsity"][-1]
-    assert [layer["name"] for layer in step["layers"]] == ["head.layers.0", "head.layers.1"]
-    assert step["change"]["on"] == "random"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["inspect", "m.pt", "--prune", "0.1"], "inspect exports nothing; leave out --prune"),
-        (["inspect", "m.pt", "--prune", "0"], "inspect exports nothing; leave out --prune"),
-        (["inspect", "m.pt", "--output", "models"], "inspect exports nothing; leave out --output"),
-        (["inspect", "m.pt", "--samples", "x.npy"], "leave out --samples, or add --sparsity"),
-        (["m.pt", "--sparsity"], "--sparsity belongs to inspect"),
-    ],
-)
-def test_flags_that_do_not_go_together_are_refused(flags: list[str], message: str) -> None:
-    done = run_module("export", *flags)
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
-
-
-def test_rows_of_samples_are_told_from_made_ones() -> None:
-    inputs = read_inputs(None, within(uneven([5, 7, 3]), 30))
-    steps = list(prune_further(describe_network(uneven([5, 7, 3]), inputs), [0.1]))
-    assert steps[0].change is not None
-    assert (steps[0].change.on, steps[0].change.rows) == ("samples", 30)
