@@ -7,6 +7,7 @@ the network.
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,15 @@ class Network:
             return None
         whole = len(self.layers) == len(module.layers) and self.leading is not None
         return module if whole else None
+
+    def name_output(self, column: int) -> str:
+        """Name one of the numbers of a row, counted through all outputs: `output[3]`."""
+        for spec in self.outputs:
+            size = math.prod(spec.shape[1:])
+            if column < size:
+                return f"{spec.name}[{column}]"
+            column -= size
+        raise AssertionError(f"{column} is beyond the outputs")
 
 
 def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from export.errors import ParityError
@@ -37,7 +36,7 @@ def require_parity(
         raise ParityError(
             f"{m.runtime} does not compute what the network computes, nothing was published: at "
             f"probe {m.worst.row} ({m.worst.group}, batch {m.worst.batch_size}), output "
-            f"{_place(network, m.worst.output)}, expected {m.worst.expected!r} within "
+            f"{network.name_output(m.worst.output)}, expected {m.worst.expected!r} within "
             f"{m.worst.allowed:.2e}, found {m.worst.found!r}; {blame}"
         )
 
@@ -54,13 +53,3 @@ def require_golden(golden: Golden, answers: NDArray[np.float64]) -> None:
             f"onnxruntime is off by {worst:.3g} times what is allowed when it runs {len(answers)} "
             "rows in one batch, nothing was published; please report it with the checkpoint"
         )
-
-
-def _place(network: Network, column: int) -> str:
-    """Name one of the numbers of a row."""
-    for spec in network.outputs:
-        size = int(torch.Size(spec.shape[1:]).numel())
-        if column < size:
-            return f"{spec.name}[{column}]" if len(network.outputs) > 1 else str(column)
-        column -= size
-    raise AssertionError(f"{column} is beyond the outputs")

@@ -5,7 +5,6 @@ how often which share of what is allowed was needed, and how the error goes with
 the grid. Nothing here knows HTML.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from export.network import Network
 from export.proof.parity import Measurement
 from export.proof.reference import Reference
 from kan_bundle.golden import excess
-from kan_bundle.manifest import TensorSpec
 
 DECADES = 6
 """How far below what is allowed errors are told apart."""
@@ -146,21 +144,12 @@ def _describe_worst(measurement: Measurement, reference: Reference, network: Net
         group=worst.group,
         batch_size=worst.batch_size,
         row=worst.row,
-        output=_name_output(network.outputs, worst.output),
+        output=network.name_output(worst.output),
         expected=worst.expected,
         found=worst.found,
         allowed=worst.allowed,
         inputs=tuple(inputs),
     )
-
-
-def _name_output(outputs: Sequence[TensorSpec], column: int) -> str:
-    for spec in outputs:
-        size = math.prod(spec.shape[1:])
-        if column < size:
-            return f"{spec.name}[{column}]"
-        column -= size
-    raise AssertionError(f"{column} is beyond the outputs")
 
 
 def _distance(network: Network, reference: Reference) -> NDArray[np.float64]:
