@@ -54,8 +54,8 @@ class Limits:
         max_wait_s: How long the first request of a batch waits for others, counted from its
             arrival. With 0 nobody waits for company; short requests that are in line together run
             together all the same.
-        max_queue_rows: Most rows that wait or run for others to be let in. Where nobody waits there
-            is room for a request of any size.
+        max_queue_rows: Most rows that wait, with those of a run, for others to be let in. Where
+            nobody waits there is room for a request of any size.
         max_queue_bytes: The same for bytes.
     """
 
@@ -136,6 +136,7 @@ class Lane(Generic[AnyItem]):
         self._line: deque[AnyItem] = deque()
         self._rows = 0
         self._size_bytes = 0
+        self._runs = 0
         self._running_rows = 0
         self._running_bytes = 0
 
@@ -158,11 +159,15 @@ class Lane(Generic[AnyItem]):
 
     @property
     def _held(self) -> tuple[int, int]:
-        """Rows and bytes, in line and running.
+        """Rows and bytes, in line and in one of the runs.
 
-        Both count, so that an answer comes within the time that so many rows take.
+        Who comes last waits for the line and for a run to end, so that an answer comes within the
+        time that so many rows take. Other runs do not count: what slots do is no reason to refuse.
         """
-        return self._rows + self._running_rows, self._size_bytes + self._running_bytes
+        runs = max(self._runs, 1)
+        return self._rows + self._running_rows // runs, (
+            self._size_bytes + self._running_bytes // runs
+        )
 
     @property
     def seconds(self) -> float:
@@ -206,11 +211,13 @@ class Lane(Generic[AnyItem]):
 
     def begin(self, batch: Batch[AnyItem]) -> None:
         """Count what runs now."""
+        self._runs += 1
         self._running_rows += batch.rows
         self._running_bytes += batch.size_bytes
 
     def end(self, batch: Batch[AnyItem]) -> None:
         """Count it no longer."""
+        self._runs -= 1
         self._running_rows -= batch.rows
         self._running_bytes -= batch.size_bytes
 

@@ -5,16 +5,17 @@ the same buffers on the device each time, and a batch is filled up to the next s
 
 onnxruntime keeps graphs for each thread that runs a session, so all runs are one thread's. And
 while a graph is captured, CUDA refuses every thread that takes or frees memory of the device, which
-breaks the capture, and in a destructor ends the process. So that thread frees sessions, too; and
-whoever makes a session does not do so while another's runs are being captured. This module knows
-onnxruntime alone.
+breaks the capture, and in a destructor ends the process. So that thread frees sessions, too. No
+session is made while another's runs are captured, because both are done by loads, one at a time:
+`Keeper` sees to it. This module knows onnxruntime alone.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -34,18 +35,44 @@ def bucket_sizes(max_rows: int) -> tuple[int, ...]:
 
 def on_graph_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Have the one thread that captures and replays graphs do something, and wait for it."""
-    return _graph_thread().submit(work, *args, **kwargs).result()
+    end: Future[T] = Future()
+    _graph_work().put(partial(_do, end, work, args, kwargs))
+    try:
+        return end.result()
+    finally:
+        del end  # an error in it holds this frame
 
 
 def drop_on_graph_thread(held: list[Any]) -> None:
-    """Empty a list there, which has the last references to what is to be freed."""
-    with suppress(RuntimeError):  # Python is ending, and nothing is captured any more
-        _graph_thread().submit(held.clear)
+    """Empty a list there, which has the last references to what is to be freed.
+
+    Destructors call this, and may be called in the midst of anything, also of this.
+    """
+    _graph_work().put(held.clear)
 
 
 @cache
-def _graph_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "graphs")
+def _graph_work() -> "SimpleQueue[Callable[[], object]]":
+    """Start the thread; give what it takes work from, whose `put` may come amid another `put`."""
+    work: SimpleQueue[Callable[[], object]] = SimpleQueue()
+    threading.Thread(target=_do_forever, args=(work,), name="graphs", daemon=True).start()
+    return work
+
+
+def _do_forever(work: "SimpleQueue[Callable[[], object]]") -> None:
+    while True:
+        work.get()()  # and nothing is kept of it
+
+
+def _do(
+    end: "Future[T]", work: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    try:
+        end.set_result(work(*args, **kwargs))
+    except BaseException as error:
+        end.set_exception(error)
+    finally:
+        del end  # as above
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ wanted; what goes wrong is raised as an error of serving/errors.py.
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 from kan_bundle import __version__
@@ -159,16 +159,15 @@ class InferenceService:
 
     def infer(self, request: pb.ModelInferRequest, call: Call) -> Answer:
         """Run some rows, and wait for the answer; `start_infer` does not wait."""
-        end: Future[Answer] = Future()
-
-        def tell(found: Answer | Exception) -> None:
-            if isinstance(found, Exception):
-                end.set_exception(found)
-            else:
-                end.set_result(found)
-
-        self.start_infer(request, call, tell)
-        return end.result()
+        told: SimpleQueue[Answer | Exception] = SimpleQueue()
+        self.start_infer(request, call, told.put)
+        found = told.get()
+        if not isinstance(found, Exception):
+            return found
+        try:
+            raise found
+        finally:
+            del found  # it holds this frame, and that of the engine
 
     def start_infer(
         self,

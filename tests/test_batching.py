@@ -188,7 +188,7 @@ def test_lanes_take_turns_and_never_share_a_run() -> None:
 
 
 def test_a_queue_that_is_full_says_when_there_is_room_again() -> None:
-    queue, lane = Queue[Item](2), of_long_runs(max_queue_rows=6)
+    queue, lane = Queue[Item](2), of_long_runs(max_queue_rows=5)
     running = item(1), item(1)
     admitted(queue, lane, *running)
     for _ in running:
@@ -220,6 +220,16 @@ def test_what_runs_takes_room_until_it_ends() -> None:
     admitted(queue, lane, item(1))
     queue.end(batch, 1.0)
     admitted(queue, lane, item(2))
+
+
+def test_runs_in_other_slots_take_no_room() -> None:
+    queue, lane = Queue[Item](3), of_long_runs(max_queue_rows=4)
+    for _ in range(3):
+        admitted(queue, lane, item(2))
+        assert queue.take(0) is not None
+    admitted(queue, lane, item(1), item(1))
+    with pytest.raises(QueueFull):
+        queue.admit(lane, item(1))
 
 
 def test_an_empty_queue_has_room_for_anything() -> None:

@@ -1,7 +1,7 @@
 import gc
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import pytest
 
 from kan_bundle.manifest import read_manifest
 from serving import runtime
-from serving.buffers import BufferedRuns, bucket_sizes, on_graph_thread
+from serving.buffers import BufferedRuns, bucket_sizes, drop_on_graph_thread, on_graph_thread
 from serving.engine import Engine, EngineOptions
 from serving.errors import EngineError, InvalidRequest, StartupError
+from tests.servers import WAIT_S
 
 
 def made(folder: Path, **options: Any) -> Engine:
@@ -153,3 +154,30 @@ def test_one_thread_alone_runs_over_fixed_buffers_and_frees_them(
     del buffered
     on_graph_thread(gc.collect)
     assert freed_by == [graphs]
+
+
+def test_an_engine_may_be_freed_in_the_midst_of_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the collector runs while work is being handed over, it must not wait for that."""
+    freed = []
+
+    class Freed:
+        def __init__(self) -> None:
+            self.cycle = self
+
+        def __del__(self) -> None:
+            drop_on_graph_thread([])
+            freed.append(self.cycle)
+
+    begin = Future.__init__
+
+    def begin_and_collect(future: "Future[Any]") -> None:
+        begin(future)
+        gc.collect()
+
+    monkeypatch.setattr(Future, "__init__", begin_and_collect)
+    Freed()
+    worker = threading.Thread(target=on_graph_thread, args=(int,), daemon=True)
+    worker.start()
+    worker.join(WAIT_S)
+    assert not worker.is_alive()
+    assert freed
