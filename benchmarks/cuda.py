@@ -1,6 +1,6 @@
 """`python -m benchmarks.cuda BUNDLE...`: a CUDA device beside the CPU, in process and over gRPC.
 
-Needs an environment with kanserve[gpu], as `make test-cuda` makes it; with PyTorch for CUDA, the
+Needs an environment with the extra gpu, as `make test-cuda` makes it; with PyTorch for CUDA, the
 TorchScript file is measured too. Every time is of a call that takes inputs from the memory of the
 CPU and leaves outputs there. Prints two tables for each bundle, as Markdown.
 """

@@ -18,7 +18,7 @@ from export.pipeline import size_of, write_bundle
 from export.report import Report
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import Manifest, Precision, Source
-from kan_model import CheckpointError
+from kan_model.checkpoint import require_file
 
 
 def export_checkpoint(
@@ -88,8 +88,7 @@ def export_checkpoint(
     """
     path = Path(checkpoint)
     report = report or Report.silent()
-    if path.is_dir():  # whose stem may be no name
-        raise CheckpointError(f"{path}: expected a checkpoint file, found a folder")
+    require_file(path)  # the stem of a folder may be no name
     options = check_options(
         path.stem if name is None else name,
         output=output,

@@ -266,17 +266,16 @@ def layer_curves(
     )
 
 
-def has_curves(layer: KANLinear) -> bool:
-    """Tell whether every edge is a function of one number.
-
-    None is where the base activation goes by places, as PReLU with a slope for each channel does.
-    """
+def why_no_curves(layer: KANLinear) -> str | None:
+    """Tell why the edges of a layer are no functions of one number each; None if they are."""
     x = torch.linspace(-2, 2, 2 * layer.in_features, dtype=torch.float64)
     x = x.reshape(2, layer.in_features)
     try:
-        return torch.allclose(activate(layer, x), activate(layer, x.T).T, equal_nan=True)
-    except Exception:  # a user's own activation may fail in any way
-        return False
+        is_of_one = torch.allclose(activate(layer, x), activate(layer, x.T).T, equal_nan=True)
+    except Exception as error:  # a user's own activation may fail in any way
+        told = str(error).partition("\n")[0]
+        return f"fails on numbers of its own ({type(error).__name__}: {told})"
+    return None if is_of_one else "goes by places, as PReLU with several slopes does"
 
 
 def has_common_knots(layer: KANLinear) -> bool:

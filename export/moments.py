@@ -102,6 +102,8 @@ def _add_up(layer: KANLinear, knots: Tensor, points: Iterable[Tensor]) -> Moment
     high = -low
     origin: Tensor | None = None
     for given in points:
+        if not given.shape[1]:  # a part of the network that no row reaches
+            continue
         finite = torch.isfinite(given)
         low = torch.minimum(low, torch.where(finite, given, torch.inf).amin(dim=1))
         high = torch.maximum(high, torch.where(finite, given, -torch.inf).amax(dim=1))

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -124,9 +125,10 @@ def _write(path: Path, content: bytes) -> None:
         OSError: It cannot be written; names the file.
     """
     target = Path(os.path.realpath(path))  # a link stays one
-    part = target.with_name(f".plot-{os.getpid()}")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        part.write_bytes(content)
+        with part.open("xb") as file:
+            file.write(content)
         part.replace(target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

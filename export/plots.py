@@ -138,7 +138,7 @@ def _numbers(count: int, only: Edges | None) -> Sequence[int]:
     Raises:
         InputError: There is no such layer.
     """
-    if only is None or only.layer is None:
+    if only is None or only.layer is None or not count:
         return range(count)
     if not 0 <= only.layer < count:
         raise InputError(f"--layer: expected 0 to {count - 1}, found {only.layer}")
@@ -154,9 +154,9 @@ def _measure(name: str, layer: KANLinear, only: Edges | None, room: int) -> Laye
     wanted = torch.zeros_like(measured, dtype=torch.bool)
     wanted[_part(only.output), _part(only.feature)] = True
     count = int(wanted.sum())
-    # NaN comes last, whatever the others are; what is not there is refused when it is drawn.
-    if 0 < count < wanted.numel() and not bool(measured[wanted].isnan().any()):
+    if 0 < count < wanted.numel():  # what is not there is refused when it is drawn
         measured[~wanted] = -1
+        measured[wanted] = measured[wanted].nan_to_num(nan=0.0)  # NaN would come last of all
         most = min(most, count)
     return layer_curves(name, layer, measured, sampled=False, most_edges=most)
 

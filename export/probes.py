@@ -18,7 +18,7 @@ ORDINARY = ("knots", "inside", "margin", "samples", "small", "normal")
 
 _RANDOM_ROWS = 64
 _LONE_ROWS = 16
-_FAR = (1.0, 10.0, 1e3, 1e6)  # distance from the outermost knot, in widths of the grid
+_FAR = (1.0, 10.0, 1e3, 1e6)  # distance from the outermost knot, in widths of the knots
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.curves import has_curves, importance
+from export.curves import importance, why_no_curves
 from export.errors import InputError, NetworkError, cause, refused_samples
 from export.narrowing import NarrowKAN, Nodes, can_be_narrowed, edges_of, find_nodes
 from export.network import Arrays, Network, describe_network
@@ -131,10 +131,11 @@ def _steps(
             "has none; leave them out"
         )
     for name, layer in network.layers.items():
-        if not has_curves(layer):
+        why = why_no_curves(layer)
+        if why is not None:
             raise InputError(
-                f"--prune, --sparsity: the base activation of {name} goes by places, as PReLU with "
-                "several slopes does, so its edges are no functions of one number; leave them out"
+                f"--prune, --sparsity: the base activation of {name} {why}, so its edges are no "
+                "functions of one number; leave them out"
             )
     try:  # the rows that report.html tells of
         samples = network.inputs.samples

@@ -8,6 +8,7 @@ import math
 from kan_bundle.manifest import Manifest
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
+_LEAST_SHARE = 1e-5  # that is told
 
 ROWS = {
     "samples": "rows of the samples",
@@ -31,9 +32,12 @@ def largest_excess(manifest: Manifest) -> tuple[float, int]:
 
 def percent(share: float) -> str:
     """Write a share of 1; what is less than all of it never reads as all."""
-    if share < 1 and _rounded(100 * share) == 100:
+    if 0 < share < _LEAST_SHARE:
+        return f"<{100 * _LEAST_SHARE:g} %"
+    shown = _rounded(100 * share)
+    if share < 1 and shown == 100:
         return f"{math.floor(share * 10_000) / 100:.2f} %"
-    return f"{100 * share:.3g} %"
+    return f"{shown:g} %"
 
 
 def size(count: int) -> str:

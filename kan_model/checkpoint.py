@@ -181,12 +181,22 @@ def check_storage(name: str, tensor: Tensor, file_size: int) -> None:
         )
 
 
-def _measure(path: Path) -> tuple[int, bytes]:
-    """Take a file's size and its first bytes."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+def require_file(path: Path) -> None:
+    """Let a path pass if what is there, if anything is, can be read as a file.
+
+    Raises:
+        CheckpointError: It is a folder, or something that would be waited for, as a pipe.
+    """
+    with suppress(OSError):  # reading it says what is wrong
+        if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "something else"
             raise CheckpointError(f"{path}: expected a checkpoint file, found {kind}")
+
+
+def _measure(path: Path) -> tuple[int, bytes]:
+    """Take a file's size and its first bytes."""
+    require_file(path)
+    try:
         with path.open("rb") as file:
             head = file.read(16)
             size = file.seek(0, os.SEEK_END)

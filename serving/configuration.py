@@ -124,7 +124,7 @@ def unknown_variables(kind: type[BaseSettings]) -> dict[str, str]:
     return {
         name: next(iter(get_close_matches(name, known, n=1, cutoff=_ALIKE)), "")
         for name, value in sorted(os.environ.items())
-        if name.startswith(PREFIX) and value and name not in known
+        if name.startswith(PREFIX) and value and name.upper() not in known
     }
 
 

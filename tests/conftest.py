@@ -120,7 +120,7 @@ def browser() -> "Iterator[Browser]":
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright  # not on every machine that has a device
+    from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         # Chromium's own sandbox is not to be had as root; the pages are ours.

@@ -12,8 +12,8 @@ from serving.engine import Engine, EngineOptions
 LIMITS = Limits(1024, 0.0, 2**20, 2**30)
 
 
-def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
-    return Engine(model, manifest, folder, EngineOptions(fused=True))
+def make_engine(model: bytes, manifest: Manifest, folder: Path, *, fused: bool = True) -> Engine:
+    return Engine(model, manifest, folder, EngineOptions(fused=fused))
 
 
 @pytest.fixture

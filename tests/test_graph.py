@@ -24,7 +24,7 @@ from kan_model import KAN
 from serving.models import outline
 from serving.models.graph import check_graph
 from serving.models.loading import Admission, LoadedModel, load_bundle
-from tests.bundles import CLOSE, run_onnx
+from tests.bundles import CLOSE, FOREIGN, run_onnx
 from tests.conftest import STATE_DICTS
 from tests.loading import LIMITS, make_engine, unreached
 from tests.wire import part
@@ -90,9 +90,6 @@ def branch(*nodes: onnx.NodeProto) -> onnx.NodeProto:
     """A node that has two branches."""
     graph = helper.make_graph(nodes, "branch", [], [])
     return helper.make_node("If", ["c"], ["w"], then_branch=graph, else_branch=graph)
-
-
-FOREIGN = helper.make_node("Gelu", ["input"], ["w"], domain="com.microsoft")
 
 
 OWN = helper.make_node(kan_ops.OPERATOR, ["x", "k", "w"], ["y"], domain=kan_ops.DOMAIN)

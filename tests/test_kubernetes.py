@@ -210,9 +210,13 @@ def _fits(settings: Settings, container: Manifest) -> None:
     assert container["resources"]["requests"]["cpu"] == str(settings.engine_slots)
     assert "cpu" not in container["resources"]["limits"]
     # A message is held several times while it is read: six of 48 MiB have ended a server of 300 MB.
-    memory = MIB * int(container["resources"]["limits"]["memory"].replace("Gi", "024Mi")[:-2])
+    memory = _bytes(container["resources"]["limits"]["memory"])
     assert settings.max_message_bytes == CLIENTS_LIMIT
     assert settings.max_queue_bytes <= memory / 8
+
+
+def _bytes(quantity: str) -> int:
+    return int(quantity[:-2]) * {"Mi": MIB, "Gi": 1024 * MIB}[quantity[-2:]]
 
 
 def _probes(container: Manifest) -> dict[str, Manifest]:

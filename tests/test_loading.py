@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +17,20 @@ from kan_bundle.errors import BundleError, GraphError, IntegrityError
 from kan_bundle.golden import Golden, read_golden, write_golden
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder, find_bundles
-from kan_bundle.manifest import Manifest, read_manifest, write_manifest
-from serving.batching import Limits
-from serving.engine import Engine, EngineOptions
+from kan_bundle.manifest import read_manifest, write_manifest
 from serving.errors import ModelNotFound, ModelNotReady
 from serving.models.control import Keeper
 from serving.models.loading import LoadedModel, load_bundle
 from serving.models.policy import VersionPolicy
 from serving.models.repository import Repository
 from tests.conftest import GOLDENS
+from tests.loading import LIMITS, make_engine
 
 MODEL = "uniform_4x8x3"
 
 
-def make_engine(model: bytes, manifest: Manifest, folder: Path) -> Engine:
-    return Engine(model, manifest, folder, EngineOptions())
-
-
-LIMITS = Limits(1024, 0.0, 2**20, 2**30)
-
-
 def load(folder: BundleFolder) -> LoadedModel:
-    return load_bundle(folder, make_engine, LIMITS)
+    return load_bundle(folder, partial(make_engine, fused=False), LIMITS)
 
 
 def everything(root: Path, load: Callable[[BundleFolder], LoadedModel] = load) -> Repository:

@@ -263,6 +263,6 @@ def test_edges_that_are_no_functions_of_one_number_are_neither_drawn_nor_left_ou
     export_module(network, name="m", output=tmp_path, input_shape="3,4")
     page = (tmp_path / "m" / "1" / "report.html").read_text()
     assert "the edges of 0 are not drawn" in page
-    with pytest.raises(InputError, match="base activation of 0 goes by places"):
+    with pytest.raises(InputError, match="base activation of 0 fails on numbers of its own"):
         export_module(network, name="p", output=tmp_path, input_shape="3,4", prune=0.1)
     assert not (tmp_path / "p").exists()

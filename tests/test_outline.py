@@ -7,15 +7,14 @@ import google.protobuf.message
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
 
 from kan_bundle.errors import BundleError, GraphError
 from serving.models.graph import check_graph
 from serving.models.outline import read_outline
+from tests.bundles import FOREIGN
 from tests.conftest import STATE_DICTS
 from tests.wire import part
 
-FOREIGN = helper.make_node("Gelu", ["input"], ["w"], domain="com.microsoft")
 EVIL = part(7, onnx.GraphProto(node=[FOREIGN]).SerializeToString())
 
 

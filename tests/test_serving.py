@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.__main__ import _Ends
 from serving.engine import Engine
 from serving.server import Server, running
 from serving.settings import Settings
@@ -198,6 +200,27 @@ def test_a_signal_in_the_moment_of_waiting_for_one_is_taken() -> None:
         "signal.setitimer(signal.ITIMER_REAL, 0)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
+
+
+def test_who_waits_for_a_signal_looks_up_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python runs a handler only in a thread that is awake, and not every signal wakes it."""
+    ends = _Ends()
+    ends.listening = True
+    slept = []
+
+    class Deaf:
+        """Sleeps through a signal, as a lock does that is taken just after it."""
+
+        def get(self, timeout: float) -> None:
+            slept.append(timeout)
+            if len(slept) == 3:
+                return
+            raise Empty
+
+    monkeypatch.setattr(ends, "_news", Deaf())
+    ends.wait()
+    assert len(slept) == 3
+    assert max(slept) <= 1
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from export.benchmark import Benchmark
 from export.conversion.precision import TOLERANCE
-from export.curves import Array, attribution, has_curves, importance, layer_curves
+from export.curves import Array, attribution, importance, layer_curves, why_no_curves
 from export.inputs import shown
 from export.network import Network
 from export.reaching import reaching
@@ -70,7 +70,8 @@ class Exported:
 def render_page(exported: Exported) -> str:
     """Write the page."""
     network = exported.network
-    drawn = {name: layer for name, layer in network.layers.items() if has_curves(layer)}
+    why_not = {name: why_no_curves(layer) for name, layer in network.layers.items()}
+    drawn = {name: layer for name, layer in network.layers.items() if why_not[name] is None}
     chain = network.kan is not None and len(drawn) == len(network.layers)
     layers = _describe_layers(network, drawn, chain=chain)
     style, script = _asset("report.css"), "\n".join(_asset(name) for name in _SCRIPTS)
@@ -82,7 +83,7 @@ def render_page(exported: Exported) -> str:
             manifest=exported.manifest,
             verdict=_verdict(exported.manifest),
             attention=[*exported.warnings, *_pruned(exported.manifest.pruning), *_outside(layers)]
-            + [_not_drawn(name) for name in network.layers if name not in drawn],
+            + [_not_drawn(name, why) for name, why in why_not.items() if why is not None],
             charts=[
                 (d, draw_histogram(d), draw_scatter(d, from_grid=has_grid(network)))
                 for d in exported.deviations
@@ -107,10 +108,10 @@ def render_page(exported: Exported) -> str:
     )
 
 
-def _not_drawn(name: str) -> str:
+def _not_drawn(name: str, why: str) -> str:
     return (
-        f"the edges of {name} are not drawn: its base activation goes by places, so they are no "
-        "functions of one number"
+        f"the edges of {name} are not drawn: its base activation {why}, so they are no functions "
+        "of one number"
     )
 
 

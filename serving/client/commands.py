@@ -134,7 +134,7 @@ def require(module: str) -> None:
 
 @contextmanager
 def _told_of_waiting(arguments: Namespace) -> Iterator[None]:
-    """Say whom a first answer is waited for of, and how long at most, if it does not come soon."""
+    """Name the server and the longest wait, if the first answer does not come soon."""
     line = f"waiting for {arguments.address} ({arguments.timeout_s:g} s)\n"
     timer = threading.Timer(_SILENT_S, sys.stderr.write, [line])
     timer.daemon = True

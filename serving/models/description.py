@@ -105,9 +105,10 @@ def _pruning(record: PruningRecord | None) -> dict[str, str]:
     """Tell whether a model is another function than its source."""
     if record is None:
         return {"prune_threshold": "", "pruned_edges": ""}
-    zeroed = sum(layer.zeroed for layer in record.layers)
-    edges = sum(layer.edges for layer in record.layers)
-    return {"prune_threshold": str(record.threshold), "pruned_edges": f"{zeroed} of {edges}"}
+    return {
+        "prune_threshold": str(record.threshold),
+        "pruned_edges": f"{record.zeroed} of {record.edges}",
+    }
 
 
 def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:

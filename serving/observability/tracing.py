@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import structlog
 
 from kan_bundle import __version__
 from serving.errors import StartupError
@@ -18,6 +19,8 @@ from serving.service import SERVICE, Answer
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
+
+_log = structlog.get_logger()
 
 _EXPORT_S = 5
 _LAST_S = 1.0
@@ -87,6 +90,8 @@ class Tracing:
         last = threading.Thread(target=self._provider.shutdown, daemon=True)
         last.start()
         last.join(_LAST_S)
+        if last.is_alive():
+            _log.warning("spans_not_sent", reason=f"not within {_LAST_S:g} s")
 
 
 class RequestSpan:

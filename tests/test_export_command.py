@@ -1,0 +1,146 @@
+"""`python -m export`: what it prints, where, and how it ends."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from export import tables
+from kan_bundle.manifest import read_manifest
+from tests.conftest import GOLDENS, ROOT, Golden, run_module
+
+UNIFORM = GOLDENS / "uniform_4x8x3.pt"
+
+
+def test_the_command_prints_the_path_and_tells_the_story(tmp_path: Path) -> None:
+    done = run_module("export", UNIFORM, "--output", tmp_path / "models", "--name", "m")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/models/m/1\n"
+    for expected in (
+        "layers.0: 4 -> 8, uniform grid of 5, order 3, with standalone scaler, silu",
+        "silu is ASSUMED",
+        "inputs lie up to 10^6 widths of the knots away, where outputs are huge",
+        "write model.onnx",
+        "write model.ts",
+        "onnxruntime cpu",
+        "onnxruntime cpu, fused",
+        "torchscript",
+        "equal",
+        " s\n",
+    ):
+        assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    end = done.stderr.partition("\n  model")[2]
+    assert re.search(r"activation +silu, ASSUMED: if it was another, every answer is wrong", end)
+
+
+def test_the_end_names_the_activation_that_was_taken(repository: Path, golden: Golden) -> None:
+    manifest = read_manifest(repository / golden.name / "1")
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(tables.result(manifest, "models/m/1", 1.0))
+    assert re.search(rf"activation +{golden.activation} *\n", shown.get())
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
+def test_a_stdout_that_cannot_be_written_is_told(tmp_path: Path, where: str) -> None:
+    if where == "/dev/full":
+        stdout = os.open(where, os.O_WRONLY)
+    else:
+        reader, stdout = os.pipe()
+        os.close(reader)
+    command = [sys.executable, "-m", "export", str(UNIFORM), "--output", str(tmp_path / "models")]
+    done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    os.close(stdout)
+    assert done.returncode == 1
+    assert "the work is done, but stdout cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("largest", [8_000, 16_000], ids=["model.onnx", "model.ts"])
+def test_a_file_that_there_is_no_room_for_ends_the_export_and_nothing_is_left(
+    tmp_path: Path, largest: int
+) -> None:
+    """With a limit for the size of files, which torch meets as it does a full disk."""
+    limited = "import resource, sys; from export.__main__ import main;"
+    limited += (
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, {largest})); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", limited, str(UNIFORM), "--output", str(tmp_path / "models")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert "File too large; make room, or choose another --output" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:
+    done = run_module("export", UNIFORM, "--output", tmp_path, "--activation", "silu", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert Path(summary["path"]) == tmp_path / "uniform_4x8x3" / "1"
+    assert summary["manifest"]["parity"][0]["runtime"] == "eager"
+    assert "ASSUMED" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        pytest.param(["none.pt"], 1, "none.pt: no such file", id="missing"),
+        pytest.param(["."], 1, ".: expected a checkpoint file, found a folder", id="folder"),
+        pytest.param(
+            [str(UNIFORM), "--precision", "float16"], 2, "did you mean fp16?", id="precision"
+        ),
+        pytest.param([str(UNIFORM), "--activation", "swish"], 1, "'swish' is not known", id="act"),
+        pytest.param([str(UNIFORM), "--name", "a/b"], 1, "model name 'a/b'", id="name"),
+        pytest.param([str(UNIFORM), "--output", "/proc/none"], 1, "/proc/none", id="unwritable"),
+        pytest.param([], 2, "required: FILE", id="no file"),
+        pytest.param(
+            [str(UNIFORM), "--version", "0"], 2, "expected a positive integer", id="version"
+        ),
+        pytest.param([str(UNIFORM), "--version", "9" * 19], 2, "18 digits", id="huge version"),
+        pytest.param([str(UNIFORM), "--name", ""], 1, "model name ''", id="empty name"),
+        pytest.param(
+            [str(UNIFORM), "--activation", "tests.test_export:Branching"],
+            1,
+            "the network cannot be written as ONNX",
+            id="untraceable",
+        ),
+        pytest.param([str(UNIFORM), "--no-such-flag"], 2, "--no-such-flag", id="flag"),
+    ],
+)
+def test_what_is_refused_gives_one_message_and_writes_nothing(
+    tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    if "--output" not in arguments:
+        arguments = [*arguments, "--output", str(tmp_path / "models")]
+    done = run_module("export", *arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_runs_without_being_installed(tmp_path: Path) -> None:
+    """From a checkout, `python -m export` needs the dependencies only."""
+    copy = tmp_path / "checkout"
+    for package in ("export", "kan_bundle", "kan_model"):
+        shutil.copytree(ROOT / package, copy / package)
+    done = subprocess.run(
+        [sys.executable, "-m", "export", UNIFORM, "--output", tmp_path / "models"],
+        cwd=copy,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "models" / "uniform_4x8x3" / "1" / "model.onnx").exists()
