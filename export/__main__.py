@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from export.arguments import OPSETS, parse
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _end_at_once)  # libraries are imported for seconds
     plotting = words[:1] == ["plot"]  # a file of that name is ./plot
     if plotting:
         from export import plot_command
@@ -69,7 +72,8 @@ def _run(words: list[str]) -> int:
     from kan_model import KanModelError
 
     report = Report(quiet=not plotting and arguments.quiet)
-    signal.signal(signal.SIGTERM, lambda signum, _: report.end(128 + signum))
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda signum, _: report.end(128 + signum))
     # For --model and --activation, also as kan-export. Last, or a folder that has an `export` of
     # its own would come before what is installed.
     sys.path.append(str(Path.cwd()))
@@ -88,10 +92,18 @@ def _run(words: list[str]) -> int:
         remedy = f"; make room, or choose another {flag}" if error.errno in _NO_ROOM else ""
         report.fail(f"{where}: {error.strerror or error}{remedy}")
         return 1
-    except KeyboardInterrupt:
-        report.fail("interrupted")
-        return 128 + signal.SIGINT
+    except SystemExit as ended:
+        if ended.code == 128 + signal.SIGINT:
+            report.fail("interrupted")
+        raise
     return _print_result(result, report) or code
+
+
+def _end_at_once(signum: int, frame: FrameType | None) -> None:
+    """End while there is nothing to be tidied up: an exception could come out of any import."""
+    if signum == signal.SIGINT:
+        os.write(2, b"error: interrupted\n")
+    os._exit(128 + signum)
 
 
 @contextmanager

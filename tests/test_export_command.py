@@ -144,3 +144,32 @@ def test_it_runs_without_being_installed(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "models" / "uniform_4x8x3" / "1" / "model.onnx").exists()
+
+
+def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
+    """A package in place of torch sends it in the midst of its import."""
+    (tmp_path / "torch").mkdir()
+    interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "torch" / "__init__.py").write_text(interrupt)
+    done = run_module("export", UNIFORM, environment={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_an_interrupt_that_a_library_swallows_ends_it_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swallow(*_: object, **__: object) -> frozenset[str]:
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGINT)
+        return frozenset()
+
+    monkeypatch.setattr("export.pipeline.write_onnx", swallow)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            main([str(UNIFORM), "--output", str(tmp_path / "models")])
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert "error: interrupted" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
