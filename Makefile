@@ -97,6 +97,7 @@ protos: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -I. --grpc_python_out=. protos/inference.proto
 
 $(VENV)/installed: pyproject.toml constraints.txt kan_ops/CMakeLists.txt $(CPP)
+	@echo "Installing into $(VENV), which takes minutes and says nothing."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,signing,otel,examples,docs,dev]'
 	@$(BIN)/python -m kan_ops || true

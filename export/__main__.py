@@ -89,8 +89,8 @@ def _run(words: list[str]) -> int:
     except OSError as error:
         where = error.filename or (arguments.file if plotting else arguments.output)
         flag = "-o" if plotting else "--output"
-        remedy = f"; make room, or choose another {flag}" if error.errno in _NO_ROOM else ""
-        report.fail(f"{where}: {error.strerror or error}{remedy}")
+        remedy = "make room, or choose" if error.errno in _NO_ROOM else "choose"
+        report.fail(f"{where}: {error.strerror or error}; {remedy} another {flag}")
         return 1
     except SystemExit as ended:
         if ended.code == 128 + signal.SIGINT:
@@ -168,18 +168,24 @@ def _read_password(path: Path | None) -> str | None:
 
 def _following(arguments: argparse.Namespace, manifest: Manifest) -> list[tuple[str, str]]:
     """Suggest commands, of the kind that this one was called by."""
-    from export.inputs import split_name
+    from export.inputs import shown, split_name
 
     installed = Path(sys.argv[0]).name == "kan-export"
     serve, client = ("kan-serve", "kan-client") if installed else (
         "python -m serving", "python -m serving.client"
     )  # fmt: skip
     folder = arguments.output / manifest.name / str(manifest.version)
-    rows = split_name(arguments.samples[0])[1] if len(arguments.samples or ()) == 1 else "x.npy"
+    inputs = manifest.inputs
+    holds = "; ".join(f"{spec.name} {spec.datatype} {shown(spec.shape)}" for spec in inputs)
+    rows, ask = ("x.npy" if len(inputs) == 1 else "x.npz"), "ask it"
+    if len(arguments.samples or ()) == 1:
+        rows = split_name(arguments.samples[0])[1]
+    else:
+        ask += f"; {rows} is yours to make: {holds}"
     name = shlex.quote(manifest.name)
     found = [
         (f"{serve} --model-repository {shlex.quote(str(arguments.output))}", "serve it"),
-        (f"{client} infer --model {name} --input {shlex.quote(rows)} --output y.npy", "ask it"),
+        (f"{client} infer --model {name} --input {shlex.quote(rows)} --output y.npy", ask),
     ]
     if "report.html" in manifest.files:
         found.append((shlex.quote(str(folder / "report.html")), "read how it does, in a browser"))

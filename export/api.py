@@ -11,6 +11,7 @@ from torch import nn
 
 from export.building import read_network
 from export.conversion.onnx_graph import DEFAULT_OPSET
+from export.errors import InputError
 from export.inputs import Samples, Shapes, read_inputs
 from export.network import copy_module
 from export.options import check_options
@@ -167,6 +168,8 @@ def export_module(
         SigningError: The key cannot be used.
         OSError: Something could not be written.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module: expected a torch.nn.Module, found {type(module).__name__}")
     options = check_options(
         name,
         output=output,

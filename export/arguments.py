@@ -7,6 +7,7 @@ import argparse
 import math
 import sys
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,8 +65,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     """
     if words[:1] == ["inspect"]:  # a file of that name is ./inspect
         words = ["--inspect", *words[1:]]
+    if words == ["--version"]:  # elsewhere it is the model's
+        words = ["--kanserve-version"]
+    for i, word in enumerate(words[:-1]):  # argparse would take -1,3 for a flag
+        if word == "--input-shape" and words[i + 1].startswith("-1"):
+            words = [*words[:i], f"{word}={words[i + 1]}", *words[i + 2 :]]
+            break
     parser = make_parser()
-    arguments = parser.parse_args(words)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(parser, unknown[0])}")
 
     def given(flags: tuple[str, ...]) -> str:
         """List those of some flags that are given."""
@@ -85,6 +94,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     if arguments.output is None:
         arguments.output = DEFAULT_OUTPUT
     return arguments
+
+
+def _meant(parser: argparse.ArgumentParser, unknown: str) -> str:
+    """Suggest the flag that is written most like one that there is not."""
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    found = get_close_matches(unknown.partition("=")[0], flags, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -159,8 +159,11 @@ def _read_file(text: str) -> Iterator[tuple[str | None, NDArray[Any]]]:
             f"samples {place!r}: cannot be read: {error.strerror or error}; check the path"
         ) from error
     except Exception as error:  # a damaged file makes the parser fail in any way there is
+        remedy = "save it again"
+        if place.lower().endswith((".csv", ".txt", ".tsv")):
+            remedy = "save its numbers: numpy.save('x.npy', numpy.loadtxt('x.csv', delimiter=','))"
         raise InputError(
-            f"samples {place!r}: is not an array saved by numpy.save, or is damaged; save it again"
+            f"samples {place!r}: is not an array saved by numpy.save, or is damaged; {remedy}"
         ) from error
     if arrays is None:
         yield (check_name(name) if name else None), content

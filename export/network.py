@@ -126,6 +126,8 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     layers, replaced, notes = _adopt_layers(single)
     if inputs is None:
         inputs = _inputs_of_kan(single, layers)
+    _require_width(single, layers, inputs)
+    notes += _odd_samples(inputs)
     names = [spec.name for spec in inputs.specs]
     _require_names(single, names)
     call = Call(single, names).eval()
@@ -274,15 +276,47 @@ def _require_rising(name: str, layer: KANLinear) -> None:
         raise NetworkError(str(error)) from error
 
 
+def _is_kan(module: nn.Module, layers: Mapping[str, KANLinear]) -> bool:
+    return type(module).__name__ in ("KAN", "KANLinear") and bool(layers)
+
+
 def _inputs_of_kan(module: nn.Module, layers: Mapping[str, KANLinear]) -> Inputs:
     """Take a KAN's input from its first layer."""
-    if type(module).__name__ not in ("KAN", "KANLinear") or not layers:
+    if not _is_kan(module, layers):
         raise InputError(
             "what the network takes is not in the file: give the sizes of one row with "
             "--input-shape 3,224,224, or rows of data with --samples x.npy"
         )
     width = next(iter(layers.values())).in_features
     return Inputs((TensorSpec(DEFAULT_INPUT, "FP32", (-1, width)),))
+
+
+def _require_width(module: nn.Module, layers: Mapping[str, KANLinear], inputs: Inputs) -> None:
+    """Compare what is said of a KAN's input with its first layer."""
+    if not _is_kan(module, layers) or len(inputs.specs) != 1:
+        return
+    (spec,) = inputs.specs
+    width = next(iter(layers.values())).in_features
+    if spec.shape[-1] != width:
+        said = "--samples" if inputs.samples is not None else "--input-shape"
+        raise InputError(
+            f"{said}: expected {width} numbers in a row, as the KAN takes, found "
+            f"{shown(spec.shape)}"
+        )
+
+
+def _odd_samples(inputs: Inputs) -> list[str]:
+    """Tell of samples with NaN or infinity in them."""
+    found = []
+    for spec, array in zip(inputs.specs, inputs.samples or (), strict=False):
+        odd = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+        if odd.any():
+            found.append(
+                f"samples {spec.name}: {odd.sum():,} of {len(odd):,} rows hold NaN or infinity, "
+                f"row {odd.argmax()} first; what matters, and what lies outside of the grid, is "
+                "told without those numbers"
+            )
+    return found
 
 
 @torch.no_grad()
@@ -297,10 +331,10 @@ def _describe_outputs(
         raise
     except Exception as error:  # the network's own code may fail in any way
         takes = ", ".join(f"{s.name} {s.datatype} {shown(s.shape)}" for s in inputs.specs)
-        raise InputError(
-            f"the network does not take {takes}: {cause(error)}; give the sizes of one row, "
-            "without the batch, with --input-shape"
-        ) from error
+        remedy = "give the sizes of one row, without the batch, with --input-shape"
+        if inputs.samples is not None:
+            remedy = "give rows that it takes with --samples"
+        raise InputError(f"the network does not take {takes}: {cause(error)}; {remedy}") from error
     for first, second in zip(runs[0].values(), again, strict=True):
         if not torch.equal(first.nan_to_num(), second.nan_to_num()):
             raise NetworkError(

@@ -38,8 +38,9 @@ class Report:
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         # FORCE_COLOR asks for colours in a log, and is no reason to move about in it.
-        moves = sys.stderr.isatty() if console is None else None
-        self._console = console or Console(stderr=True, highlight=False, force_interactive=moves)
+        self._console = console or Console(
+            file=sys.stderr, highlight=False, force_interactive=sys.stderr.isatty()
+        )
         if not self._console.is_terminal:
             self._console.width = _WIDTH_OF_A_LOG
         self._quiet = quiet

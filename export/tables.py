@@ -39,7 +39,9 @@ def found_lines(network: Network, layers: Sequence[LayerRecord]) -> list[str]:
             f"(eager by {layer.eager_error:.1e})",
         ]
     for kind, specs in (("input", network.inputs.specs), ("output", network.outputs)):
-        lines += [f"{kind} {spec.name}: {spec.datatype} {shown(spec.shape)}" for spec in specs]
+        for spec in specs:
+            name = kind if spec.name == kind else f"{kind} {spec.name}"
+            lines.append(f"{name}: {spec.datatype} {shown(spec.shape)}")
     return lines
 
 
@@ -96,7 +98,7 @@ def parity(
     relative = "max rel is |y - y64| / max(1, |y64|); " if wide else ""
     units = "ULPs are float32's, at y64" if columns["max ULP"] else "max abs is |y - y64|"
     allowed = (
-        f"allowed is {_share(precision)} of an output's size, or twice eager's error if that is "
+        f"allowed is {_share(precision)} of an output's size, or twice float32's noise if that is "
         "more"
     )
     beyond = (

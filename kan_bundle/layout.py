@@ -246,7 +246,11 @@ def staging(target: BundleFolder) -> Iterator[Staging]:
     repository = target.path.parent.parent
     made = [p for p in (repository, *repository.parents) if not p.exists()]
     repository.mkdir(parents=True, exist_ok=True)
-    place = Staging(Path(tempfile.mkdtemp(prefix=".export-", dir=repository)), target)
+    try:
+        path = Path(tempfile.mkdtemp(prefix=".export-", dir=repository))
+    except OSError as error:  # it names a folder that nobody has asked for
+        raise OSError(error.errno, error.strerror, str(repository)) from error
+    place = Staging(path, target)
     try:
         place.path.mkdir()
         yield place

@@ -140,7 +140,7 @@ def inspect_checkpoint(
         file=str(path),
         size_bytes=checkpoint.size,
         format=checkpoint.format,
-        kans=tuple(_describe(checkpoint, stack) for stack in stacks),
+        kans=tuple(_describe(checkpoint, stack, base_activation) for stack in stacks),
         other_tensors=tuple(others),
         refused=_refusal(checkpoint, prefix, base_activation),
     )
@@ -156,7 +156,9 @@ def _refusal(
     return None
 
 
-def _describe(checkpoint: Checkpoint, stack: Stack) -> KanFacts:
+def _describe(
+    checkpoint: Checkpoint, stack: Stack, base_activation: Callable[[], nn.Module] | None
+) -> KanFacts:
     faults = list(_faults(checkpoint, stack))
     layers = []
     for layer in stack.layers.values():
@@ -170,7 +172,7 @@ def _describe(checkpoint: Checkpoint, stack: Stack) -> KanFacts:
         layers=tuple(layers),
         parameters=sum(layer.parameters for layer in layers),
         faults=tuple(faults),
-        unknown=tuple(_unknown(stack)),
+        unknown=tuple(_unknown(stack, is_named=base_activation is not None)),
         doubts=tuple(_doubts(stack)) if not faults else (),
     )
 
@@ -217,9 +219,10 @@ def _describe_layer(layer: Layer) -> LayerFacts:
     )
 
 
-def _unknown(stack: Stack) -> Iterator[str]:
+def _unknown(stack: Stack, *, is_named: bool) -> Iterator[str]:
     if any(layer.activation is None for layer in stack.layers.values()):
-        yield "the base activation: name it with --activation"
+        remedy = "it is as --activation says" if is_named else "name it with --activation"
+        yield f"the base activation: {remedy}"
     yield "how inputs were scaled and shaped before they reached it"
 
 

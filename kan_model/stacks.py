@@ -199,7 +199,7 @@ def choose_stack(states: Sequence[StateDict], prefix: str | None = None) -> Stac
         raise CheckpointError(
             f"unexpected tensors: {listed(rest)}; the file holds more than the KAN at "
             f"{_shown(stack)}: give the whole network with --model package.module:factory, or "
-            f"take the KAN alone with --prefix {stack.prefix!r}"
+            f"take the KAN alone with --prefix {stack.prefix!r}{_or_whole([stack])}"
         )
     return stack
 
@@ -249,6 +249,17 @@ def _explain_many(stacks: Sequence[Stack]) -> str:
         f"holds KANLinear layers inside another network, at {listed([_shown(s) for s in stacks])}, "
         "and a state dict does not say how they are joined: give the network with --model "
         f"package.module:factory, or take one with --prefix {stacks[0].prefix!r}"
+        f"{_or_whole(stacks)}"
+    )
+
+
+def _or_whole(stacks: Sequence[Stack]) -> str:
+    """Tell of another way where a pickled module stands around."""
+    if not any(stack.around for stack in stacks):
+        return ""
+    return (
+        "; if you trust whoever made the file as you trust a program, --trust-pickle takes the "
+        "pickled module itself"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from export import tables
+from export.__main__ import main
 from kan_bundle.manifest import read_manifest
 from tests.conftest import GOLDENS, ROOT, Golden, run_module
 
@@ -36,6 +38,7 @@ def test_the_command_prints_the_path_and_tells_the_story(tmp_path: Path) -> None
     ):
         assert expected in done.stderr
     assert "Traceback" not in done.stderr
+    assert "def forward" not in done.stderr  # torch prints what it cannot trace
     end = done.stderr.partition("\n  model")[2]
     assert re.search(r"activation +silu, ASSUMED: if it was another, every answer is wrong", end)
 
@@ -101,7 +104,7 @@ def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:
         ),
         pytest.param([str(UNIFORM), "--activation", "swish"], 1, "'swish' is not known", id="act"),
         pytest.param([str(UNIFORM), "--name", "a/b"], 1, "model name 'a/b'", id="name"),
-        pytest.param([str(UNIFORM), "--output", "/proc/none"], 1, "/proc/none", id="unwritable"),
+        pytest.param([str(UNIFORM), "--output", "/proc/none"], 1, "/proc/none: ", id="unwritable"),
         pytest.param([], 2, "required: FILE", id="no file"),
         pytest.param(
             [str(UNIFORM), "--version", "0"], 2, "expected a positive integer", id="version"
@@ -115,6 +118,15 @@ def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:
             id="untraceable",
         ),
         pytest.param([str(UNIFORM), "--no-such-flag"], 2, "--no-such-flag", id="flag"),
+        pytest.param(
+            [str(UNIFORM), "--activtion", "silu"], 2, "did you mean --activation?", id="misspelt"
+        ),
+        pytest.param(
+            [str(UNIFORM), "--input-shape", "-1,3"],
+            1,
+            "expected 4 numbers in a row, as the KAN takes, found [batch, 3]",
+            id="width",
+        ),
     ],
 )
 def test_what_is_refused_gives_one_message_and_writes_nothing(

@@ -115,6 +115,12 @@ def test_samples_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes)
         read_inputs(None, tmp_path / "none.npy")
 
 
+def test_a_table_in_words_is_told_how_to_become_an_array(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("1,2\n3,4\n")
+    with pytest.raises(InputError, match=r"x\.csv': is not an array .*numpy\.loadtxt"):
+        read_inputs(None, str(tmp_path / "x.csv"))
+
+
 def test_samples_with_objects_are_not_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([{}], dtype=object))
     with pytest.raises(InputError, match="is not an array saved by numpy"):

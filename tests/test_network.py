@@ -286,6 +286,20 @@ def test_a_kan_can_be_exported_from_python_and_says_so(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_no_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected a torch\.nn\.Module, found str"):
+        export_module("model.pt", name="m", output=tmp_path)  # type: ignore[arg-type]
+
+
+def test_samples_with_nan_are_told_of_and_do_not_count(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32)
+    x[7, 1], x[9, 0] = np.nan, np.inf
+    network = kan_model.KAN([3, 4, 2])
+    with pytest.warns(UserWarning, match="input: 2 of 20 rows hold NaN or infinity, row 7 first"):
+        export_module(network, name="m", output=tmp_path, samples=x)
+
+
 @pytest.mark.filterwarnings("ignore:the network has no KANLinear")
 def test_a_layer_that_swallows_nan_is_no_kanlinear(tmp_path: Path) -> None:
     class Swallowing(zoo.KANLinear):

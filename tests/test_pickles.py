@@ -243,6 +243,8 @@ def test_a_trusted_pickle_that_ends_the_process_does_not(tmp_path: Path) -> None
 def test_a_trusted_module_is_exported_as_it_is(tmp_path: Path) -> None:
     network = zoo.clamped_net()
     path = saved(tmp_path, network)
+    with pytest.raises(CheckpointError, match="--trust-pickle takes the pickled module itself"):
+        export_checkpoint(path, output=tmp_path / "models", input_shape="3,8,8")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         manifest = export_checkpoint(

@@ -5,11 +5,13 @@ where they do not fit, in the one file beside it. Nodes and tensors are named af
 the network (graph_names.py).
 """
 
+import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ _CHATTY = (
     "torch.onnx._internal.exporter._registration",  # that torchvision is not installed
     "torch.onnx._internal.exporter._compat",  # that it converts from one opset to another,
     "onnxscript.version_converter",  # and that it could not, which is an error here
+    "torch.fx.experimental.symbolic_shapes",  # what it could not trace, which is one, too
 )
 
 
@@ -232,7 +235,9 @@ def _quiet_exporter() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             warnings.filterwarnings("ignore", message=".*axis name: batch will not be used.*")
             warnings.filterwarnings("ignore", message=".*was assigned during export.*")
-            yield
+            with redirect_stderr(io.StringIO()) as said:  # torch prints graphs that it gives up
+                yield
+        sys.stderr.write(said.getvalue())
     finally:
         for logger, level in loggers.items():
             logger.setLevel(level)
