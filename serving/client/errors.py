@@ -22,6 +22,8 @@ import grpc
 _PUSHBACK = "grpc-retry-pushback-ms"  # when the server wants to be asked again
 _TOO_LARGE = "larger than max"  # as gRPC words it on either side
 _OTHER_PROTOCOL = "Expected SETTINGS frame"  # the same, of what is no HTTP/2
+_NO_TLS = "WRONG_VERSION_NUMBER"  # as BoringSSL words it, of what is no TLS
+_SAYS_WHAT_TO_DO = (" is not served: ", "the server is stopping; ")  # as our server words it
 _MOST_SHOWN = 500
 
 
@@ -112,6 +114,11 @@ def translated(error: grpc.RpcError, where: str, model: str = "") -> ClientError
     if code is grpc.StatusCode.UNAVAILABLE and _OTHER_PROTOCOL in details:
         told = f"{where}: this looks like another protocol"
         remedy = "perhaps it is the metrics port, or wants TLS: give the one for gRPC, or --ca"
+    elif code is grpc.StatusCode.UNAVAILABLE and _NO_TLS in details:
+        told = f"{where}: the server does not speak TLS"
+        remedy = "leave out --tls and the certificates, or give the address of one that does"
+    elif any(words in details for words in _SAYS_WHAT_TO_DO):
+        remedy = ""
     return kind(f"{told}; {remedy}" if remedy else told, code.name)
 
 
