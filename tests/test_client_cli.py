@@ -123,6 +123,9 @@ def test_what_is_not_installed_is_one_line(shell: Shell, monkeypatch: pytest.Mon
         (["bench", "--model", "m", "--rate", "1", "--plot", "b.png"], "ends with .svg"),
         (["models", "--timeout-s", "nan"], "expected a number above 0"),
         ([], "COMMAND"),
+        (["infer", "--modle", "m"], "arguments: --modle; did you mean --model?"),
+        (["bench", "--model=m", "--rats=1"], "arguments: --rats; did you mean --rate?"),
+        (["health", "--quiet"], "arguments: --quiet\n"),
     ],
 )
 def test_wrong_usage_is_said_and_ends_with_2(

@@ -74,13 +74,22 @@ def test_environment_sets_what_flags_do_not(repository: Path) -> None:
         assert process.address.startswith("127.0.0.1:")
 
 
-@pytest.mark.parametrize("words", [["--no-such-flag"], ["models"], ["--model-repo", "models"]])
-def test_an_unknown_flag_is_wrong_usage(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--no-such-flag"], ""),
+        (["models"], ""),
+        (["--model-repositry", "models"], "; did you mean --model-repository?"),
+        (["--model-repo=models", "--grcp-port=1"],
+         "; did you mean --model-repository, --grpc-port?"),
+    ],
+)  # fmt: skip
+def test_an_unknown_flag_is_wrong_usage(words: list[str], meant: str) -> None:
     done = run_module("serving", *words)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     told = json.loads(line)["reason"]
-    assert told == f"unrecognized arguments: {' '.join(words)}; --help lists the flags"
+    assert told == f"unrecognized arguments: {' '.join(words)}{meant}; --help lists the flags"
 
 
 @pytest.mark.parametrize("control", ["none", "poll", "explicit"])

@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["bash", "zsh", "fish"],
         help="print a script that completes kan-client, for that shell to read",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=flags.Parser
+    )
     way = flags.way(30, "for each message")
     infer = commands.add_parser("infer", parents=[way], help="have the rows of a file answered")
     _add_model(infer)
