@@ -131,6 +131,21 @@ def test_several_tensors_go_in_archives(
         pytest.param("a,b\n1,\n", "line 2: expected a number, found ''", id="nothing"),
         pytest.param("a,b\n", "expected lines of numbers, found none", id="names alone"),
         pytest.param("", "expected lines of numbers, found none", id="empty"),
+        pytest.param(
+            "1;2\n",
+            "found none; semicolons seem to part its fields: put commas there\n",
+            id="; alone",
+        ),
+        pytest.param(
+            "a;b\n1;2\n", "line 2: expected 2 numbers, found 1; semicolons seem", id="semicolons"
+        ),
+        pytest.param(
+            "a;b\n1,5;2,5\n", "commas there, and write decimals with a point\n", id="decimals"
+        ),
+        pytest.param("1,5;2,5\n", "--header no; semicolons seem to part", id="decimals alone"),
+        pytest.param("a\tb\n1\t2\n", "found 1; tabs seem to part", id="tabs"),
+        pytest.param("a b\n1.5 2.5\n3 4\n", "found 1; spaces seem to part", id="spaces"),
+        pytest.param("a, b\n1, x y\n", "expected a number, found 'x y'\n", id="commas"),
         pytest.param("1,x\n1,2\n", "line 1: expected either names or numbers", id="both"),
         pytest.param("0,1\n5,6\n", "say which with --header yes", id="names that count"),
         pytest.param(b"\xff\xfe\x00", "found other bytes", id="bytes"),
