@@ -1,6 +1,8 @@
 """`kan-client infer`: files in, files out, and what is told of a file that is wrong."""
 
+import errno
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -260,9 +262,46 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_sent(
 ) -> None:
     np.save(tmp_path / "x.npy", A)
     (tmp_path / "folder.npy").mkdir()
-    for output in (tmp_path / "none" / "y.npy", tmp_path / "folder.npy"):
+    none, folder = tmp_path / "none" / "y.npy", tmp_path / "folder.npy"
+    no_folder = f"there is no folder {none.parent}; check the path, or make the folder"
+    for output, told in (
+        (none, no_folder),
+        (folder, "expected a file, found a folder; name a file in it"),
+        (tmp_path / f"{'y' * 300}.npy", "File name too long; check the path"),
+    ):
         shell.infer("--input", tmp_path / "x.npy", "--output", output, code=1)
-        assert shell.error.startswith(f"error: {output}: ")
-    shell.infer("--input", tmp_path / "none.npy", code=1)
-    assert shell.error == f"error: {tmp_path / 'none.npy'}: No such file or directory\n"
+        assert shell.error == f"error: {output}: {told}\n"
     assert not shell.servicer.requests
+
+
+def test_an_input_that_cannot_be_read_is_told_with_what_to_do(shell: Shell, tmp_path: Path) -> None:
+    none = tmp_path / "none" / "x.npy"
+    for file, told in (
+        (tmp_path / "x.npy", "no such file; check the path"),
+        (none, f"there is no folder {none.parent}; check the path, or make the folder"),
+        (tmp_path, "expected a file, found a folder; name a file in it"),
+        (Path(), "expected a file, found a folder; name a file in it"),
+    ):
+        shell.infer("--input", file, code=1)
+        assert shell.error == f"error: {file}: {told}\n"
+    assert not shell.servicer.requests
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (errno.ENOSPC, "No space left on device; make room, or write it elsewhere"),
+        (errno.EACCES, "Permission denied; choose another, or ask who owns it for the right to it"),
+    ],
+)
+def test_an_output_that_fails_half_way_is_told_with_what_to_do(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, told: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("serving.client.files.write_outputs", fail)
+    np.save(tmp_path / "x.npy", A)
+    output = tmp_path / "y.npy"
+    shell.infer("--input", tmp_path / "x.npy", "--output", output, code=1)
+    assert shell.error == f"error: {output}: {told}\n"
