@@ -53,7 +53,11 @@ class ModelLimits(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Serve every bundle of a model repository over gRPC."""
+    """Serve every bundle of a model repository over gRPC.
+
+    Beside what follows, --kanserve-version prints the version, and --print-completion bash|zsh|fish
+    a script that completes kan-serve in that shell.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,

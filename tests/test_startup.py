@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kan_bundle import __version__
 from serving.server import Server
 from serving.settings import Settings
 from tests.conftest import ROOT, run_module
@@ -107,10 +108,17 @@ def test_a_folder_inside_of_a_repository_is_told_from_one(
     assert told == expected
 
 
+@pytest.mark.parametrize("program", ["serving", "serving.client"])
+@pytest.mark.parametrize("flag", ["--kanserve-version", "--version"])
+def test_the_version_is_printed_whatever_else_is_wrong(program: str, flag: str) -> None:
+    done = run_module(program, flag, environment={"KANSERVE_GRPC_PORT": "x"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"kanserve {__version__}\n", "")
+
+
 def test_help_names_every_setting() -> None:
     done = run_module("serving", "--help")
     assert done.returncode == 0
-    for name in Settings.model_fields:
+    for name in (*Settings.model_fields, "kanserve_version", "print_completion"):
         assert f"--{name.replace('_', '-')}" in done.stdout
 
 

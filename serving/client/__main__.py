@@ -108,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=["bash", "zsh", "fish"],
         help="print a script that completes kan-client, for that shell to read",
     )
+    parser.add_argument(
+        *("--kanserve-version", "--version"), action=_PrintVersion, nargs=0,
+        help="print the version; after a command, --version is the model's",
+    )  # fmt: skip
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=flags.Parser
     )
@@ -158,6 +162,22 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="write what was found")
     bench.add_argument("--plot", type=_svg, metavar="FILE.svg", help="draw it")
     return parser
+
+
+class _PrintVersion(argparse.Action):
+    """Prints the version, which is looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        """Print it, and end the process."""
+        from importlib import metadata
+
+        try:
+            version = metadata.version("kanserve")
+        except metadata.PackageNotFoundError:  # a checkout that nobody has installed
+            parser.error("--kanserve-version: kanserve is not installed; pip install it first")
+        with suppress(OSError):  # who reads may have enough
+            print(f"kanserve {version}", flush=True)
+        parser.exit()
 
 
 class _PrintCompletion(argparse.Action):
