@@ -274,6 +274,28 @@ def test_a_damaged_model_is_logged_and_not_ready_and_the_others_are(
             np.testing.assert_allclose(found, other.y64, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_server_that_will_never_serve_anything_says_what_to_do(
+    repository: Path, tmp_path: Path, workers: str
+) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(repository / UNIFORM.name, root / UNIFORM.name)
+    (root / UNIFORM.name / "1" / "model.onnx").write_bytes(b"damaged")
+    own = ("--workers", workers, "--drain-s", "0")
+    with serving("--model-repository", root, *own) as process:
+        told = process.until("nothing_served")
+        assert told["level"] == "warning"
+        assert "model_refused says" in told["remedy"]
+        assert "--model-control poll" in told["remedy"]
+        process.popen.terminate()
+        process.until("stopped")
+        assert process.names().count("nothing_served") == 1
+    with serving("--model-repository", root, *own, "--model-control", "poll") as process:
+        process.popen.terminate()
+        process.until("stopped")
+        assert "nothing_served" not in process.names()  # it looks again
+
+
 def test_an_internal_error_tells_the_client_nothing(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
