@@ -24,6 +24,11 @@ from tests.processes import Process, serving
         pytest.param(["--model-repository", "/none"], {}, 1, "/none: cannot be read", id="missing"),
         pytest.param(["--model-repository", "REPO", "--grpc-port", "70000"], {}, 2,
                      "--grpc-port (KANSERVE_GRPC_PORT)", id="port"),
+        pytest.param(["--model-repository", "/none", "--grpc-port", "8101", "--metrics-port",
+                      "8101"], {}, 2, "--grpc-port and --metrics-port: expected two ports, found "
+                     "8101 for both; choose another", id="two ports"),
+        pytest.param(["--model-repository", "/none", "--health-port", "8002"], {}, 2,
+                     "--metrics-port and --health-port: expected two ports", id="health port"),
         pytest.param(["--model-repository", "REPO"], {"KANSERVE_GRPC_PORT": "x"}, 2,
                      "--grpc-port (KANSERVE_GRPC_PORT)", id="environment"),
         pytest.param(["--model-repository", "REPO", "--provider", "tpu"], {}, 2,
