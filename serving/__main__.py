@@ -50,7 +50,7 @@ class _Ends:
         """Note a signal."""
         if not self.listening:
             # An exception could come out of any import.
-            os.write(2, b'{"event": "stopped", "level": "info"}\n')
+            os.write(2, _stopped_line(time.time_ns()))
             os._exit(0)
         self.count += 1
         self._news.put(None)
@@ -69,6 +69,17 @@ class _Ends:
                 return
             if left <= _LOOK_S:
                 return
+
+
+def _stopped_line(now_ns: int) -> bytes:
+    """Write the line `stopped` as logs.py does, without anything that is yet to be imported.
+
+    Args:
+        now_ns: Nanoseconds since 1970.
+    """
+    seconds, micros = divmod(now_ns // 1000, 10**6)
+    told = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{micros:06}Z"
+    return f'{{"event": "stopped", "level": "info", "time": "{told}"}}\n'.encode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
