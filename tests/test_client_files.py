@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from protos import inference_pb2 as pb
+from serving.client.tensors import count_nan_rows
 from serving.server import Server
 from tests.bare import A, Bare, N, answering, received
 from tests.conftest import ROOT, STATE_DICTS, run_module
@@ -122,6 +123,29 @@ def test_several_tensors_go_in_archives(
         (tmp_path / "x.csv").write_text(csv_of(A))
         shell.infer("--input", tmp_path / "x.csv", "--output", y, code=1)
         assert "x.csv: expected inputs ['a', 'n'], found a CSV" in shell.error
+
+
+def test_rows_with_nan_are_told_and_none_are_not(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "x.npy"
+    x = np.zeros((40_000, 2))
+    np.save(file, x)
+    shell.infer("--input", file)
+    assert shell.error.endswith(" s by 'pair', version 1\n")
+    x[[0, 0, 16_383, 16_384, 39_999], [0, 1, 0, 1, 1]] = np.nan
+    x[7] = np.inf, -np.inf  # which is not NaN, not even added up
+    np.save(file, x)
+    shell.infer("--input", file)
+    assert shell.error.endswith(" s by 'pair', version 1; 4 with NaN\n")
+
+
+def test_a_row_with_nan_in_several_inputs_is_one() -> None:
+    x = np.zeros((3, 2, 2), np.float16)
+    x[1, 1, 0] = x[2, 0, 0] = np.nan
+    flat = np.array([0, np.nan, 0])
+    assert count_nan_rows({"n": N, "x": x}) == 2
+    assert count_nan_rows({"x": x, "flat": flat, "n": N}) == 2
+    assert count_nan_rows({"n": N}) == 0
+    assert count_nan_rows({"x": x[:0]}) == 0
 
 
 @pytest.mark.parametrize(

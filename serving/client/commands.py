@@ -21,6 +21,7 @@ from serving.client.flags import reached_by
 from serving.client.load import OK, Opened
 from serving.client.models import ModelVersion
 from serving.client.sync import KanClient
+from serving.client.tensors import count_nan_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,9 +49,10 @@ def infer(arguments: Namespace) -> None:
                 )
             took_s = time.monotonic() - begun
             files.write_outputs(stream, files.output_form(arguments.output), answer.outputs)
-    console.print(
-        f"{rows:,} rows in {took_s:.2f} s by {model.name!r}, version {answer.version}", markup=False
-    )
+    told = f"{rows:,} rows in {took_s:.2f} s by {model.name!r}, version {answer.version}"
+    if nan := count_nan_rows(inputs):  # and so in the answers, with exit code 0
+        told += f"; {nan:,} with NaN"
+    console.print(told, markup=False)
 
 
 def models(arguments: Namespace) -> None:
