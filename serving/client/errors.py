@@ -2,6 +2,7 @@
 
 ClientError
 ├── WrongSetting       the caller: an address, a certificate, a token or a file cannot be used
+├── Closed             the caller: the client was closed, before or meanwhile
 ├── InvalidRequest     the caller: what was passed is not what the model takes
 │   └── ModelNotFound    there is no such model, or no such version of it
 ├── Refused            the operator: the server does not do this, or not for this client
@@ -41,6 +42,17 @@ class ClientError(Exception):
 
 class WrongSetting(ClientError):
     """An address, a certificate, a token or a file cannot be used; nothing was sent."""
+
+
+class Closed(ClientError):
+    """The client was closed, before or meanwhile.
+
+    Args:
+        where: Who was to be asked.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where}: the client was closed; make another, or close it later")
 
 
 class InvalidRequest(ClientError):
