@@ -1,7 +1,7 @@
 """`python -m serving --model-repository DIR`: the command line of the server.
 
 Exit codes: 0 stopped by a signal, 1 refused to start, 2 wrong usage. stdout stays empty but for
-`--print-config` and `--print-completion`; stderr has one JSON object a line.
+`--print-config`, `--print-completion` and `--kanserve-version`; stderr has one JSON object a line.
 """
 
 import gc
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _COMPLETION = "--print-completion"
+_VERSION = {"--kanserve-version", "--version"}  # the latter is what people try
 _LOOK_S = 0.2
 
 
@@ -49,7 +50,7 @@ class _Ends:
         """Note a signal."""
         if not self.listening:
             # An exception could come out of any import.
-            os.write(2, b'{"event": "stopped", "level": "info"}\n')
+            os.write(2, _stopped_line(time.time_ns()))
             os._exit(0)
         self.count += 1
         self._news.put(None)
@@ -68,6 +69,17 @@ class _Ends:
                 return
             if left <= _LOOK_S:
                 return
+
+
+def _stopped_line(now_ns: int) -> bytes:
+    """Write the line `stopped` as logs.py does, without anything that is yet to be imported.
+
+    Args:
+        now_ns: Nanoseconds since 1970.
+    """
+    seconds, micros = divmod(now_ns // 1000, 10**6)
+    told = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{micros:06}Z"
+    return f'{{"event": "stopped", "level": "info", "time": "{told}"}}\n'.encode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import structlog
 
+    from kan_bundle import __version__
     from kan_bundle.errors import BundleError
     from serving.configuration import as_toml, completion, read_settings, unknown_variables
     from serving.errors import StartupError, WrongSetting
@@ -103,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # By itself: nothing else need be right for it.
             shell = " ".join(given)[len(_COMPLETION) + 1 :]
             print(completion(Settings, "kan-serve", shell))
+            return 0
+        if _VERSION & set(given):  # no value of a flag looks like this
+            print(f"kanserve {__version__}")
             return 0
         settings = read_settings(Settings, given)
         if settings.print_config:

@@ -15,6 +15,12 @@ import structlog
 from serving.errors import StartupError
 from serving.settings import Settings
 
+_NOTHING_SERVED = (
+    "no version could be served: model_refused says of each why, if it was not left out by "
+    "--version-policy; mend that and start again, or start with --model-control poll, which looks "
+    "again when files change"
+)
+
 _log = structlog.get_logger()
 
 
@@ -76,11 +82,15 @@ def held_port(host: str, address: str, port: int, use: str) -> Iterator[int]:
         yield port
 
 
-def announce(settings: Settings, **found: Any) -> None:
+def announce(settings: Settings, *, ready: bool, **found: Any) -> None:
     """Log where the server listens, and write it to the address file if there is to be one.
+
+    A server that serves nothing and will not look again stays up, for whoever asks it why; so what
+    to do is in the log.
 
     Args:
         settings: Of the server.
+        ready: Whether it takes requests.
         found: The addresses `grpc`, `metrics` and `health`, and more for the log.
 
     Raises:
@@ -95,7 +105,9 @@ def announce(settings: Settings, **found: Any) -> None:
             raise StartupError(
                 f"--address-file {file}: cannot be written: {error.strerror}"
             ) from error
-    _log.info("listening", provider=settings.provider, **found)
+    _log.info("listening", provider=settings.provider, ready=ready, **found)
+    if not ready and settings.model_control == "none":
+        _log.warning("nothing_served", remedy=_NOTHING_SERVED)
 
 
 def withdraw(settings: Settings) -> None:

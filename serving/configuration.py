@@ -33,7 +33,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 _NOT_IN_A_FILE = ("config", "print_config")
 _OF_FLAGS = "error parsing CLI: "  # how pydantic-settings begins what argparse says
-_ALIKE = 0.85  # of two names, by difflib: a typing error, not another word
+_UNKNOWN = "unrecognized arguments: "  # and how argparse does
+_ALIKE, _ALIKE_FLAG = 0.85, 0.8  # of two names, by difflib: a typing error, not another word
 _MOST_SHOWN = 60
 
 
@@ -104,7 +105,8 @@ def read_settings(kind: type[AnySettings], argv: Sequence[str]) -> AnySettings:
     except SettingsError as error:
         text = str(error)
         if text.startswith(_OF_FLAGS):
-            text = f"{text.removeprefix(_OF_FLAGS)}; --help lists the flags"
+            text = text.removeprefix(_OF_FLAGS)
+            text = f"{text}{_meant(kind, text)}; --help lists the flags"
         raise WrongSetting(text) from error
 
 
@@ -126,6 +128,16 @@ def unknown_variables(kind: type[BaseSettings]) -> dict[str, str]:
         for name, value in sorted(os.environ.items())
         if name.startswith(PREFIX) and value and name.upper() not in known
     }
+
+
+def _meant(kind: type[BaseSettings], text: str) -> str:
+    """Name the flags that may be meant by those that argparse does not know."""
+    known = [_flag(field) for field in kind.model_fields]
+    words = text.removeprefix(_UNKNOWN).split() if text.startswith(_UNKNOWN) else ()
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    nearest = [get_close_matches(flag, known, n=1, cutoff=_ALIKE_FLAG) for flag in flags]
+    meant = ", ".join(dict.fromkeys(one for found in nearest for one in found))
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def completion(kind: type[BaseSettings], program: str, shell: str) -> str:

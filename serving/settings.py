@@ -5,6 +5,7 @@ names. configuration.py reads them.
 """
 
 from ipaddress import ip_address
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -53,7 +54,11 @@ class ModelLimits(BaseModel):
 
 
 class Settings(BaseSettings):
-    """Serve every bundle of a model repository over gRPC."""
+    """Serve every bundle of a model repository over gRPC.
+
+    Beside what follows, --kanserve-version prints the version, and --print-completion bash|zsh|fish
+    a script that completes kan-serve in that shell.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -254,6 +259,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        if twice := _same_port(self.grpc_port, self.metrics_port, self.health_port):
+            raise ValueError(twice)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key: expected both or neither")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -279,6 +286,18 @@ class Settings(BaseSettings):
             for name in names
         )
         return Limits(rows, wait_ms / 1000, queue_rows, queue_bytes)
+
+
+def _same_port(grpc: int, metrics: int, health: int | None) -> str | None:
+    """Say which two settings ask for the same port, if two do; 0 takes another one each time."""
+    ports = {"--grpc-port": grpc, "--metrics-port": metrics, "--health-port": health}
+    for one, other in combinations(ports, 2):
+        if ports[one] and ports[one] == ports[other]:
+            return (
+                f"{one} and {other}: expected two ports, found {ports[one]} for both; choose "
+                "another for one of them (0 takes a free one)"
+            )
+    return None
 
 
 def is_own(host: str) -> bool:

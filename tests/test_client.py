@@ -3,6 +3,8 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,22 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.client import AsyncKanClient, InvalidRequest, KanClient, ModelNotFound, ServerFault
+from serving.client import (
+    AsyncKanClient,
+    Closed,
+    InvalidRequest,
+    KanClient,
+    ModelNotFound,
+    ServerFault,
+)
 from serving.server import Server
 from tests.bare import A, Bare, N, answering, received
 from tests.bundles import publish
 from tests.clients import ADAPTED, ROWS, UNIFORM, assert_close, both_ways, infers
 from tests.conftest import STATE_DICTS, Golden
-from tests.servers import await_true, served
+from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
 
 
@@ -229,3 +239,73 @@ def test_threads_share_a_client(server: Server) -> None:
         for thread in threads:
             thread.join()
     assert len(found) == 4 * len(STATE_DICTS)
+
+
+CALLS: list[tuple[str, tuple[Any, ...]]] = [
+    *(("infer", ("m", A)), ("infer_all", ("m", A)), ("metadata", ("m",))),
+    *(("models", ()), ("is_ready", ())),
+]
+
+
+def test_a_client_that_was_closed_says_so() -> None:
+    async def ask_all() -> None:
+        client = AsyncKanClient("127.0.0.1:1")
+        await client.close()
+        for method, arguments in CALLS:
+            with pytest.raises(Closed, match="the client was closed; make another"):
+                await getattr(client, method)(*arguments)
+        await client.close()
+
+    asyncio.run(ask_all())
+    client = KanClient("127.0.0.1:1")
+    client.close()
+    for method, arguments in CALLS:
+        with pytest.raises(Closed, match="the client was closed; make another"):
+            getattr(client, method)(*arguments)
+    client.close()
+
+
+@dataclass
+class Held:
+    """Holds the answers of a server back."""
+
+    asked: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, response: pb.ModelInferResponse) -> None:
+        self.asked.set()
+        assert self.go_on.wait(WAIT_S)
+
+
+@pytest.mark.parametrize("rows", [1, 5])  # in a message; several are asked for in another way
+def test_what_is_under_way_when_a_client_is_closed_is_told_so(rows: int) -> None:
+    held = Held()
+    with answering(Bare(change=held)) as port, ThreadPoolExecutor(1) as pool:
+        client = KanClient(f"127.0.0.1:{port}", rows_per_message=rows)
+        asked = pool.submit(client.infer_all, "pair", {"a": A, "n": N})
+        assert held.asked.wait(WAIT_S)
+        client.close()
+        with pytest.raises(Closed):
+            asked.result(WAIT_S)
+        held.go_on.set()
+
+
+def test_a_closed_client_is_told_from_a_task_that_is_cancelled() -> None:
+    held = Held()
+
+    async def ask(port: int) -> None:
+        client = AsyncKanClient(f"127.0.0.1:{port}")
+        closed, cancelled = (
+            asyncio.create_task(client.infer_all("pair", {"a": A, "n": N})) for _ in range(2)
+        )
+        assert await asyncio.to_thread(held.asked.wait, WAIT_S)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        await client.close()
+        with pytest.raises(Closed):
+            await closed
+        held.go_on.set()
+
+    with answering(Bare(change=held)) as port:
+        asyncio.run(ask(port))

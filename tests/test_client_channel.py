@@ -44,9 +44,13 @@ def test_names_in_a_list_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "addresses", ["", "host", "host:", "host:0", "host:65536", "::1:8001", "http://h:1", [], "a:1,"]
+    "addresses",
+    [
+        *("", "host", "host:", "host:0", "host:65536", "::1:8001", "http://h:1", [], "a:1,"),
+        *(8001, [8001], None, b"127.0.0.1:1"),  # as of callers whose types nobody checks
+    ],
 )
-def test_what_is_no_address_is_refused(addresses: str | list[str]) -> None:
+def test_what_is_no_address_is_refused(addresses: Any) -> None:
     with pytest.raises(WrongSetting, match="expected"):
         connection_to(addresses)
 

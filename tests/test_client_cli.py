@@ -48,10 +48,14 @@ def test_bench_tells_how_long_requests_took(shell: Shell, bare: Bare, tmp_path: 
     ]
     first, second = (one["codes"]["OK"] for one in told["loads"])
     assert len(bare.requests) == first + second + 4  # one more on each connection, to connect
-    for one, line in zip(told["loads"], table.splitlines()[3:], strict=False):
+    _, head, _, *lines = table.splitlines()
+    assert "offered of --rate, /s" in head
+    for one, rate, line in zip(told["loads"], (100, 200), lines, strict=False):
         assert one["offered_per_s"] == one["codes"]["OK"] / 0.5
         assert 0 < one["latencies"]["p50"] <= one["latencies"]["p99"] <= one["latencies"]["p999"]
-        assert f"{one['offered_per_s']:,.0f}" in line
+        offered = f"{one['offered_per_s']:,.0f} of {rate}"
+        assert line.strip().startswith(f"{offered} ")
+        assert f"{offered} requests/s for 0.5 s\n" in shell.error
     sent = received(bare.requests[0])["a"]
     assert sent.shape == (3, 2)
     assert (np.abs(sent) <= 1).all()
@@ -123,6 +127,9 @@ def test_what_is_not_installed_is_one_line(shell: Shell, monkeypatch: pytest.Mon
         (["bench", "--model", "m", "--rate", "1", "--plot", "b.png"], "ends with .svg"),
         (["models", "--timeout-s", "nan"], "expected a number above 0"),
         ([], "COMMAND"),
+        (["infer", "--modle", "m"], "arguments: --modle; did you mean --model?"),
+        (["bench", "--model=m", "--rats=1"], "arguments: --rats; did you mean --rate?"),
+        (["health", "--quiet"], "arguments: --quiet\n"),
     ],
 )
 def test_wrong_usage_is_said_and_ends_with_2(

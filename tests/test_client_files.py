@@ -1,6 +1,8 @@
 """`kan-client infer`: files in, files out, and what is told of a file that is wrong."""
 
+import errno
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from protos import inference_pb2 as pb
+from serving.client.tensors import count_nan_rows
 from serving.server import Server
 from tests.bare import A, Bare, N, answering, received
 from tests.conftest import ROOT, STATE_DICTS, run_module
@@ -122,6 +125,29 @@ def test_several_tensors_go_in_archives(
         assert "x.csv: expected inputs ['a', 'n'], found a CSV" in shell.error
 
 
+def test_rows_with_nan_are_told_and_none_are_not(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "x.npy"
+    x = np.zeros((40_000, 2))
+    np.save(file, x)
+    shell.infer("--input", file)
+    assert shell.error.endswith(" s by 'pair', version 1\n")
+    x[[0, 0, 16_383, 16_384, 39_999], [0, 1, 0, 1, 1]] = np.nan
+    x[7] = np.inf, -np.inf  # which is not NaN, not even added up
+    np.save(file, x)
+    shell.infer("--input", file)
+    assert shell.error.endswith(" s by 'pair', version 1; 4 with NaN\n")
+
+
+def test_a_row_with_nan_in_several_inputs_is_one() -> None:
+    x = np.zeros((3, 2, 2), np.float16)
+    x[1, 1, 0] = x[2, 0, 0] = np.nan
+    flat = np.array([0, np.nan, 0])
+    assert count_nan_rows({"n": N, "x": x}) == 2
+    assert count_nan_rows({"x": x, "flat": flat, "n": N}) == 2
+    assert count_nan_rows({"n": N}) == 0
+    assert count_nan_rows({"x": x[:0]}) == 0
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -131,6 +157,21 @@ def test_several_tensors_go_in_archives(
         pytest.param("a,b\n1,\n", "line 2: expected a number, found ''", id="nothing"),
         pytest.param("a,b\n", "expected lines of numbers, found none", id="names alone"),
         pytest.param("", "expected lines of numbers, found none", id="empty"),
+        pytest.param(
+            "1;2\n",
+            "found none; semicolons seem to part its fields: put commas there\n",
+            id="; alone",
+        ),
+        pytest.param(
+            "a;b\n1;2\n", "line 2: expected 2 numbers, found 1; semicolons seem", id="semicolons"
+        ),
+        pytest.param(
+            "a;b\n1,5;2,5\n", "commas there, and write decimals with a point\n", id="decimals"
+        ),
+        pytest.param("1,5;2,5\n", "--header no; semicolons seem to part", id="decimals alone"),
+        pytest.param("a\tb\n1\t2\n", "found 1; tabs seem to part", id="tabs"),
+        pytest.param("a b\n1.5 2.5\n3 4\n", "found 1; spaces seem to part", id="spaces"),
+        pytest.param("a, b\n1, x y\n", "expected a number, found 'x y'\n", id="commas"),
         pytest.param("1,x\n1,2\n", "line 1: expected either names or numbers", id="both"),
         pytest.param("0,1\n5,6\n", "say which with --header yes", id="names that count"),
         pytest.param(b"\xff\xfe\x00", "found other bytes", id="bytes"),
@@ -245,9 +286,46 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_sent(
 ) -> None:
     np.save(tmp_path / "x.npy", A)
     (tmp_path / "folder.npy").mkdir()
-    for output in (tmp_path / "none" / "y.npy", tmp_path / "folder.npy"):
+    none, folder = tmp_path / "none" / "y.npy", tmp_path / "folder.npy"
+    no_folder = f"there is no folder {none.parent}; check the path, or make the folder"
+    for output, told in (
+        (none, no_folder),
+        (folder, "expected a file, found a folder; name a file in it"),
+        (tmp_path / f"{'y' * 300}.npy", "File name too long; check the path"),
+    ):
         shell.infer("--input", tmp_path / "x.npy", "--output", output, code=1)
-        assert shell.error.startswith(f"error: {output}: ")
-    shell.infer("--input", tmp_path / "none.npy", code=1)
-    assert shell.error == f"error: {tmp_path / 'none.npy'}: No such file or directory\n"
+        assert shell.error == f"error: {output}: {told}\n"
     assert not shell.servicer.requests
+
+
+def test_an_input_that_cannot_be_read_is_told_with_what_to_do(shell: Shell, tmp_path: Path) -> None:
+    none = tmp_path / "none" / "x.npy"
+    for file, told in (
+        (tmp_path / "x.npy", "no such file; check the path"),
+        (none, f"there is no folder {none.parent}; check the path, or make the folder"),
+        (tmp_path, "expected a file, found a folder; name a file in it"),
+        (Path(), "expected a file, found a folder; name a file in it"),
+    ):
+        shell.infer("--input", file, code=1)
+        assert shell.error == f"error: {file}: {told}\n"
+    assert not shell.servicer.requests
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (errno.ENOSPC, "No space left on device; make room, or write it elsewhere"),
+        (errno.EACCES, "Permission denied; choose another, or ask who owns it for the right to it"),
+    ],
+)
+def test_an_output_that_fails_half_way_is_told_with_what_to_do(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, told: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("serving.client.files.write_outputs", fail)
+    np.save(tmp_path / "x.npy", A)
+    output = tmp_path / "y.npy"
+    shell.infer("--input", tmp_path / "x.npy", "--output", output, code=1)
+    assert shell.error == f"error: {output}: {told}\n"

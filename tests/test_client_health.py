@@ -71,6 +71,20 @@ def test_a_service_that_is_not_known_is_told_with_1(server: Server, ask: Ask) ->
     assert (code, out) == (1, "")
     assert error.startswith(f"error: {server.address}: expected a service ")
     assert "found 'none'; leave --service out" in error
+    named = ("inference.GRPCInferenceService", "live")
+    for service in named:
+        assert service in error
+        code, _out, _error = ask("--address", server.address, "--service", service)
+        assert code == 0
+
+
+def test_a_server_without_tls_is_told_from_one_that_is_away(server: Server, ask: Ask) -> None:
+    code, _out, error = ask("--address", server.address, "--tls")
+    assert code == 1
+    assert error == (
+        f"error: {server.address}: the server does not speak TLS; leave out --tls and the "
+        "certificates, or give the address of one that does\n"
+    )
 
 
 def test_a_draining_server_is_not_serving_with_1(repository: Path, ask: Ask) -> None:

@@ -123,6 +123,15 @@ def test_no_other_server_is_believed(world: World, port: int) -> None:
     refused_by(f"127.0.0.1:{port}", None)
 
 
+def test_a_server_without_tls_is_told_from_one_that_is_away() -> None:
+    with answering(Bare()) as port:
+        told = refused_by(f"127.0.0.1:{port}", Tls())
+    assert told.endswith(
+        f"127.0.0.1:{port}: the server does not speak TLS; leave out --tls and the certificates, "
+        "or give the address of one that does"
+    )
+
+
 def test_the_certificates_name_is_the_addresss_or_the_one_that_is_given(world: World) -> None:
     with answering(Bare(), world.elsewhere) as port:
         address = f"127.0.0.1:{port}"

@@ -1,6 +1,7 @@
 """Rows outside of the grid that a model was trained on: found, counted and told."""
 
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from kan_bundle.manifest import InputRange, read_manifest
+from kan_bundle.manifest import InputRange, read_manifest, write_manifest
 from serving.grid import Grid
+from tests.bundles import publish
 from tests.conftest import STATE_DICTS
 from tests.servers import served
 from tests.wire import raw_request
@@ -65,6 +67,21 @@ def test_they_are_counted_and_told_to_who_asks(repository: Path) -> None:
                 and sample.name.endswith("_rows_total")
             }
         assert counts == {"kanserve_rows_total": 12, "kanserve_out_of_grid_rows_total": 4}
+
+
+def test_a_model_without_a_grid_at_its_inputs_has_no_count(
+    repository: Path, tmp_path: Path
+) -> None:
+    """As of a network with other layers in front: 0 would say that all rows lie inside."""
+    folder = publish(repository / ADAPTED.name / "1", tmp_path / "conv", 1)
+    write_manifest(replace(read_manifest(folder), input_range=None), folder)
+    with served(tmp_path) as (server, stub):
+        request = raw_request(ADAPTED.x + 100, "conv")
+        request.parameters["kanserve_details"].bool_param = True
+        assert "out_of_grid_rows" not in stub.ModelInfer(request).parameters
+        value = server.registry.get_sample_value
+        assert value("kanserve_rows_total", {"model": "conv"}) == len(ADAPTED.x)
+        assert value("kanserve_out_of_grid_rows_total", {"model": "conv"}) is None
 
 
 def test_details_are_left_out_unless_asked_for(repository: Path) -> None:

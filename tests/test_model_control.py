@@ -20,7 +20,9 @@ from export.report import Report
 from kan_model import KAN
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.client import ModelNotFound, Unavailable
 from tests.bundles import CLOSE, publish, run_onnx
+from tests.clients import both_ways
 from tests.conftest import run_module
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
@@ -200,7 +202,36 @@ def test_the_policy_says_which_versions_answer(root: Path, bundles: Bundles) -> 
             np.testing.assert_allclose(raw_output(answer), bundles.answer(version), **CLOSE)
         with pytest.raises(grpc.RpcError) as refused:
             stub.ModelInfer(raw_request(X, "m", model_version="2"))
-        assert "the version policy is specific:1,3" in str(refused.value.details())
+        assert str(refused.value.details()).endswith(
+            "the version policy is specific:1,3; leave the version out, or start the server with "
+            "--version-policy all"
+        )
+
+
+def test_clients_are_told_what_to_do_about_a_version_that_is_not_served(
+    root: Path, bundles: Bundles
+) -> None:
+    for version in (1, 2):
+        bundles.publish(root, version)
+    (root / "m" / "2" / "golden.npz").write_bytes(b"damaged")
+    bundles.publish(root, 1, "other")  # clients wait for a server that serves nothing
+    with served(root, model_control="explicit", load_models=("m", "other")) as (server, stub):
+
+        def told(version: str) -> str:
+            error, other = both_ways(server.address, "metadata", "m", version)
+            assert type(error) is type(other) is Unavailable
+            return str(error).removeprefix(f"{server.address}: ")
+
+        assert told("2") == (
+            "version 2 of model 'm' is not served: it failed its checks at load; the server's log "
+            "says more"
+        )
+        stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="m"))
+        for which in ("1", ""):
+            assert told(which).endswith("it was unloaded; have it loaded again")
+        for error in both_ways(server.address, "metadata", "m", "7"):
+            assert isinstance(error, ModelNotFound)
+            assert "has no version '7'; none of it is served; `kan-client models`" in str(error)
 
 
 @dataclass

@@ -135,7 +135,7 @@ BAD_RAW_REQUESTS = [
         set_field("model_name", "../uniform_4x8x3"), NOT_FOUND, "no model", id="path as a model"
     ),
     pytest.param(
-        set_field("model_version", "2"), NOT_FOUND, "no version '2'; it has 1", id="version"
+        set_field("model_version", "2"), NOT_FOUND, "no version '2'; it serves 1", id="version"
     ),
     pytest.param(set_field("model_version", "01"), NOT_FOUND, "no version '01'", id="01"),
     pytest.param(set_field("model_version", "-1"), NOT_FOUND, "no version '-1'", id="-1"),

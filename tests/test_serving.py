@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -20,7 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.__main__ import _Ends
+from serving.__main__ import _Ends, _stopped_line
 from serving.engine import Engine
 from serving.server import Server, running
 from serving.settings import Settings
@@ -223,6 +224,23 @@ def test_who_waits_for_a_signal_looks_up_now_and_then(monkeypatch: pytest.Monkey
     assert max(slept) <= 1
 
 
+def test_the_last_line_of_an_early_end_is_as_the_log_writes_it() -> None:
+    script = (
+        "import structlog; from serving.__main__ import _Ends;"
+        "from serving.observability.logs import configure_logging; configure_logging('info');"
+        "structlog.get_logger().info('stopped'); _Ends().on_signal(15, None)"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    late, early = map(json.loads, done.stderr.splitlines())
+    gone = datetime.fromisoformat(early.pop("time")) - datetime.fromisoformat(late.pop("time"))
+    assert early == late
+    assert gone >= timedelta(0)
+    moment = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    line = _stopped_line(int(moment.timestamp()) * 10**9 + 67_999)
+    assert json.loads(line)["time"] == "2026-01-02T03:04:05.000067Z"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_any_moment_of_the_start_ends_it_cleanly(
     repository: Path, signum: signal.Signals
@@ -245,7 +263,8 @@ def test_a_signal_at_any_moment_of_the_start_ends_it_cleanly(
         if popen.returncode != 0:  # the interpreter itself was still starting
             assert "in main" not in log
             continue
-        assert all(json.loads(line) for line in log.splitlines())
+        for line in log.splitlines():
+            assert datetime.fromisoformat(json.loads(line)["time"]).tzinfo is UTC
     assert 0 in codes, "no signal met a handler, so nothing was tested"
 
 
@@ -272,6 +291,27 @@ def test_a_damaged_model_is_logged_and_not_ready_and_the_others_are(
             other = STATE_DICTS[1]
             found = raw_output(stub.ModelInfer(raw_request(other.x, other.name)))
             np.testing.assert_allclose(found, other.y64, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_server_that_will_never_serve_anything_says_what_to_do(
+    repository: Path, tmp_path: Path, workers: str
+) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(repository / UNIFORM.name, root / UNIFORM.name)
+    (root / UNIFORM.name / "1" / "model.onnx").write_bytes(b"damaged")
+    own = ("--workers", workers, "--drain-s", "0")
+    with serving("--model-repository", root, *own) as process:
+        process.popen.terminate()
+        process.until("stopped")
+        (told,) = (event for event in process.events if event["event"] == "nothing_served")
+        assert told["level"] == "warning"
+        assert "model_refused says" in told["remedy"]
+        assert "--model-control poll" in told["remedy"]
+    with serving("--model-repository", root, *own, "--model-control", "poll") as process:
+        process.popen.terminate()
+        process.until("stopped")
+        assert "nothing_served" not in process.names()  # it looks again
 
 
 def test_an_internal_error_tells_the_client_nothing(

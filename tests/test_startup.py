@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kan_bundle import __version__
 from serving.server import Server
 from serving.settings import Settings
 from tests.conftest import ROOT, run_module
@@ -23,6 +24,11 @@ from tests.processes import Process, serving
         pytest.param(["--model-repository", "/none"], {}, 1, "/none: cannot be read", id="missing"),
         pytest.param(["--model-repository", "REPO", "--grpc-port", "70000"], {}, 2,
                      "--grpc-port (KANSERVE_GRPC_PORT)", id="port"),
+        pytest.param(["--model-repository", "/none", "--grpc-port", "8101", "--metrics-port",
+                      "8101"], {}, 2, "--grpc-port and --metrics-port: expected two ports, found "
+                     "8101 for both; choose another", id="two ports"),
+        pytest.param(["--model-repository", "/none", "--health-port", "8002"], {}, 2,
+                     "--metrics-port and --health-port: expected two ports", id="health port"),
         pytest.param(["--model-repository", "REPO"], {"KANSERVE_GRPC_PORT": "x"}, 2,
                      "--grpc-port (KANSERVE_GRPC_PORT)", id="environment"),
         pytest.param(["--model-repository", "REPO", "--provider", "tpu"], {}, 2,
@@ -74,13 +80,22 @@ def test_environment_sets_what_flags_do_not(repository: Path) -> None:
         assert process.address.startswith("127.0.0.1:")
 
 
-@pytest.mark.parametrize("words", [["--no-such-flag"], ["models"], ["--model-repo", "models"]])
-def test_an_unknown_flag_is_wrong_usage(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--no-such-flag"], ""),
+        (["models"], ""),
+        (["--model-repositry", "models"], "; did you mean --model-repository?"),
+        (["--model-repo=models", "--grcp-port=1"],
+         "; did you mean --model-repository, --grpc-port?"),
+    ],
+)  # fmt: skip
+def test_an_unknown_flag_is_wrong_usage(words: list[str], meant: str) -> None:
     done = run_module("serving", *words)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     told = json.loads(line)["reason"]
-    assert told == f"unrecognized arguments: {' '.join(words)}; --help lists the flags"
+    assert told == f"unrecognized arguments: {' '.join(words)}{meant}; --help lists the flags"
 
 
 @pytest.mark.parametrize("control", ["none", "poll", "explicit"])
@@ -98,10 +113,17 @@ def test_a_folder_inside_of_a_repository_is_told_from_one(
     assert told == expected
 
 
+@pytest.mark.parametrize("program", ["serving", "serving.client"])
+@pytest.mark.parametrize("flag", ["--kanserve-version", "--version"])
+def test_the_version_is_printed_whatever_else_is_wrong(program: str, flag: str) -> None:
+    done = run_module(program, flag, environment={"KANSERVE_GRPC_PORT": "x"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"kanserve {__version__}\n", "")
+
+
 def test_help_names_every_setting() -> None:
     done = run_module("serving", "--help")
     assert done.returncode == 0
-    for name in Settings.model_fields:
+    for name in (*Settings.model_fields, "kanserve_version", "print_completion"):
         assert f"--{name.replace('_', '-')}" in done.stdout
 
 

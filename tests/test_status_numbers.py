@@ -210,6 +210,29 @@ def test_refusals_and_rows_outside_of_the_grid_have_charts(shown: Shown) -> None
     )
 
 
+def test_a_model_whose_grid_is_not_at_its_inputs_has_a_dash_and_no_share(shown: Shown) -> None:
+    def scrape(rows: int, outside: str) -> str:
+        conv = state(1, "READY", model="conv") + f'kanserve_rows_total{{model="conv"}} {rows}\n'
+        return READY + conv + outside
+
+    def digits(rows: int, outside: int) -> str:
+        return (
+            f'kanserve_rows_total{{model="digits"}} {rows}\n'
+            f'kanserve_out_of_grid_rows_total{{model="digits"}} {outside}\n'
+        )
+
+    card = shown.page.locator("#model-conv .facts")
+    shown.open(scrape(100, ""))
+    shown.tick(scrape(300, ""))
+    expect(card.locator("div", has_text="out of grid").locator("dd")).to_have_text(DASH)
+    expect(shown.headline("Rows outside of the grid")).to_have_text(DASH)
+    # Beside one that tells: a share of that one's rows alone.
+    shown.tick(scrape(500, digits(100, 0)))
+    shown.tick(scrape(9000, digits(200, 50)))
+    expect(shown.headline("Rows outside of the grid")).to_have_text("25 %")
+    expect(card.locator("div", has_text="out of grid").locator("dd")).to_have_text(DASH)
+
+
 def test_what_a_server_does_not_measure_is_not_shown_as_nothing(shown: Shown) -> None:
     shown.open(READY)
     shown.tick(READY)

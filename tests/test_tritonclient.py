@@ -100,7 +100,7 @@ def test_its_streams_keep_their_order(said: Said) -> None:
 TENSORS = "tensors travel in the messages"
 REFUSALS = {
     "unknown model": ("NOT_FOUND", "there is no model 'nope'"),
-    "unknown version": ("NOT_FOUND", f"model '{UNIFORM.name}' has no version '9'; it has 1"),
+    "unknown version": ("NOT_FOUND", f"model '{UNIFORM.name}' has no version '9'; it serves 1"),
     "wrong width": ("INVALID_ARGUMENT", "expected shape [-1, 4]"),
     "wrong type": ("INVALID_ARGUMENT", "expected datatype FP32, found 'FP64'"),
     "no time": ("DEADLINE_EXCEEDED", "the deadline leaves no time"),

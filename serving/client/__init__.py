@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from serving.client.credentials import Tls
     from serving.client.errors import (
         ClientError,
+        Closed,
         InvalidRequest,
         ModelNotFound,
         Overloaded,
@@ -35,6 +36,7 @@ __all__ = [
     "Answer",
     "AsyncKanClient",
     "ClientError",
+    "Closed",
     "InvalidRequest",
     "KanClient",
     "Model",

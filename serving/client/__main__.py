@@ -5,11 +5,13 @@ The result alone goes to stdout, the story to stderr. Exit codes: 0 done, 1 refu
 """
 
 import argparse
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from serving.client import flags
@@ -24,6 +26,7 @@ examples:
   kan-client bench --model digits --rate 100,200,400 --seconds 5 --plot digits.svg
   kan-client models --address kan.example:443 --ca ca.pem --token-file token
 """
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        _fail(_of_file(error))
         return 1
     except KeyboardInterrupt:
         _fail("interrupted")
@@ -71,6 +74,23 @@ def _command(name: str) -> Callable[[argparse.Namespace], int | None]:
     return command
 
 
+def _of_file(error: OSError) -> str:
+    """Say what is wrong with a file, and what to do."""
+    path = Path(error.filename or "a file")
+    if isinstance(error, FileNotFoundError) and not path.parent.exists():
+        return f"{path}: there is no folder {path.parent}; check the path, or make the folder"
+    words = error.strerror or str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: no such file; check the path"
+    if isinstance(error, IsADirectoryError):
+        return f"{path}: expected a file, found a folder; name a file in it"
+    if isinstance(error, PermissionError):
+        return f"{path}: {words}; choose another, or ask who owns it for the right to it"
+    if error.errno in _NO_ROOM:
+        return f"{path}: {words}; make room, or write it elsewhere"
+    return f"{path}: {words}; check the path"
+
+
 def _fail(line: str) -> None:
     print(f"error: {line}", file=sys.stderr)
 
@@ -88,7 +108,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=["bash", "zsh", "fish"],
         help="print a script that completes kan-client, for that shell to read",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument(
+        *("--kanserve-version", "--version"), action=_PrintVersion, nargs=0,
+        help="print the version; after a command, --version is the model's",
+    )  # fmt: skip
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=flags.Parser
+    )
     way = flags.way(30, "for each message")
     infer = commands.add_parser("infer", parents=[way], help="have the rows of a file answered")
     _add_model(infer)
@@ -136,6 +162,22 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="write what was found")
     bench.add_argument("--plot", type=_svg, metavar="FILE.svg", help="draw it")
     return parser
+
+
+class _PrintVersion(argparse.Action):
+    """Prints the version, which is looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        """Print it, and end the process."""
+        from importlib import metadata
+
+        try:
+            version = metadata.version("kanserve")
+        except metadata.PackageNotFoundError:  # a checkout that nobody has installed
+            parser.error("--kanserve-version: kanserve is not installed; pip install it first")
+        with suppress(OSError):  # who reads may have enough
+            print(f"kanserve {version}", flush=True)
+        parser.exit()
 
 
 class _PrintCompletion(argparse.Action):

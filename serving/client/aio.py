@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from serving.client.channel import connection_to
 from serving.client.credentials import Tls
 from serving.client.errors import (
     ClientError,
+    Closed,
     InvalidRequest,
     Refused,
     ServerFault,
@@ -63,6 +64,7 @@ class AsyncKanClient:
         self._rows = rows_per_message
         self._models: dict[tuple[str, str], Model] = {}
         self._met = False
+        self._closed = False
         self._channel = self._connection.open_aio()
         self._stub = GRPCInferenceServiceStub(self._channel)
 
@@ -74,6 +76,7 @@ class AsyncKanClient:
 
     async def close(self) -> None:
         """End every call and let the connections go."""
+        self._closed = True
         await self._channel.close()
 
     async def infer(
@@ -128,7 +131,10 @@ class AsyncKanClient:
             request = pb.ModelReadyRequest(name=model, version=str(version))
         metadata, timeout = self._connection.metadata(), limit(self._timeout_s)
         try:
-            found = await method(request, timeout=timeout, metadata=metadata, wait_for_ready=False)
+            with self._closing():
+                found = await method(
+                    request, timeout=timeout, metadata=metadata, wait_for_ready=False
+                )
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 return False
@@ -191,7 +197,9 @@ class AsyncKanClient:
                     under_way.append((part, end, self._send(batch, part, timeout_s)))
                 part, end, call = under_way[0]
                 try:
-                    batch.add(part, await call)
+                    with self._closing():
+                        response = await call
+                    batch.add(part, response)
                 except grpc.RpcError as error:
                     told = await self._told(error, model)
                     left_s = end - time.monotonic()
@@ -212,16 +220,28 @@ class AsyncKanClient:
     def _send(self, batch: Batch, part: slice, timeout_s: float) -> Any:
         metadata = self._connection.metadata()
         request = batch.request(part)
-        return self._stub.ModelInfer(request, timeout=limit(timeout_s), metadata=metadata)
+        with self._closing():
+            return self._stub.ModelInfer(request, timeout=limit(timeout_s), metadata=metadata)
 
     async def _call(self, method: Any, request: Any, timeout_s: float, model: str = "") -> Any:
         metadata = self._connection.metadata()
         try:
-            found = await method(request, timeout=limit(timeout_s), metadata=metadata)
+            with self._closing():
+                found = await method(request, timeout=limit(timeout_s), metadata=metadata)
         except grpc.RpcError as error:
             raise await self._told(error, model) from error
         self._met = True
         return found
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        """Tell that the client was closed, if it was; gRPC has other errors for it."""
+        try:
+            yield
+        except (grpc.aio.UsageError, grpc.RpcError, asyncio.CancelledError) as error:
+            if self._closed and not _is_cancelled():
+                raise Closed(self._connection.where) from error
+            raise
 
     async def _told(self, error: grpc.RpcError, model: str) -> ClientError:
         """Say what a call has ended with; who waits for a server in vain is told why."""
@@ -231,7 +251,14 @@ class AsyncKanClient:
         method, request = self._stub.ServerLive, pb.ServerLiveRequest()
         metadata = self._connection.metadata()
         try:
-            await method(request, timeout=LOOK_S, metadata=metadata, wait_for_ready=False)
+            with self._closing():
+                await method(request, timeout=LOOK_S, metadata=metadata, wait_for_ready=False)
         except grpc.RpcError as reason:
             return never_reached(told, reason, self._connection.where)
         return told
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancels the task that runs; a call that gRPC ends looks the same."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

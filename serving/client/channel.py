@@ -9,7 +9,7 @@ import ipaddress
 import json
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,8 @@ def _places(addresses: str | Sequence[str]) -> _Places:
             hosts = tuple(place.rpartition(":")[0] for place in uri["path"].split(","))
             return _Places(addresses, addresses, hosts)
         addresses = addresses.split(",")
-    listed = [_host_port(address.strip()) for address in addresses]
+    given: Any = addresses  # not everybody's types are checked
+    listed = [_host_port(each) for each in (given if isinstance(given, Iterable) else [given])]
     if not listed:
         raise WrongSetting("expected at least one address, found none; give host:port")
     where = ",".join(f"{host}:{port}" for host, port in listed)
@@ -207,11 +208,13 @@ def _places(addresses: str | Sequence[str]) -> _Places:
     return _Places("ipv6:" + ",".join(f"[{ip}]:{port}" for ip, port in found), where, hosts)
 
 
-def _host_port(address: str) -> tuple[str, int]:
-    found = _HOST_PORT.fullmatch(address)
+def _host_port(address: object) -> tuple[str, int]:
+    text = address.strip() if isinstance(address, str) else ""
+    found = _HOST_PORT.fullmatch(text)
     if found is None or not 0 < int(found["port"]) < 2**16:
+        shown = text[:100] if isinstance(address, str) else address
         raise WrongSetting(
-            f"address {address[:100]!r}: expected host:port, such as 127.0.0.1:8001 or [::1]:8001"
+            f"address {shown!r}: expected host:port, such as 127.0.0.1:8001 or [::1]:8001"
         )
     return found["host"], int(found["port"])
 

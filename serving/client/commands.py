@@ -21,6 +21,7 @@ from serving.client.flags import reached_by
 from serving.client.load import OK, Opened
 from serving.client.models import ModelVersion
 from serving.client.sync import KanClient
+from serving.client.tensors import count_nan_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,9 +49,10 @@ def infer(arguments: Namespace) -> None:
                 )
             took_s = time.monotonic() - begun
             files.write_outputs(stream, files.output_form(arguments.output), answer.outputs)
-    console.print(
-        f"{rows:,} rows in {took_s:.2f} s by {model.name!r}, version {answer.version}", markup=False
-    )
+    told = f"{rows:,} rows in {took_s:.2f} s by {model.name!r}, version {answer.version}"
+    if nan := count_nan_rows(inputs):  # and so in the answers, with exit code 0
+        told += f"; {nan:,} with NaN"
+    console.print(told, markup=False)
 
 
 def models(arguments: Namespace) -> None:
@@ -104,14 +106,15 @@ def bench(arguments: Namespace) -> None:
             for file in (arguments.json, arguments.plot)
         )
         found: list[Opened] = []
-        for one in benching.run(connection, payload, load):
+        for one, rate in zip(benching.run(connection, payload, load), load.rates, strict=True):
             found.append(one)
-            console.print(f"{one.offered_per_s:,.0f}/s for {load.seconds:g} s", markup=False)
+            offered = _offered(one, rate)
+            console.print(f"{offered} requests/s for {load.seconds:g} s", markup=False)
         if json_file is not None:
             benching.write_json(json_file, connection.where, model, load, found)
         if plot is not None:
             benching.draw_plot(plot, model, load, found)
-    _console().print(_loads(found))
+    _console().print(_loads(found, load.rates))
     if not any(one.latencies for one in found):
         codes = ", ".join(sorted({code for one in found for code in one.codes})) or "none was due"
         raise Unavailable(f"{connection.where}: no request was answered ({codes})")
@@ -165,14 +168,20 @@ def _tensor(spec: dict[str, Any]) -> str:
     return f"{spec['name']} {spec['datatype']} {list(spec['shape'])}"
 
 
-def _loads(found: Sequence[Opened]) -> Any:
-    table = _table("offered/s", "answered/s", "p50, ms", "p99, ms", "p99.9, ms", "errors")
-    for one in found:
+def _offered(one: Opened, rate: float) -> str:
+    """Tell how many were sent, and of how many that were asked for: chance has its share."""
+    return f"{one.offered_per_s:,.0f} of {rate:,.10g}"
+
+
+def _loads(found: Sequence[Opened], rates: Sequence[float]) -> Any:
+    title = "offered of --rate, /s"
+    table = _table(title, "answered/s", "p50, ms", "p99, ms", "p99.9, ms", "errors")
+    for one, rate in zip(found, rates, strict=True):
         errors = ", ".join(f"{n} {code}" for code, n in sorted(one.codes.items()) if code != OK)
         times = one.latencies
         shown = ("-",) * 3 if times is None else (times.p50, times.p99, times.p999)
         table.add_row(
-            f"{one.offered_per_s:,.0f}",
+            _offered(one, rate),
             f"{one.per_s:,.0f}",
             *(t if isinstance(t, str) else f"{t:.3g}" for t in shown),
             errors or "none",

@@ -2,6 +2,7 @@
 
 ClientError
 ├── WrongSetting       the caller: an address, a certificate, a token or a file cannot be used
+├── Closed             the caller: the client was closed, before or meanwhile
 ├── InvalidRequest     the caller: what was passed is not what the model takes
 │   └── ModelNotFound    there is no such model, or no such version of it
 ├── Refused            the operator: the server does not do this, or not for this client
@@ -22,6 +23,8 @@ import grpc
 _PUSHBACK = "grpc-retry-pushback-ms"  # when the server wants to be asked again
 _TOO_LARGE = "larger than max"  # as gRPC words it on either side
 _OTHER_PROTOCOL = "Expected SETTINGS frame"  # the same, of what is no HTTP/2
+_NO_TLS = "WRONG_VERSION_NUMBER"  # as BoringSSL words it, of what is no TLS
+_SAYS_WHAT_TO_DO = (" is not served: ", "the server is stopping; ")  # as our server words it
 _MOST_SHOWN = 500
 
 
@@ -39,6 +42,17 @@ class ClientError(Exception):
 
 class WrongSetting(ClientError):
     """An address, a certificate, a token or a file cannot be used; nothing was sent."""
+
+
+class Closed(ClientError):
+    """The client was closed, before or meanwhile.
+
+    Args:
+        where: Who was to be asked.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where}: the client was closed; make another, or close it later")
 
 
 class InvalidRequest(ClientError):
@@ -112,6 +126,11 @@ def translated(error: grpc.RpcError, where: str, model: str = "") -> ClientError
     if code is grpc.StatusCode.UNAVAILABLE and _OTHER_PROTOCOL in details:
         told = f"{where}: this looks like another protocol"
         remedy = "perhaps it is the metrics port, or wants TLS: give the one for gRPC, or --ca"
+    elif code is grpc.StatusCode.UNAVAILABLE and _NO_TLS in details:
+        told = f"{where}: the server does not speak TLS"
+        remedy = "leave out --tls and the certificates, or give the address of one that does"
+    elif any(words in details for words in _SAYS_WHAT_TO_DO):
+        remedy = ""
     return kind(f"{told}; {remedy}" if remedy else told, code.name)
 
 

@@ -25,6 +25,7 @@ Header = Literal["auto", "yes", "no"]
 Form = Literal["npy", "npz", "csv"]
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
+_OTHER_MARKS = {";": "semicolons", "\t": "tabs", " ": "spaces"}
 _LARGE = 2**24  # bytes of a file that is not read all at once
 
 
@@ -98,7 +99,7 @@ def _read_csv(lines: Sequence[str], spec: Tensor, header: Header) -> NDArray[Any
         first += 1
     rows = [line for line in lines[first:] if line.strip()]
     if not rows:
-        raise InvalidRequest("expected lines of numbers, found none")
+        raise InvalidRequest(f"expected lines of numbers, found none{_parted(lines)}")
     dtype = {"f": np.float64, "i": np.int64, "u": np.uint64}[kind]
     columns = spec.shape[1] if len(spec.shape) == 2 else 1
     if columns < 0:
@@ -127,7 +128,7 @@ def _is_header(line: str, number: int, header: Header) -> bool:
     if counted or 0 < numbers < len(cells):
         raise InvalidRequest(
             f"line {number}: expected either names or numbers, found {line[:40]!r}; say which "
-            "with --header yes or --header no"
+            f"with --header yes or --header no{_parted([line])}"
         )
     return numbers == 0
 
@@ -145,14 +146,26 @@ def _fault(lines: Sequence[str], first: int, columns: int, number: type[int | fl
     for i, line in enumerate(lines[first:], first + 1):
         cells = line.split(",")
         if line.strip() and len(cells) != columns:
-            return f"line {i}: expected {columns} numbers, found {len(cells)}"
+            told = f"line {i}: expected {columns} numbers, found {len(cells)}"
+            return told + _parted([line])
         for cell in cells if line.strip() else ():
             try:
                 number(cell)
             except ValueError:
                 kind = "whole number" if number is int else "number"
-                return f"line {i}: expected a {kind}, found {cell.strip()[:40]!r}"
+                told = f"line {i}: expected a {kind}, found {cell.strip()[:40]!r}"
+                return told + _parted([line])
     return None
+
+
+def _parted(lines: Sequence[str]) -> str:
+    """Say what seems to part the fields of a CSV in place of commas, if something does."""
+    line = next((line.strip() for line in lines if line.strip()), "")
+    mark = next((mark for mark in _OTHER_MARKS if mark in line), None)
+    if mark is None or ("," in line and mark != ";"):  # beside a semicolon, decimals have commas
+        return ""
+    point = ", and write decimals with a point" if "," in line else ""
+    return f"; {_OTHER_MARKS[mark]} seem to part its fields: put commas there{point}"
 
 
 def output_form(target: str) -> Form:

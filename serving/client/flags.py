@@ -6,17 +6,43 @@ Read before anything is imported that takes time: only what is asked for is impo
 import argparse
 import math
 from contextlib import suppress
+from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any
 
+_ALIKE = 0.8  # of two names, by difflib: a typing error, not another word
 
-def way(timeout_s: float, timeout_of: str) -> argparse.ArgumentParser:
+
+class Parser(argparse.ArgumentParser):
+    """Tells of a flag that there is not, and which one may be meant.
+
+    argparse would tell of it only once all is there that is required, which it may stand for.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Read words as argparse does, beginning with the flags among them.
+
+        Raises:
+            SystemExit: They are wrong, or help was asked for.
+        """
+        known = list(self._option_string_actions)
+        for word in takewhile(lambda word: word != "--", args or ()):
+            flag = word.partition("=")[0]
+            if word.startswith("--") and not any(one.startswith(flag) for one in known):
+                nearest = get_close_matches(flag, known, n=1, cutoff=_ALIKE)
+                meant = "".join(f"; did you mean {one}?" for one in nearest)
+                self.error(f"unrecognized arguments: {flag}{meant}")
+        return super().parse_known_args(args, namespace)
+
+
+def way(timeout_s: float, timeout_of: str) -> Parser:
     """Make the flags, as a parent of a command's parser.
 
     Args:
         timeout_s: Default of `--timeout-s`.
         timeout_of: What that is for.
     """
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     group = parser.add_argument_group("servers")
     group.add_argument(
         "--address", default="127.0.0.1:8001", metavar="A[,B]",

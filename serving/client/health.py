@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc as pb_grpc
 
-from serving.client.channel import connection_to, each_of
+from serving.client.channel import SERVICE, connection_to, each_of
 from serving.client.errors import ClientError, Refused, translated
 from serving.client.flags import reached_by
 
@@ -65,7 +65,9 @@ def _told(error: Any, where: str, service: str) -> ClientError:
     """Say why there is no status."""
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return Refused(
-            f"{where}: expected a service that its health is known of, found {service!r}; leave "
-            "--service out to ask whether the server takes requests"
+            f"{where}: expected a service whose health the server knows, found {service!r}; leave "
+            "--service out to ask whether the server takes requests, or ask our server for "
+            f"{SERVICE}, which is the same, or live, whether its process answers; `kan-client "
+            "models` tells whether a model is served"
         )
     return translated(error, where)

@@ -3,8 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from serving.client.channel import connection_to
 from serving.client.credentials import Tls
 from serving.client.errors import (
     ClientError,
+    Closed,
     InvalidRequest,
     Refused,
     ServerFault,
@@ -78,6 +79,7 @@ class KanClient:
         self._rows = rows_per_message
         self._models: dict[tuple[str, str], Model] = {}
         self._met = False
+        self._closed = False
         self._channel = self._connection.open()
         self._stub = GRPCInferenceServiceStub(self._channel)
 
@@ -89,6 +91,7 @@ class KanClient:
 
     def close(self) -> None:
         """End every call and let the connections go."""
+        self._closed = True
         self._channel.close()
 
     def infer(
@@ -165,7 +168,8 @@ class KanClient:
             request = pb.ModelReadyRequest(name=model, version=str(version))
         metadata, timeout = self._connection.metadata(), limit(self._timeout_s)
         try:
-            found = method(request, timeout=timeout, metadata=metadata, wait_for_ready=False)
+            with self._closing():
+                found = method(request, timeout=timeout, metadata=metadata, wait_for_ready=False)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 return False
@@ -235,7 +239,9 @@ class KanClient:
                     under_way.append((part, end, self._send(batch, part, timeout_s)))
                 part, end, call = under_way[0]
                 try:
-                    batch.add(part, call.result())
+                    with self._closing():
+                        response = call.result()
+                    batch.add(part, response)
                 except grpc.RpcError as error:
                     told = self._told(error, model)
                     left_s = end - time.monotonic()
@@ -256,16 +262,30 @@ class KanClient:
     def _send(self, batch: Batch, part: slice, timeout_s: float) -> Any:
         metadata = self._connection.metadata()
         request = batch.request(part)
-        return self._stub.ModelInfer.future(request, timeout=limit(timeout_s), metadata=metadata)
+        with self._closing():
+            return self._stub.ModelInfer.future(
+                request, timeout=limit(timeout_s), metadata=metadata
+            )
 
     def _call(self, method: Any, request: Any, timeout_s: float, model: str = "") -> Any:
         metadata = self._connection.metadata()
         try:
-            found = method(request, timeout=limit(timeout_s), metadata=metadata)
+            with self._closing():
+                found = method(request, timeout=limit(timeout_s), metadata=metadata)
         except grpc.RpcError as error:
             raise self._told(error, model) from error
         self._met = True
         return found
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        """Tell that the client was closed, if it was; gRPC has other errors for it."""
+        try:
+            yield
+        except (ValueError, grpc.RpcError) as error:
+            if self._closed:
+                raise Closed(self._connection.where) from error
+            raise
 
     def _told(self, error: grpc.RpcError, model: str) -> ClientError:
         """Say what a call has ended with; who waits for a server in vain is told why."""
@@ -274,7 +294,10 @@ class KanClient:
             return told
         try:
             request, metadata = pb.ServerLiveRequest(), self._connection.metadata()
-            self._stub.ServerLive(request, timeout=LOOK_S, metadata=metadata, wait_for_ready=False)
+            with self._closing():
+                self._stub.ServerLive(
+                    request, timeout=LOOK_S, metadata=metadata, wait_for_ready=False
+                )
         except grpc.RpcError as reason:
             return never_reached(told, reason, self._connection.where)
         return told

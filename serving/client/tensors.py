@@ -24,6 +24,7 @@ DETAILS = "kanserve_details"
 Inputs = ArrayLike | Mapping[str, ArrayLike]
 """An array for a model with one input; names to arrays for any."""
 
+_LOOKED_AT = 2**14  # rows
 _MAY_BECOME = {"f": "fiub", "i": "iub", "u": "iub", "b": "b"}
 _KINDS = {"f": "floats or whole numbers", "i": "whole numbers", "u": "whole numbers", "b": "bools"}
 
@@ -117,6 +118,23 @@ def converted(array: NDArray[Any], spec: Tensor) -> NDArray[Any]:
             f"input {spec.name!r}: expected numbers from {low} to {high} for {spec.datatype}, "
             f"found {np.nanmin(array)} to {np.nanmax(array)}"
         )
+    return found
+
+
+def count_nan_rows(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Count the rows that hold NaN in any input, some at a time: arrays may be larger than memory.
+
+    Args:
+        arrays: As `checked` has passed them.
+    """
+    floats = [array for array in arrays.values() if array.dtype.kind == "f"]
+    found = 0
+    for start in range(0, len(floats[0]) if floats else 0, _LOOKED_AT):
+        marked = [
+            np.isnan(part).any(axis=tuple(range(1, part.ndim)))
+            for part in (array[start : start + _LOOKED_AT] for array in floats)
+        ]
+        found += int(np.logical_or.reduce(marked).sum())
     return found
 
 

@@ -38,6 +38,8 @@ class Refusal:
 Outcome = LoadedModel | Refusal
 _Stamp = tuple[tuple[str, int, int, int], ...]
 
+_OTHER_POLICY = "start the server with --version-policy all"
+
 _log = structlog.get_logger()
 
 
@@ -120,7 +122,8 @@ class Keeper:
             versions = self._repository.models.get(name)
             if versions is None:
                 raise ModelNotFound(f"there is no model {name[:128]!r}")
-            self._publish(name, {n: Version(None, "it was unloaded") for n in versions})
+            unloaded = Version(None, "it was unloaded", "have it loaded again")
+            self._publish(name, dict.fromkeys(versions, unloaded))
             self._tried = {f: tried for f, tried in self._tried.items() if f.name != name}
 
     def refused(self, name: str) -> dict[int, str]:
@@ -141,7 +144,9 @@ class Keeper:
             if self._policy.considers(number) and self._policy.wants_more(served):
                 after[number] = self._version(folder)
             else:
-                after[number] = Version(None, f"the version policy is {self._policy}")
+                after[number] = Version(
+                    None, f"the version policy is {self._policy}", _OTHER_POLICY
+                )
         self._publish(name, after)
 
     def _version(self, folder: BundleFolder) -> Version:

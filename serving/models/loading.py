@@ -37,6 +37,9 @@ _BREATH_S = 2e-3  # longer than a request takes
 EngineMaker = Callable[[bytes, Manifest, Path], Engine]
 """Makes an engine from verified bytes, what they are, and the folder of the rest."""
 
+Count = Callable[[int, int | None], None]
+"""Told how many rows were run, and how many of them were outside of the grid; None of no grid."""
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -64,7 +67,7 @@ class LoadedModel:
         engine: What runs it.
         lane: Where its requests wait.
         grid: Where it was trained; None if that cannot be told from its inputs.
-        count: Told how many rows were run, and how many of them were outside of the grid.
+        count: Told of every row that is run.
         folder: Where it was loaded from. What lies there may have changed since.
         statistics: Of what it has answered.
     """
@@ -73,7 +76,7 @@ class LoadedModel:
     engine: Engine
     lane: Lane[Request]
     grid: Grid | None
-    count: Callable[[int, int], None]
+    count: Count
     folder: Path
     statistics: Statistics
 
@@ -82,7 +85,7 @@ class LoadedModel:
         started = time.perf_counter()
         outputs = self.engine.run(inputs)
         self.statistics.count_run(len(inputs[0]), time.perf_counter() - started)
-        self.count(len(inputs[0]), self.grid.count_outside(inputs) if self.grid else 0)
+        self.count(len(inputs[0]), self.grid.count_outside(inputs) if self.grid else None)
         return outputs
 
 
@@ -90,7 +93,7 @@ def load_bundle(
     folder: BundleFolder,
     make_engine: EngineMaker,
     limits: Limits,
-    count: Callable[[int, int], None] = lambda rows, outside: None,
+    count: Count = lambda rows, outside: None,
     admission: Admission = ANYBODYS,
 ) -> LoadedModel:
     """Verify one bundle and replay its golden probes.
@@ -132,7 +135,7 @@ def _load(
     folder: BundleFolder,
     make_engine: EngineMaker,
     limits: Limits,
-    count: Callable[[int, int], None],
+    count: Count,
     admission: Admission,
 ) -> LoadedModel:
     raw = manifest_content(folder.path)

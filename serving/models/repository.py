@@ -26,11 +26,13 @@ class Version:
         model: What answers for it, if it is served.
         reason: Why it is not, or why what lies in its folder now is not; for clients. Empty if all
             is well.
+        remedy: What makes it served, for who asks for it; empty if the reason says all there is.
         loading: Whether what lies in its folder is being loaded.
     """
 
     model: LoadedModel | None
     reason: str = ""
+    remedy: str = ""
     loading: bool = False
 
     @property
@@ -95,16 +97,19 @@ class Repository:
         if version:
             number = parse_version(version)
             if number is None or number not in versions:
+                served = ", ".join(map(str, self.served_versions(name)))
                 raise ModelNotFound(
                     f"model {name!r} has no version {version[:32]!r}; "
-                    f"it has {', '.join(map(str, sorted(versions)))}"
+                    f"{f'it serves {served}' if served else 'none of it is served'}"
                 )
         else:
             number = max(versions)
         found = versions[number]
         if found.model is None:
-            reason = found.reason or "it is still being loaded"
-            raise ModelNotReady(f"version {number} of model {name!r} is not served: {reason}")
+            others = bool(version) and name in self._newest
+            raise ModelNotReady(
+                f"version {number} of model {name!r} is not served: {_why_not(found, others)}"
+            )
         return found.model
 
     def served_versions(self, name: str) -> list[int]:
@@ -120,3 +125,13 @@ class Repository:
         if versions is None:
             raise ModelNotFound(f"there is no model {name[:128]!r}")
         return versions
+
+
+def _why_not(version: Version, others: bool) -> str:
+    """Say why a version is not served, and what to do: also to ask for another, if one is."""
+    if not version.reason:
+        return "it is still being loaded; ask again in a moment"
+    remedy = version.remedy
+    if remedy and others:
+        remedy = f"leave the version out, or {remedy}"
+    return f"{version.reason}; {remedy}" if remedy else version.reason

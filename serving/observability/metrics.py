@@ -99,11 +99,19 @@ class Counters(Collector):
             if refusal is not None:
                 self._refusals[refusal] += 1
 
-    def count_rows(self, model: str, rows: int, outside: int) -> None:
-        """Count rows that were run, and those of them outside of the model's grid."""
+    def count_rows(self, model: str, rows: int, outside: int | None) -> None:
+        """Count rows that were run.
+
+        Args:
+            model: Which ran them.
+            rows: How many.
+            outside: Those of them outside of its grid; None if it has none that inputs reach as
+                they are, which is not counted: a zero would say that all lie inside.
+        """
         with self._lock:
             self._rows[model] += rows
-            self._outside[model] += outside
+            if outside is not None:
+                self._outside[model] += outside
 
     def count_answer(self, method: str, statistics: Statistics, rows: int, spent: Spent) -> None:
         """Count a request that was answered.
@@ -149,7 +157,8 @@ class Counters(Collector):
         outside = CounterMetricFamily(
             "kanserve_out_of_grid_rows",
             "Those among them with a feature outside of the grid that the model was trained on, "
-            "where its splines are zero.",
+            "where its splines are zero; only of models whose inputs reach a KANLinear layer as "
+            "they are.",
             labels=["model"],
         )
         of_rows = HistogramMetricFamily(

@@ -89,10 +89,11 @@ export class History {
       seconds > 0 ? new Map([...sums].map(([key, value]) => [key, value / seconds])) : null;
     const rows = sum(added, "kanserve_rows_total");
     const outside = sum(added, "kanserve_out_of_grid_rows_total");
+    const measured = sum(added.filter(isMeasured(samples)), "kanserve_rows_total");
     const point = {
       codes: rates(sumBy(added.filter(isInference), "kanserve_calls_total", "code")),
       rows: seconds > 0 ? rows / seconds : null,
-      outside: rows > 0 ? outside / rows : NaN,
+      outside: measured > 0 ? outside / measured : NaN,
     };
     if (families.has("kanserve_refusals_total")) {
       point.refusals = rates(sumBy(added, "kanserve_refusals_total", "reason"));
@@ -107,6 +108,12 @@ export class History {
   }
 }
 
+/** Whether a sample is of a model that tells which of its rows lie outside of its grid. */
+function isMeasured(samples) {
+  const models = sumBy(samples, "kanserve_out_of_grid_rows_total", "model");
+  return (sample) => models.has(sample.labels.get("model"));
+}
+
 /** Whether a sample is of requests for answers, not of probes and questions about models. */
 function isInference(sample) {
   return INFERENCE.has(sample.labels.get("method"));
@@ -115,7 +122,8 @@ function isInference(sample) {
 /**
  * Tell what each model does now.
  * @returns {function(string)} Gives {rows, median, slowest, queue, outside} of a model, in rows a
- *   second, seconds, rows, and as a share of all rows since the server's start; NaN is not known.
+ *   second, seconds, rows, and as a share of all rows since the server's start; NaN is not known,
+ *   as `outside` is of a model that has no grid at its inputs.
  */
 export function perModel(history, { samples }) {
   const { added, seconds } = history.recent();
@@ -134,7 +142,7 @@ export function perModel(history, { samples }) {
       median: quantile(0.5, buckets),
       slowest: quantile(0.99, buckets),
       queue: queues.get(model) ?? NaN,
-      outside: allRows.get(model) ? (outside.get(model) ?? 0) / allRows.get(model) : NaN,
+      outside: allRows.get(model) ? (outside.get(model) ?? NaN) / allRows.get(model) : NaN,
     };
   };
 }
