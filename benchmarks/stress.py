@@ -54,6 +54,7 @@ from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client.channel import connection_to
 from serving.client.load import Latencies, latencies_of
+from serving.settings import Settings as ServerSettings
 
 _ANYWHERE = f"0-{(os.cpu_count() or 1) - 1}"
 _SWAP_EVERY_S = 0.15
@@ -74,7 +75,7 @@ def overload(console: Console, seconds: int) -> list[str]:
     """
     settings = Settings(widths=(64, 256, 256, 10))  # work enough for a client of Python to offer
     rows = 256
-    places = 16_384 // rows
+    places = ServerSettings.model_fields["max_queue_rows"].default // rows
     found = []
     with exported(settings) as bundle:
         question = make_question(bundle, settings.widths[0], rows)

@@ -209,7 +209,7 @@ class Settings(BaseSettings):
         "are there at the same time run together, and only if they are short",
     )
     max_queue_rows: _Room = Field(
-        16_384,
+        20_480,
         description="most rows that wait, with those of a run, for each model; more are refused",
     )
     max_queue_bytes: _Room = Field(256 * 2**20, description="the same for bytes of inputs")
