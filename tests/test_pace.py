@@ -21,4 +21,4 @@ def test_the_pace_of_runs_is_learned(fixed: float, per_row: float, rows: list[in
         assert pace.expect(200, runs=4) == pytest.approx(4 * fixed + per_row * 200, rel=1e-3)
     else:
         assert pace.expect(rows[0]) == pytest.approx(fixed + per_row * rows[0])
-        assert pace.expect(100) <= fixed + per_row * 100
+        assert pace.expect(100) <= (fixed + per_row * 100) * (1 + 1e-9)  # rounded, as sums are
