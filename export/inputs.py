@@ -226,6 +226,20 @@ def _join(
     return Inputs(specs, tuple(arrays.values()))
 
 
+def odd_samples(inputs: Inputs) -> list[str]:
+    """Tell of samples with NaN or infinity in them."""
+    found = []
+    for spec, array in zip(inputs.specs, inputs.samples or (), strict=False):
+        odd = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+        if odd.any():
+            found.append(
+                f"samples {spec.name}: {odd.sum():,} of {len(odd):,} rows hold NaN or infinity, "
+                f"row {odd.argmax()} first; what matters, and what lies outside of the grid, is "
+                "told without those numbers"
+            )
+    return found
+
+
 def shown(shape: Sequence[int]) -> str:
     """Show a shape with its batch by name, as [batch, 3, 224, 224]."""
     return "[" + ", ".join("batch" if size == -1 else str(size) for size in shape) + "]"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from export.errors import InputError, NetworkError, cause
-from export.inputs import DEFAULT_INPUT, Inputs, check_name, shown
+from export.inputs import DEFAULT_INPUT, Inputs, check_name, odd_samples, shown
 from export.parts import watched
 from export.probes import make_kan_probes
 from kan_bundle.manifest import DATATYPES, TensorSpec
@@ -127,7 +127,7 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     if inputs is None:
         inputs = _inputs_of_kan(single, layers)
     _require_width(single, layers, inputs)
-    notes += _odd_samples(inputs)
+    notes += odd_samples(inputs)
     names = [spec.name for spec in inputs.specs]
     _require_names(single, names)
     call = Call(single, names).eval()
@@ -303,20 +303,6 @@ def _require_width(module: nn.Module, layers: Mapping[str, KANLinear], inputs: I
             f"{said}: expected {width} numbers in a row, as the KAN takes, found "
             f"{shown(spec.shape)}"
         )
-
-
-def _odd_samples(inputs: Inputs) -> list[str]:
-    """Tell of samples with NaN or infinity in them."""
-    found = []
-    for spec, array in zip(inputs.specs, inputs.samples or (), strict=False):
-        odd = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
-        if odd.any():
-            found.append(
-                f"samples {spec.name}: {odd.sum():,} of {len(odd):,} rows hold NaN or infinity, "
-                f"row {odd.argmax()} first; what matters, and what lies outside of the grid, is "
-                "told without those numbers"
-            )
-    return found
 
 
 @torch.no_grad()
