@@ -13,14 +13,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from export.arguments import OPSETS, parse
-from export.errors import ExportError, SigningError
+from export.errors import Ended, ExportError, SigningError
 from kan_bundle.errors import BundleError
 from kan_bundle.manifest import Manifest
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
+    except Ended as ended:  # by another signal, while the first one's end is told
+        return ended.exit_code
     except ModuleNotFoundError as error:  # the server and its clients do without
         if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
             raise
@@ -55,7 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    signals = [  # but not what a shell's background job ignores
+        signum
+        for signum in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(signum) is not signal.SIG_IGN
+    ]
+    for signum in signals:
         signal.signal(signum, _end_at_once)  # libraries are imported for seconds
     plotting = words[:1] == ["plot"]  # a file of that name is ./plot
     if plotting:
@@ -72,7 +79,7 @@ def _run(words: list[str]) -> int:
     from kan_model import KanModelError
 
     report = Report(quiet=not plotting and arguments.quiet)
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in signals:
         signal.signal(signum, lambda signum, _: report.end(128 + signum))
     # For --model and --activation, also as kan-export. Last, or a folder that has an `export` of
     # its own would come before what is installed.
@@ -83,26 +90,28 @@ def _run(words: list[str]) -> int:
     try:
         with _stdout_to_stderr():  # what a user's own network prints is no result
             code, result = run(arguments, report)
+        return _print_result(result, report) or code
+    except Ended:
+        failure = ""
     except (ExportError, BundleError, KanModelError) as error:
-        report.fail(str(error))
-        return 1
+        failure = str(error)
     except OSError as error:
         where = error.filename or (arguments.file if plotting else arguments.output)
         flag = "-o" if plotting else "--output"
         remedy = "make room, or choose" if error.errno in _NO_ROOM else "choose"
-        report.fail(f"{where}: {error.strerror or error}; {remedy} another {flag}")
-        return 1
-    except SystemExit as ended:
-        if ended.code == 128 + signal.SIGINT:
-            report.fail("interrupted")
-        raise
-    return _print_result(result, report) or code
+        failure = f"{where}: {error.strerror or error}; {remedy} another {flag}"
+    if report.exit_code is not None:  # whatever that became on its way here
+        failure = "interrupted" if report.exit_code == 128 + signal.SIGINT else ""
+    if failure:
+        report.fail(failure)
+    return report.exit_code or 1
 
 
 def _end_at_once(signum: int, frame: FrameType | None) -> None:
     """End while there is nothing to be tidied up: an exception could come out of any import."""
     if signum == signal.SIGINT:
-        os.write(2, b"error: interrupted\n")
+        with suppress(OSError):  # nobody reads it
+            os.write(2, b"error: interrupted\n")
     os._exit(128 + signum)
 
 

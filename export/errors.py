@@ -6,6 +6,8 @@ ExportError
 ├── ConversionError   a file could not be written in the form that was asked for
 ├── ParityError       the files do not compute what the checkpoint computes
 └── SigningError      the bundle cannot be signed with the key that was given
+
+Ended is no refusal: a signal.
 """
 
 import traceback
@@ -36,6 +38,20 @@ class ParityError(ExportError):
 
 class SigningError(ExportError):
     """The bundle cannot be signed with the key that was given."""
+
+
+class Ended(BaseException):
+    """A signal ends the export.
+
+    It is no SystemExit: that is what user's own code, which is run here, may be caught for.
+
+    Args:
+        exit_code: Of the process: 128 and the signal's number.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 def cause(error: BaseException) -> str:

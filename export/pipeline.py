@@ -160,7 +160,8 @@ def write_bundle(
 
 def _free_cycles(network: Network) -> None:
     """Free what cycles hold of a large network. Looking for them takes a quarter of a second."""
-    if sum(tensor.nbytes for tensor in network.call.state_dict().values()) > _LARGE_BYTES:
+    tensors = (*network.call.parameters(), *network.call.buffers())
+    if sum(tensor.nbytes for tensor in tensors) > _LARGE_BYTES:
         gc.collect()
 
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 
 from export import tables
+from export.errors import Ended
 from export.network import Network
 from export.proof.parity import Measurement
 from kan_bundle.manifest import LayerRecord, Manifest, Precision, PruningRecord
@@ -34,6 +35,10 @@ class Report:
     Args:
         console: Where to tell it; by default stderr, in colour on a terminal.
         quiet: Tell warnings and errors alone.
+
+    Attributes:
+        exit_code: What the process is to end with since a signal came; None if none did.
+        warnings: What was warned of.
     """
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
@@ -44,7 +49,7 @@ class Report:
         if not self._console.is_terminal:
             self._console.width = _WIDTH_OF_A_LOG
         self._quiet = quiet
-        self._exit_code: int | None = None
+        self.exit_code: int | None = None
         self._in_python = False
         self._assumed = False
         self._started = time.perf_counter()
@@ -58,14 +63,14 @@ class Report:
         return report
 
     def end(self, exit_code: int) -> NoReturn:
-        """End the process, at the latest before the next stage.
+        """End the export, at the latest before the next stage.
 
         Raises:
-            SystemExit: Here, and, because a library on the way out may catch everything, again
-                when a stage is about to begin.
+            Ended: Here, and, because a library on the way out may catch everything, again when a
+                stage is about to begin.
         """
-        self._exit_code = exit_code
-        sys.exit(exit_code)
+        self.exit_code = exit_code
+        raise Ended(exit_code)
 
     @contextmanager
     def stage(self, name: str, total: int = 0) -> Iterator[Advance]:
@@ -78,8 +83,8 @@ class Report:
         Yields:
             What to call with how much more has been done.
         """
-        if self._exit_code is not None:
-            sys.exit(self._exit_code)
+        if self.exit_code is not None:
+            raise Ended(self.exit_code)
         started = time.perf_counter()
         if self._moves:
             with self._progress() as progress:

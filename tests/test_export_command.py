@@ -7,13 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from torch import nn
 
 from export import tables
 from export.__main__ import main
+from export.errors import Ended
 from kan_bundle.manifest import read_manifest
 from tests.conftest import GOLDENS, ROOT, Golden, run_module
 
@@ -167,21 +170,68 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
 
 
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    """For `main` in the tests' own process: its handlers are gone at the end."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def interrupted_network() -> nn.Module:
+    signal.raise_signal(signal.SIGINT)
+    raise AssertionError
+
+
+def wrapping_network() -> nn.Module:
+    try:
+        return interrupted_network()
+    except BaseException as error:
+        raise RuntimeError("as some libraries do") from error
+
+
+@pytest.mark.parametrize("factory", ["interrupted_network", "wrapping_network"])
+@pytest.mark.usefixtures("own_handlers")
+def test_an_interrupt_in_the_users_own_code_is_none_of_its_faults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factory: str
+) -> None:
+    arguments = ["--output", str(tmp_path / "models"), "--model", f"{__name__}:{factory}"]
+    assert main([str(UNIFORM), *arguments]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("own_handlers")
 def test_an_interrupt_that_a_library_swallows_ends_it_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def swallow(*_: object, **__: object) -> frozenset[str]:
-        with pytest.raises(SystemExit):
+        with pytest.raises(Ended):
             signal.raise_signal(signal.SIGINT)
         return frozenset()
 
     monkeypatch.setattr("export.pipeline.write_onnx", swallow)
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit, match="130"):
-            main([str(UNIFORM), "--output", str(tmp_path / "models")])
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    assert main([str(UNIFORM), "--output", str(tmp_path / "models")]) == 130
     assert "error: interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_of_the_foreground_leaves_a_job_of_the_background_alone(
+    tmp_path: Path,
+) -> None:
+    """Which a shell that is not interactive starts with SIGINT ignored."""
+    (tmp_path / "network.py").write_text(
+        "import os, signal\nfrom kan_model import KAN\n"
+        "def make():\n    os.kill(os.getpid(), signal.SIGINT)\n    return KAN([4, 8, 3])\n"
+    )
+    command = f"trap '' INT; exec {sys.executable} -m export"
+    arguments = f"{UNIFORM} --output {tmp_path}/models --model network:make --name m"
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {arguments}"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
