@@ -244,6 +244,8 @@ def _measure_sparsity(arguments: argparse.Namespace, report: "Report") -> "list[
             report=report,
         )
         network = describe_network(module, inputs)
+    for note in network.notes:
+        report.warn(note)
     with report.stage("leave out more and more edges", len(THRESHOLDS)) as advance:
         found = []
         for step in prune_further(network, THRESHOLDS):

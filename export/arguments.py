@@ -6,6 +6,7 @@ Nothing here imports torch, so that help and completion come at once.
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -72,9 +73,7 @@ def parse(words: list[str]) -> argparse.Namespace:
             words = [*words[:i], f"{word}={words[i + 1]}", *words[i + 2 :]]
             break
     parser = make_parser()
-    arguments, unknown = parser.parse_known_args(words)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(parser, unknown[0])}")
+    arguments = parse_known(parser, words)
 
     def given(flags: tuple[str, ...]) -> str:
         """List those of some flags that are given."""
@@ -96,11 +95,19 @@ def parse(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _meant(parser: argparse.ArgumentParser, unknown: str) -> str:
-    """Suggest the flag that is written most like one that there is not."""
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    found = get_close_matches(unknown.partition("=")[0], flags, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
+def parse_known(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Read words; of a flag that there is not, say which one is written most like it.
+
+    Raises:
+        SystemExit: They are wrong, or help was asked for.
+    """
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        found = get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        meant = f"; did you mean {found[0]}?" if found else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+    return arguments
 
 
 def make_parser() -> argparse.ArgumentParser:

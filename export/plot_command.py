@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.arguments import parse_known
 from export.errors import InputError
 from export.plots import Curves, Edges, plot_edge, plot_layer, plot_network, read_curves
 from export.report import Report
@@ -68,7 +69,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--activation", metavar="NAME", help="of a checkpoint, as in an export")
     parser.add_argument("--prefix", metavar="PREFIX", help="of a checkpoint, as in an export")
-    arguments = parser.parse_args(words)
+    arguments = parse_known(parser, words)
     if arguments.layer is None and (arguments.input is not None or arguments.output is not None):
         parser.error("--input and --output are those of a layer; give its --layer, too")
     if arguments.most is not None:
@@ -94,7 +95,7 @@ def plot(arguments: argparse.Namespace, report: Report | None = None) -> Path:
     Raises:
         ExportError: There is no such curve, or no matplotlib.
         KanModelError: The checkpoint cannot be used.
-        OSError: Something cannot be read or written.
+        OSError: The file cannot be written.
     """
     wanted = Edges(arguments.layer, arguments.input, arguments.output, arguments.most or _MOST)
     curves = read_curves(

@@ -15,7 +15,7 @@ something is drawn, not before.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +31,7 @@ from export.report_page.embedding import read_embedded, share_room
 from kan_bundle.layout import REPORT_FILE
 from kan_model import KANLinear, resolve_activation
 from kan_model.checkpoint import read_checkpoint
+from kan_model.errors import CheckpointError
 from kan_model.stacks import printable
 
 if TYPE_CHECKING:
@@ -90,11 +91,10 @@ def read_curves(
         report: Is told the warnings; None makes Python's own of them.
 
     Raises:
-        InputError: The bundle has no report with curves in it, or was given what only a checkpoint
-            leaves open.
+        InputError: The bundle has no report with curves in it that can be read, or was given what
+            only a checkpoint leaves open.
         CheckpointError: The checkpoint cannot be used.
         ActivationError: The activation cannot be had.
-        OSError: Something cannot be read.
     """
     place = Path(path)
     if place.is_dir():
@@ -110,8 +110,11 @@ def read_curves(
             raise InputError(
                 f"{place}: a bundle says itself what it is; leave out {', '.join(strays)}"
             )
-        with place.open("rb") as file:
-            content = file.read(_LARGEST)
+        try:
+            with place.open("rb") as file:
+                content = file.read(_LARGEST)
+        except OSError as error:
+            raise InputError(f"{place}: cannot be read: {error.strerror}") from error
         try:
             layers, chain = read_embedded(content)
         except ValueError as error:
@@ -119,7 +122,13 @@ def read_curves(
         return Curves(tuple(layers[i] for i in _numbers(len(layers), only)), chain)
     checkpoint = read_checkpoint(place)
     make = None if activation is None else resolve_activation(activation)
-    stack = checkpoint.find_kan(prefix)
+    try:
+        stack = checkpoint.find_kan(prefix)
+    except CheckpointError as error:  # which speaks of the export's flags
+        raise CheckpointError(
+            f"{error}; plot itself takes --prefix alone: with another flag, export the network and "
+            "plot its bundle"
+        ) from error
     kan = checkpoint.build_kan(stack, make)
     warn_of_assumption(stack, activation, report or Report.silent())
     rooms = [room.edges for room in share_room(list(kan.layers))]
@@ -154,11 +163,12 @@ def _measure(name: str, layer: KANLinear, only: Edges | None, room: int) -> Laye
     wanted = torch.zeros_like(measured, dtype=torch.bool)
     wanted[_part(only.output), _part(only.feature)] = True
     count = int(wanted.sum())
+    ranked = measured
     if 0 < count < wanted.numel():  # what is not there is refused when it is drawn
-        measured[~wanted] = -1
-        measured[wanted] = measured[wanted].nan_to_num(nan=0.0)  # NaN would come last of all
+        ranked = measured.nan_to_num(nan=0.0).where(wanted, -1)  # NaN would come last of all
         most = min(most, count)
-    return layer_curves(name, layer, measured, sampled=False, most_edges=most)
+    curves = layer_curves(name, layer, ranked, sampled=False, most_edges=most)
+    return replace(curves, importance=measured.cpu().numpy().ravel()[curves.edges])
 
 
 def _part(number: int | None) -> slice:

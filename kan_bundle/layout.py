@@ -245,17 +245,22 @@ def staging(target: BundleFolder) -> Iterator[Staging]:
     """
     repository = target.path.parent.parent
     made = [p for p in (repository, *repository.parents) if not p.exists()]
-    repository.mkdir(parents=True, exist_ok=True)
     try:
-        path = Path(tempfile.mkdtemp(prefix=".export-", dir=repository))
-    except OSError as error:  # it names a folder that nobody has asked for
-        raise OSError(error.errno, error.strerror, str(repository)) from error
-    place = Staging(path, target)
-    try:
-        place.path.mkdir()
-        yield place
+        repository.mkdir(parents=True, exist_ok=True)
+        place = Staging(_make_hidden(repository), target)
+        try:
+            place.path.mkdir()
+            yield place
+        finally:
+            place.close()
     finally:
-        place.close()
         for folder in (target.path.parent, *made):
             with suppress(OSError):  # not empty, so it holds something: keep it
                 folder.rmdir()
+
+
+def _make_hidden(repository: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=".export-", dir=repository))
+    except OSError as error:  # it names a folder that nobody has asked for
+        raise OSError(error.errno, error.strerror, str(repository)) from error

@@ -84,7 +84,7 @@ def resolve_activation(name: str) -> Callable[[], nn.Module]:
     try:
         factory = pkgutil.resolve_name(name)
         made = factory()
-    except Exception as error:  # the user's own module may fail in any way
+    except (Exception, SystemExit) as error:  # the user's own module may fail in any way
         raise ActivationError(
             f"activation {name!r} cannot be made: {_first_line(error)}; expected "
             "package.module:Class, importable from here and callable without arguments"
@@ -154,5 +154,5 @@ def require_elementwise(name: str, activation: nn.Module) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -50,7 +50,8 @@ class _Ends:
         """Note a signal."""
         if not self.listening:
             # An exception could come out of any import.
-            os.write(2, _stopped_line(time.time_ns()))
+            with suppress(OSError):  # nobody reads it
+                os.write(2, _stopped_line(time.time_ns()))
             os._exit(0)
         self.count += 1
         self._news.put(None)

@@ -16,7 +16,8 @@ from serving.errors import StartupError
 from serving.settings import Settings
 
 _NOTHING_SERVED = (
-    "no version could be served: model_refused says of each why, if it was not left out by "
+    "no version could be served, with --workers not by each of them: model_refused says of each "
+    "why, if it was not left out by "
     "--version-policy; mend that and start again, or start with --model-control poll, which looks "
     "again when files change"
 )

@@ -18,6 +18,7 @@ def in_place() -> nn.Module:
         ("no_such_module:Thing", "cannot be made: ModuleNotFoundError"),
         ("torch.nn:Linear", "cannot be made: TypeError"),
         ("math:tau", "cannot be made: TypeError"),
+        ("sys:exit", "cannot be made: SystemExit"),
         ("builtins:list", "makes a list, expected a torch.nn.Module"),
         ("tests.test_activations:in_place", "works in place"),
         ("torch.nn:GLU", "fails on a tensor of shape (2, 3)"),

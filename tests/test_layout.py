@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,19 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         fail_halfway()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_repository_that_cannot_be_written_into_is_named_and_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> str:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", "/models/.export-x")
+
+    monkeypatch.setattr("kan_bundle.layout.tempfile.mkdtemp", refuse)
+    with pytest.raises(OSError, match="quota") as refused, staging(target(tmp_path)):
+        pass
+    assert refused.value.filename == str(tmp_path / "models")
     assert list(tmp_path.iterdir()) == []
 
 

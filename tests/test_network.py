@@ -383,6 +383,26 @@ def test_a_kan_may_take_sequences(tmp_path: Path) -> None:
         assert manifest.outputs[0].shape == (-1, 5, 2)
 
 
+def test_a_users_class_called_kan_is_the_users(tmp_path: Path) -> None:
+    """It may take images, and keep with its weights what is no tensor."""
+
+    class KAN(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = kan_model.KAN([12, 4, 2])
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.body(x.flatten(1))
+            return y
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"format": 1}
+
+    manifest = export_module(KAN(), name="m", output=tmp_path, input_shape=(3, 2, 2))
+    assert manifest.inputs[0].shape == (-1, 3, 2, 2)
+    assert manifest.outputs[0].shape == (-1, 2)
+
+
 def test_a_layer_whose_knots_do_not_rise_is_refused(tmp_path: Path) -> None:
     network = zoo.conv_net()
     network.fc2.grid[1, 4] = network.fc2.grid[1, 5]

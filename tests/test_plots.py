@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 
 from export import plot_command
 from export.curves import LayerCurves, layer_curves
 from export.errors import InputError
 from export.plots import Edges, plot_edge, plot_layer, plot_network, read_curves
-from kan_model import KAN
+from kan_model import KAN, CheckpointError
 from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden, run_module
+from tests.edges import WithKAN
 from tests.layers import golden_layers, phi
 
 UNIFORM = STATE_DICTS[0]
@@ -143,6 +145,7 @@ def test_a_picture_goes_where_a_link_leads(tmp_path: Path) -> None:
         (["m"], "required: -o"),
         (["m", "-o", "a.svg", "--input", "1"], "give its --layer"),
         (["m", "-o", "a.svg", "--layer", "0", "--most", "0"], "at least 1"),
+        (["m", "-o", "a.svg", "--layr", "0"], "did you mean --layer?"),
         (["m", "-o", "a.svg", "--most", "3"], "--most is that of a layer; give its --layer"),
         (
             ["m", "-o", "a.svg", "--layer=0", "--input=1", "--output=2", "--most=3"],
@@ -190,6 +193,11 @@ def test_what_has_no_curves_is_refused(tmp_path: Path) -> None:
     page.write_text("<p>of an older kanserve</p>")
     with pytest.raises(InputError, match="no curves in it"):
         read_curves(tmp_path)
+    with pytest.raises(InputError, match=r"missing\.html: cannot be read: No such file"):
+        read_curves(tmp_path / "missing.html")
+    torch.save(WithKAN().state_dict(), tmp_path / "whole.pt")
+    with pytest.raises(CheckpointError, match=r"export the network and plot its bundle$"):
+        read_curves(tmp_path / "whole.pt")
 
 
 def test_edges_that_a_report_has_no_room_for_come_from_the_checkpoint(tmp_path: Path) -> None:
@@ -229,6 +237,19 @@ def test_of_a_checkpoint_only_the_edges_that_are_drawn_are_kept(
     for name in ("edges", "importance", "base_weight", "coefficients"):
         expected = getattr(whole, name)[wanted][:most]
         np.testing.assert_array_equal(getattr(few, name), expected)
+
+
+class Root(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sqrt(x)
+
+
+def test_an_importance_that_is_no_number_is_told_as_none(tmp_path: Path) -> None:
+    """Where the activation has no value for part of the grid."""
+    torch.save(KAN([2, 1]).state_dict(), tmp_path / "kan.pt")
+    for only in (None, Edges(0, 1, 0)):
+        curves = read_curves(tmp_path / "kan.pt", activation=f"{__name__}:Root", only=only)
+        assert np.isnan(curves.layers[0].importance).all()
 
 
 def test_the_command_asks_for_no_more_than_it_draws(

@@ -91,12 +91,20 @@ def test_nodes_are_told_of_only_where_they_can_go(tmp_path: Path) -> None:
 def test_inspect_takes_a_network_of_your_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(WithKAN().state_dict(), tmp_path / "m.pt")
-    flags = ["--model", "tests.edges:WithKAN", "--input-shape", "3", "--json"]
-    done = run_module("export", "inspect", tmp_path / "m.pt", "--sparsity", *flags)
-    assert done.returncode == 0, done.stderr
-    step = json.loads(done.stdout)["sparsity"][-1]
-    assert [layer["name"] for layer in step["layers"]] == ["head.layers.0", "head.layers.1"]
-    assert step["change"]["on"] == "random"
+    rows = np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32)
+    rows[4, 1] = np.nan
+    np.save(tmp_path / "x.npy", rows)
+    for data, on in (
+        (["--input-shape", "3"], "random"),
+        (["--samples", str(tmp_path / "x.npy")], "samples"),
+    ):
+        flags = ["--model", "tests.edges:WithKAN", *data, "--json"]
+        done = run_module("export", "inspect", tmp_path / "m.pt", "--sparsity", *flags)
+        assert done.returncode == 0, done.stderr
+        step = json.loads(done.stdout)["sparsity"][-1]
+        assert [layer["name"] for layer in step["layers"]] == ["head.layers.0", "head.layers.1"]
+        assert step["change"]["on"] == on
+        assert ("1 of 20 rows hold NaN" in done.stderr) == (on == "samples")
 
 
 @pytest.mark.parametrize(
