@@ -18,6 +18,7 @@ from serving.server import Server, running
 from serving.settings import Settings
 from tests.bare import A, Bare, N, answering
 from tests.clients import ROWS, UNIFORM, assert_close, both_ways, infers
+from tests.ports import free_port
 from tests.processes import serving
 from tests.servers import WAIT_S, Gate, await_true, gate, served
 
@@ -46,11 +47,11 @@ def test_who_waits_for_nobody_is_told_why() -> None:
 
 def test_calls_wait_for_a_server_that_comes_late(repository: Path) -> None:
     found: list[NDArray[Any]] = []
+    port = free_port()
     with socket.socket() as knocked:
         knocked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        knocked.bind(("127.0.0.1", 0))
+        knocked.bind(("127.0.0.1", port))
         knocked.listen()
-        port = knocked.getsockname()[1]
         client = KanClient(f"127.0.0.1:{port}", timeout_s=WAIT_S)
         asking = threading.Thread(
             target=lambda: found.append(client.infer(UNIFORM.name, UNIFORM.x))
