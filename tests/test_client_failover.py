@@ -17,12 +17,12 @@ from serving.client import KanClient, Overloaded, TimedOut
 from serving.server import Server, running
 from serving.settings import Settings
 from tests.bare import A, Bare, N, answering
-from tests.clients import ROWS, UNIFORM, assert_close, both_ways, infers
+from tests.clients import ROWS, UNIFORM, assert_close, both_ways, infers, told_why
 from tests.ports import free_port
 from tests.processes import serving
 from tests.servers import WAIT_S, Gate, await_true, gate, served
 
-__all__ = ["gate"]
+__all__ = ["gate", "told_why"]
 
 
 def test_a_deadline_ends_the_wait(repository: Path, gate: Gate) -> None:
@@ -34,6 +34,7 @@ def test_a_deadline_ends_the_wait(repository: Path, gate: Gate) -> None:
             assert timed_out.value.code == "DEADLINE_EXCEEDED"
 
 
+@pytest.mark.usefixtures("told_why")
 def test_who_waits_for_nobody_is_told_why() -> None:
     with socket.socket() as taken:  # and does not listen
         taken.bind(("127.0.0.1", 0))
