@@ -5,15 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
-from serving.client import AsyncKanClient, ClientError, KanClient
+from serving.client import AsyncKanClient, ClientError, KanClient, aio, sync
 from serving.server import Server
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S
 
 UNIFORM, ADAPTED = STATE_DICTS[:2]
 ROWS = np.random.default_rng(0).uniform(-1, 1, (2500, 4)).astype(np.float32)
+
+
+@pytest.fixture
+def told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients in this process look for the reason why nobody answers until they have it."""
+    for module in (sync, aio):
+        monkeypatch.setattr(module, "LOOK_S", WAIT_S)
 
 
 def assert_close(found: NDArray[Any], y64: NDArray[np.float64]) -> None:

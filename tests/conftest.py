@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
+import hypothesis
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -38,6 +40,19 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+# How long an example takes is nobody's finding.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test and its fixtures have the same weights, whatever ran before them."""
+    torch.manual_seed(0)
 
 
 @dataclass(frozen=True)
@@ -123,8 +138,9 @@ def browser() -> "Iterator[Browser]":
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=30_000)  # ms; a busy machine is no finding
     with sync_playwright() as playwright:
         # Chromium's own sandbox is not to be had as root; the pages are ours.
         browser = playwright.chromium.launch(

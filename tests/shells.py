@@ -1,5 +1,6 @@
 """`kan-client` as a shell runs it, in this process, against a server that the test speaks for."""
 
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from tests.servers import WAIT_S
 
 TWICE = {"inputs": {"a": ("FP32", [-1, 2])}, "outputs": ("twice",)}
 """A model of one input and one output."""
+
+
+def without_waiting(error: str) -> str:
+    """What the command said on stderr, but not that it waits, as it may on a busy machine."""
+    return re.sub(r"(?m)^waiting for .*\n", "", error)
 
 
 @dataclass

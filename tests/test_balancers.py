@@ -18,7 +18,7 @@ from h2.events import DataReceived, RequestReceived, StreamEnded
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client import KanClient, Unavailable
-from tests.chaos.replicas import Replica, free_ports, replicas
+from tests.chaos.replicas import Replica, replicas
 from tests.chaos.ways import (
     BALANCERS,
     CLIENT,
@@ -29,6 +29,7 @@ from tests.chaos.ways import (
     rendered,
 )
 from tests.conftest import STATE_DICTS
+from tests.ports import free_port
 from tests.servers import WAIT_S, await_true
 from tests.wire import raw_output, raw_request
 
@@ -203,7 +204,7 @@ def test_models_are_not_loaded_in_one_server_of_three(address: str) -> None:
 
 @behind_each_balancer
 def test_without_any_server_clients_are_told_that_it_may_be_back(way: Way, tmp_path: Path) -> None:
-    nobody = [f"127.0.0.1:{port}" for port in free_ports(3)]
+    nobody = [f"127.0.0.1:{free_port()}" for _ in range(3)]
     with (
         way.open(nobody, tmp_path) as addresses,
         KanClient(addresses) as client,

@@ -13,10 +13,11 @@ from serving.client import commands
 from serving.client.__main__ import main
 from serving.server import Server
 from tests.bare import Bare, received
+from tests.clients import told_why
 from tests.conftest import STATE_DICTS, run_module
-from tests.shells import Shell, bare, shell
+from tests.shells import Shell, bare, shell, without_waiting
 
-__all__ = ["bare", "shell"]
+__all__ = ["bare", "shell", "told_why"]
 
 UNIFORM = STATE_DICTS[0]
 MODEL = ("--model", "m")
@@ -74,13 +75,15 @@ def test_bench_counts_errors_by_their_codes(shell: Shell, bare: Bare) -> None:
 
 
 def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    done = run_module("serving.client", "models", "--address", "127.0.0.1:1", "--timeout-s", "0.2")
+    done = run_module("serving.client", "models", "--address", "127.0.0.1:1", "--timeout-s", "0.8")
+    error = without_waiting(done.stderr)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("error: no server has answered in time: 127.0.0.1:1: ")
-    assert done.stderr.count("\n") == 1
+    assert error.startswith("error: no server has answered in time: 127.0.0.1:1: ")
+    assert error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("told_why")
 @pytest.mark.parametrize(
     "command", [["models"], ["infer", *MODEL, "--input", "x"], ["bench", *MODEL, "--rate", "1"]]
 )
@@ -94,10 +97,18 @@ def test_who_waits_for_a_server_is_told_for_whom(
     assert error.startswith("error: no server has answered in time: 127.0.0.1:1: ")
 
 
-@pytest.mark.parametrize("command", ["models", "health"])
-def test_the_metrics_port_is_told_from_a_server(server: Server, command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "timeout_s"),
+    [
+        pytest.param("models", "2", id="models"),  # which waits for a server as long as that
+        pytest.param("health", "30", id="health"),  # which ends with the first failure
+    ],
+)
+def test_the_metrics_port_is_told_from_a_server(
+    server: Server, command: str, timeout_s: str
+) -> None:
     place = server.metrics_address
-    done = run_module("serving.client", command, "--address", place, "--timeout-s", "0.5")
+    done = run_module("serving.client", command, "--address", place, "--timeout-s", timeout_s)
     assert done.returncode == 1
     assert "this looks like another protocol; perhaps it is the metrics port" in done.stderr
     assert "SETTINGS" not in done.stderr

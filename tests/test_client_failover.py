@@ -17,11 +17,12 @@ from serving.client import KanClient, Overloaded, TimedOut
 from serving.server import Server, running
 from serving.settings import Settings
 from tests.bare import A, Bare, N, answering
-from tests.clients import ROWS, UNIFORM, assert_close, both_ways, infers
+from tests.clients import ROWS, UNIFORM, assert_close, both_ways, infers, told_why
+from tests.ports import free_port
 from tests.processes import serving
 from tests.servers import WAIT_S, Gate, await_true, gate, served
 
-__all__ = ["gate"]
+__all__ = ["gate", "told_why"]
 
 
 def test_a_deadline_ends_the_wait(repository: Path, gate: Gate) -> None:
@@ -33,6 +34,7 @@ def test_a_deadline_ends_the_wait(repository: Path, gate: Gate) -> None:
             assert timed_out.value.code == "DEADLINE_EXCEEDED"
 
 
+@pytest.mark.usefixtures("told_why")
 def test_who_waits_for_nobody_is_told_why() -> None:
     with socket.socket() as taken:  # and does not listen
         taken.bind(("127.0.0.1", 0))
@@ -46,11 +48,11 @@ def test_who_waits_for_nobody_is_told_why() -> None:
 
 def test_calls_wait_for_a_server_that_comes_late(repository: Path) -> None:
     found: list[NDArray[Any]] = []
+    port = free_port()
     with socket.socket() as knocked:
         knocked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        knocked.bind(("127.0.0.1", 0))
+        knocked.bind(("127.0.0.1", port))
         knocked.listen()
-        port = knocked.getsockname()[1]
         client = KanClient(f"127.0.0.1:{port}", timeout_s=WAIT_S)
         asking = threading.Thread(
             target=lambda: found.append(client.infer(UNIFORM.name, UNIFORM.x))

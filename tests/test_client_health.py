@@ -15,7 +15,7 @@ from serving.server import Server
 from tests.conftest import ROOT
 from tests.processes import serving
 from tests.security import Authority
-from tests.servers import await_true, served
+from tests.servers import WAIT_S, await_true, served
 
 LIMIT_S = "0.5"  # for answers that do not come
 
@@ -36,7 +36,7 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
 
     def ask(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()  # what a server in this process has logged
-        code = main(["health", *map(str, arguments)])
+        code = main(["health", "--timeout-s", str(WAIT_S), *map(str, arguments)])
         return code, *capsys.readouterr()
 
     return ask
@@ -51,10 +51,12 @@ def silent() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def closed_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+@contextmanager
+def closed_port() -> Iterator[str]:
+    """Where nobody listens, nor can."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
 
 
 def test_a_ready_server_is_serving(server: Server, ask: Ask) -> None:
@@ -95,8 +97,8 @@ def test_a_draining_server_is_not_serving_with_1(repository: Path, ask: Ask) -> 
 
 
 def test_where_nobody_listens_is_one_line_with_1(ask: Ask) -> None:
-    address = closed_port()
-    code, out, error = ask("--address", address)
+    with closed_port() as address:
+        code, out, error = ask("--address", address)
     assert (code, out) == (1, "")
     assert error.startswith(f"error: {address}: ")
     assert "Connection refused" in error
@@ -114,13 +116,12 @@ def test_who_does_not_answer_is_not_waited_for(ask: Ask) -> None:
 def test_every_address_is_asked_and_every_one_must_be_serving(
     server: Server, repository: Path, ask: Ask
 ) -> None:
-    with served(repository) as (other, _):
+    with served(repository) as (other, _), closed_port() as gone:
         both = f"{server.address},{other.address}"
         code, out, _error = ask("--address", both)
         assert code == 0
         assert out == f"{server.address} SERVING\n{other.address} SERVING\n"
         other.drain()
-        gone = closed_port()
         code, out, error = ask("--address", f"{gone},{both}")
         assert code == 1
         assert out == f"{server.address} SERVING\n{other.address} NOT_SERVING\n"
@@ -157,7 +158,7 @@ def test_flags_without_a_usable_value_end_with_2(flags: list[str], told: str, as
 def test_a_server_in_a_process_of_its_own_is_seen_to_come_and_to_go(repository: Path) -> None:
     with serving("--model-repository", repository, "--drain-s", "600") as process:
         ask = [sys.executable, "-W", "error", "-m", "serving.client", "health"]
-        ask += ["--address", process.address]
+        ask += ["--address", process.address, "--timeout-s", str(WAIT_S)]
 
         def status() -> tuple[int, str]:
             done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True)

@@ -24,9 +24,15 @@ from serving.client import (
 )
 from serving.client.__main__ import main
 from tests.bare import A, Bare, N, answering
+from tests.clients import told_why
+from tests.servers import WAIT_S
+
+__all__ = ["told_why"]
 
 INPUTS: dict[str, NDArray[Any]] = {"a": A, "n": N}
 SHORT_S = 0.3  # for a server that is never believed
+
+pytestmark = pytest.mark.usefixtures("told_why")
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,7 @@ def test_the_command_takes_the_same_files(
     servicer = Bare(tokens={"first"})
     with answering(servicer, world.strict) as port:
         command = ["infer", "--model", "pair", "--input", str(x), "--output-tensor", "twice"]
-        command += ["--address", f"localhost:{port}", "--timeout-s", str(SHORT_S)]
+        command += ["--address", f"localhost:{port}", "--timeout-s", str(WAIT_S)]
         flags = ["--ca", str(files.ca), "--cert", str(files.cert), "--key", str(files.key)]
         flags += ["--server-name", "127.0.0.1", "--token-file", str(token)]
         assert main([*command, *flags]) == 0
@@ -230,5 +236,5 @@ def test_the_command_takes_the_same_files(
         told = "error: localhost:{}: model 'pair': the token is not one of ours; give a token"
         assert capsys.readouterr().err.startswith(told.format(port))
         for missing in (flags[:2], ["--tls"], []):  # no certificate, no CA, no TLS
-            assert main([*command, *missing]) == 1
+            assert main([*command, *missing, "--timeout-s", str(SHORT_S)]) == 1
             assert "error: no server has answered in time" in capsys.readouterr().err

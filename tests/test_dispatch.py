@@ -291,7 +291,6 @@ def test_after_the_end_nothing_is_run(engine: Doubler) -> None:
     with Client(engine) as client:
         assert answer(client.send(1)) == [2]
     late = client.send(2)
-    for thread in threading.enumerate():
-        if thread.name.startswith("engine-"):
-            thread.join(WAIT_S)
+    for thread in client.dispatcher._threads:
+        thread.join(WAIT_S)
     assert not late.done()

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tomllib
@@ -14,7 +13,6 @@ import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +30,7 @@ from serving.server import Server
 from serving.settings import Settings
 from tests.conftest import ROOT
 from tests.pages import PAGES, Block, commands, read_blocks
+from tests.ports import free_port
 from tests.test_tritonclient import PYTHON as TRITONCLIENT
 
 BLOCKS = {str(page.relative_to(ROOT)): read_blocks(page) for page in PAGES}
@@ -126,17 +125,6 @@ def _is_export(line: str) -> bool:
     return line.startswith("python -m export ")
 
 
-@contextmanager
-def free_ports() -> Iterator[dict[str, int]]:
-    """Find ports that nobody has, for those that the pages name."""
-    with ExitStack() as stack:
-        sockets = {name: stack.enter_context(socket.socket()) for name in ("8001", "8002")}
-        for one in sockets.values():
-            one.bind(("127.0.0.1", 0))
-        found = {name: one.getsockname()[1] for name, one in sockets.items()}
-    yield found
-
-
 @pytest.fixture(scope="module")
 def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reader's own: a checkpoint, rows, and the model exported from it."""
@@ -168,8 +156,7 @@ def reader(
     known = set(sys.modules)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # there are as many tests as processors
-    with free_ports() as ports:
-        yield Reader(folder, ports)
+    yield Reader(folder, {named: free_port() for named in ("8001", "8002")})
     torch.set_num_threads(threads)
     if (tmp_path / "server.pid").exists():
         os.kill(int((tmp_path / "server.pid").read_text()), 9)

@@ -81,7 +81,7 @@ def test_the_library_is_built_and_the_processors_best_instructions_run() -> None
 
 
 @each
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_layer_is_right(instructions: str, data: st.DataObject) -> None:
     order = data.draw(st.integers(1, 5), "order")

@@ -35,9 +35,11 @@ def pushback_ms(error: Any) -> int:
 def test_who_comes_when_every_place_is_taken_is_refused_at_the_door(
     repository: Path, gate: Gate
 ) -> None:
-    with served(repository, max_requests=2, engine_slots=1) as (_, stub):
+    with served(repository, max_requests=2, engine_slots=1) as (server, stub):
+        places: Any = server._handlers._requests
         taken = [stub.ModelInfer.future(ROW) for _ in range(2)]
         gate.await_run()
+        await_true(lambda: places.full)
         with pytest.raises(grpc.RpcError) as refused:
             stub.ModelInfer(ROW, timeout=WAIT_S)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -137,10 +139,11 @@ def test_work_that_nobody_waits_for_is_never_run(repository: Path, gate: Gate, e
         served(repository, engine_slots=1) as (server, stub),
         grpc.insecure_channel(server.address) as other,
     ):
+        grpc.channel_ready_future(other).result(WAIT_S)  # which is not to take of the deadline
         first = stub.ModelInfer.future(ROW)
         gate.await_run()
         given_up = GRPCInferenceServiceStub(other).ModelInfer.future(
-            raw_request(UNIFORM.x[1:2]), timeout=2.0 if end == "deadline" else WAIT_S
+            raw_request(UNIFORM.x[1:2]), timeout=5.0 if end == "deadline" else WAIT_S
         )
         after = stub.ModelInfer.future(raw_request(UNIFORM.x[2:3]))
         await_queue(server, rows=2)

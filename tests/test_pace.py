@@ -10,7 +10,7 @@ from serving.pace import Pace
 @given(
     fixed=st.floats(0, 1),
     per_row=st.floats(1e-6, 1),
-    rows=st.lists(st.integers(1, 100), min_size=2),
+    rows=st.lists(st.integers(1, 100), min_size=2, max_size=50),  # older ones are forgotten
 )
 def test_the_pace_of_runs_is_learned(fixed: float, per_row: float, rows: list[int]) -> None:
     pace = Pace()

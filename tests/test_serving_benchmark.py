@@ -18,6 +18,7 @@ from benchmarks.serving_report import STYLES, Measured, Results, Settings
 from protos import inference_pb2 as pb
 from serving.client.load import Latencies, Opened
 from tests.conftest import STATE_DICTS
+from tests.ports import free_port
 
 UNIFORM = STATE_DICTS[0]
 QUESTION = Question(UNIFORM.x, UNIFORM.y64.astype(np.float32))
@@ -36,7 +37,7 @@ def test_only_the_models_answer_is_an_answer() -> None:
 def test_our_server_and_the_floor_start_and_answer(repository: Path) -> None:
     bundle = repository / UNIFORM.name / "1"
     for name in ("echo", "echo 4 threads", "echo asyncio", "kanserve", "kanserve standard"):
-        with started(CONTENDERS[name], bundle, QUESTION, "0") as server:
+        with started(CONTENDERS[name], bundle, QUESTION, "0", free_port()) as server:
             assert server.start_s > 0
             assert server.memory_mb() > 10
             found = open_loop(server.target, 200.0, 0.5, threads=4, connections=2, seed=0, cpu=0)
@@ -49,7 +50,7 @@ def test_a_server_that_answers_wrongly_is_left_out(repository: Path) -> None:
     wrong = Question(QUESTION.x, QUESTION.expected + 1)
     with (
         pytest.raises(NotStarted, match="kanserve gives a wrong answer"),
-        started(CONTENDERS["kanserve"], repository / UNIFORM.name / "1", wrong, "0"),
+        started(CONTENDERS["kanserve"], repository / UNIFORM.name / "1", wrong, "0", free_port()),
     ):
         pass
 

@@ -21,7 +21,7 @@ def basis64(x: np.ndarray, knots: np.ndarray, order: int) -> np.ndarray:
     return splines.b_spline_basis(torch.from_numpy(x), torch.from_numpy(knots), order).numpy()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     order=st.sampled_from(ORDERS),
     grid_size=st.integers(1, 9),

@@ -16,7 +16,7 @@ from serving.server import Server
 from tests.bundles import publish
 from tests.conftest import STATE_DICTS
 from tests.processes import serving
-from tests.servers import WAIT_S, served
+from tests.servers import WAIT_S, await_true, served
 
 NAME = STATE_DICTS[0].name
 REPORT = "<!doctype html><title>report</title><style>p { color: red }</style><p>é</p>\n".encode()
@@ -256,7 +256,8 @@ def test_several_processes_show_one_page_and_the_reports_of_any(
     with serving("--model-repository", tmp_path, "--workers", "2", "--drain-s", "0") as process:
         address = process.events[-1]["metrics"]
         assert ask(address, "/")[0] == 200
-        assert ask(address, f"/reports/{NAME}/1")[::2] == (200, REPORT)
-        assert ask(address, f"/reports/{NAME}/2")[0] == 404
+        # Until one does that is slow to answer, it is 503.
+        await_true(lambda: ask(address, f"/reports/{NAME}/1")[::2] == (200, REPORT))
+        await_true(lambda: ask(address, f"/reports/{NAME}/2")[0] == 404)
         shutil.copy(folder / "manifest.json", folder / "report.html")
         assert ask(address, f"/reports/{NAME}/1")[0] == 503

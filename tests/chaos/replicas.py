@@ -6,7 +6,6 @@ Each is a process of its own on a port that it keeps, as one behind a balancer d
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,19 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
+from tests.ports import free_port
 from tests.servers import WAIT_S, await_true
 
 DRAIN_S = 1.0
 """Longer than every balancer here takes to notice that a server drains."""
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody had a moment ago, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @dataclass
@@ -143,10 +134,10 @@ def replicas(
     """
     own = ("--drain-s", str(drain_s), *flags)
     found = [
-        Replica(port, folder, ("--model-repository", repository, *own), environment or {}, limit)
-        for port, repository, limit in zip(
-            free_ports(len(repositories)), repositories, limits, strict=True
+        Replica(
+            free_port(), folder, ("--model-repository", repository, *own), environment or {}, limit
         )
+        for repository, limit in zip(repositories, limits, strict=True)
     ]
     try:
         for replica in found:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.replicas import free_ports
 from tests.conftest import ROOT
+from tests.ports import free_port
 from tests.servers import WAIT_S, await_true
 
 BALANCERS = ROOT / "deploy" / "balancers"
@@ -110,7 +110,7 @@ def envoy_program() -> str | None:
 
 @contextmanager
 def _nginx(backends: Sequence[str], folder: Path) -> Iterator[list[str]]:
-    address = f"127.0.0.1:{free_ports(1)[0]}"
+    address = f"127.0.0.1:{free_port()}"
     config = folder / "nginx.conf"
     config.write_text(rendered("nginx.conf", backends, address))
     with _running(nginx_command(config), address, folder / "nginx.log") as addresses:
@@ -119,7 +119,7 @@ def _nginx(backends: Sequence[str], folder: Path) -> Iterator[list[str]]:
 
 @contextmanager
 def _haproxy(backends: Sequence[str], folder: Path) -> Iterator[list[str]]:
-    address = f"127.0.0.1:{free_ports(1)[0]}"
+    address = f"127.0.0.1:{free_port()}"
     config = folder / "haproxy.cfg"
     config.write_text(rendered("haproxy.cfg", backends, address))
     command = ["haproxy", "-db", "-f", str(config)]
@@ -129,7 +129,7 @@ def _haproxy(backends: Sequence[str], folder: Path) -> Iterator[list[str]]:
 
 @contextmanager
 def _envoy(backends: Sequence[str], folder: Path) -> Iterator[list[str]]:
-    address = f"127.0.0.1:{free_ports(1)[0]}"
+    address = f"127.0.0.1:{free_port()}"
     config = folder / "envoy.yaml"
     config.write_text(rendered("envoy.yaml", backends, address))
     program = envoy_program()

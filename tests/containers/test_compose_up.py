@@ -4,7 +4,6 @@ HAProxy and Prometheus are Debian's, in images under the names that the file ask
 """
 
 import json
-import socket
 import subprocess
 import sys
 import urllib.parse
@@ -22,6 +21,7 @@ from tests.conftest import ROOT
 from tests.containers import engine
 from tests.containers.asking import Images, Load, await_ready
 from tests.containers.engine import FOLDER, Container, run
+from tests.ports import free_port
 from tests.servers import await_true
 
 pytestmark = pytest.mark.container
@@ -65,13 +65,6 @@ class Project:
             found: list[dict[str, Any]] = json.load(response)["data"]["result"]
             return float(found[0]["value"][1]) if found else 0.0
         return 0.0
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 @pytest.fixture
