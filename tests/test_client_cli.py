@@ -75,7 +75,7 @@ def test_bench_counts_errors_by_their_codes(shell: Shell, bare: Bare) -> None:
 
 
 def test_a_server_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    done = run_module("serving.client", "models", "--address", "127.0.0.1:1", "--timeout-s", "2")
+    done = run_module("serving.client", "models", "--address", "127.0.0.1:1", "--timeout-s", "0.8")
     error = without_waiting(done.stderr)
     assert done.returncode == 1
     assert done.stdout == ""
