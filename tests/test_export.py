@@ -195,20 +195,6 @@ def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_end_that_a_library_swallows_comes_before_the_next_stage(
-    tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def swallow(*_: object, **__: object) -> frozenset[str]:
-        with pytest.raises(SystemExit):
-            quiet.end(143)
-        return frozenset()
-
-    monkeypatch.setattr("export.pipeline.write_onnx", swallow)
-    with pytest.raises(SystemExit, match="143"):
-        export_checkpoint(UNIFORM, output=tmp_path / "models", report=quiet)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_float64_checkpoint_is_compared_in_its_own_precision(
     tmp_path: Path, quiet: Report
 ) -> None:
