@@ -43,7 +43,7 @@ class SigningError(ExportError):
 class Ended(BaseException):
     """A signal ends the export.
 
-    It is no SystemExit: that is what user's own code, which is run here, may be caught for.
+    It is no SystemExit: for that the user's own code is caught, which is run here.
 
     Args:
         exit_code: Of the process: 128 and the signal's number.
