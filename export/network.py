@@ -276,13 +276,9 @@ def _require_rising(name: str, layer: KANLinear) -> None:
         raise NetworkError(str(error)) from error
 
 
-def _is_kan(module: nn.Module, layers: Mapping[str, KANLinear]) -> bool:
-    return type(module).__name__ in ("KAN", "KANLinear") and bool(layers)
-
-
 def _inputs_of_kan(module: nn.Module, layers: Mapping[str, KANLinear]) -> Inputs:
     """Take a KAN's input from its first layer."""
-    if not _is_kan(module, layers):
+    if type(module).__name__ not in ("KAN", "KANLinear") or not layers:
         raise InputError(
             "what the network takes is not in the file: give the sizes of one row with "
             "--input-shape 3,224,224, or rows of data with --samples x.npy"

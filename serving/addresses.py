@@ -17,9 +17,8 @@ from serving.settings import Settings
 
 _NOTHING_SERVED = (
     "no version could be served, with --workers not by each of them: model_refused says of each "
-    "why, if it was not left out by "
-    "--version-policy; mend that and start again, or start with --model-control poll, which looks "
-    "again when files change"
+    "why, if it was not left out by --version-policy; mend that and start again, or start with "
+    "--model-control poll, which looks again when files change"
 )
 
 _log = structlog.get_logger()

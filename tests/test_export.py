@@ -26,6 +26,7 @@ from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
 from kan_model import KAN, CheckpointError
 from protos import model_config_pb2
+from tests import zoo
 from tests.conftest import GOLDENS, ROOT, Golden
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
@@ -193,6 +194,27 @@ def test_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
         process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kan_can_be_exported_from_python_and_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = KAN([3, 4, 2])
+    manifest = export_module(network, name="m", output=tmp_path)
+    assert manifest == read_manifest(tmp_path / "m" / "1")
+    assert manifest.source is None
+    assert {record.runtime for record in manifest.parity} == {
+        "eager",
+        "onnxruntime cpu",
+        "onnxruntime cpu, fused",
+        "torchscript",
+    }
+
+
+def test_a_kan_may_take_sequences(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for network in (zoo.KAN([3, 2]), KAN([3, 4, 2])):
+        manifest = export_module(network, name="m", output=tmp_path, input_shape=(5, 3))
+        assert manifest.outputs[0].shape == (-1, 5, 2)
 
 
 def test_a_float64_checkpoint_is_compared_in_its_own_precision(

@@ -25,7 +25,7 @@ from export import (
 from export.conversion import onnx_graph
 from export.conversion.torchscript import load_torchscript
 from kan_bundle.integrity import record_file
-from kan_bundle.manifest import TensorSpec, read_manifest
+from kan_bundle.manifest import TensorSpec
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import running
 from serving.settings import Settings
@@ -272,20 +272,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         export_module(network, name="m", output=tmp_path, input_shape=(3, 8, 8))
 
 
-def test_a_kan_can_be_exported_from_python_and_says_so(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    network = kan_model.KAN([3, 4, 2])
-    manifest = export_module(network, name="m", output=tmp_path)
-    assert manifest == read_manifest(tmp_path / "m" / "1")
-    assert manifest.source is None
-    assert {record.runtime for record in manifest.parity} == {
-        "eager",
-        "onnxruntime cpu",
-        "onnxruntime cpu, fused",
-        "torchscript",
-    }
-
-
 def test_what_is_no_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected a torch\.nn\.Module, found str"):
         export_module("model.pt", name="m", output=tmp_path)  # type: ignore[arg-type]
@@ -374,13 +360,6 @@ def test_modules_that_cannot_be_run_as_they_are_are_refused(
         with pytest.raises(NetworkError, match=message):
             export_module(make(), name="m", output=tmp_path / "models", input_shape=3)
     assert not (tmp_path / "models").exists()
-
-
-def test_a_kan_may_take_sequences(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    for network in (zoo.KAN([3, 2]), kan_model.KAN([3, 4, 2])):
-        manifest = export_module(network, name="m", output=tmp_path, input_shape=(5, 3))
-        assert manifest.outputs[0].shape == (-1, 5, 2)
 
 
 def test_a_users_class_called_kan_is_the_users(tmp_path: Path) -> None:
