@@ -18,8 +18,11 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from kan_bundle.errors import ManifestError
 from kan_bundle.layout import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, open_regular
 
-FORMAT: Literal[1] = 1
-"""Version of the bundle's format. A reader refuses any other."""
+FORMAT: Literal[2] = 2
+"""Version of the bundle's format that is written."""
+
+READABLE_FORMATS = (1, 2)
+"""Versions that are read. Format 1 has no rules for the values of inputs."""
 
 _STRICT = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 _LARGEST = 16 * 2**20  # bytes; two numbers per input feature are the most of it
@@ -54,11 +57,17 @@ class TensorSpec:
         name: Name on the wire and in the graph.
         datatype: One of `DATATYPES`.
         shape: Dimensions; -1 stands for the batch, which comes first.
+        allowed: Smallest and largest whole number that the network accepts in this input; None
+            accepts every number of the datatype. Never set for an output.
+        rejects_nan: Whether a row with NaN in this input must be rejected, because a runtime would
+            answer it with a plausible number where the network does not.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
     datatype: Datatype
     shape: Annotated[tuple[int, ...], Field(min_length=1)]
+    allowed: tuple[int, int] | None = None
+    rejects_nan: bool = False
 
 
 _Tensors = Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
@@ -177,7 +186,7 @@ class PrunedLayer:
 @_STRICT
 @dataclass(frozen=True)
 class ChangeRecord:
-    """How far the answers of a pruned network are from the checkpoint's.
+    """How far the answers of a pruned or quantised network are from the checkpoint's.
 
     Both are in float64, or in float32 if the network cannot run in float64.
 
@@ -241,7 +250,7 @@ class Manifest:
     """The contract between export and serving.
 
     Attributes:
-        format: `FORMAT`.
+        format: One of `READABLE_FORMATS`.
         name: Model name, also its folder's.
         version: Model version, also its folder's.
         created: Time of export, UTC, ISO 8601.
@@ -259,9 +268,14 @@ class Manifest:
         versions: Versions of the programs that took part, by name.
         pruning: What was left out of the source; None if nothing was. Parity is then that with the
             pruned network.
+        approximation: Distance of the quantised network from the checkpoint; None in fp32. Parity
+            is then that with the quantised network.
+        activation_assumed: Whether the base activation is a default that neither the file nor its
+            user has named.
+        torchscript_omitted: Why the bundle has no TorchScript file; None if it has one.
     """
 
-    format: Literal[1]
+    format: Literal[1, 2]
     name: str
     version: _Count
     created: str
@@ -276,6 +290,9 @@ class Manifest:
     parity: tuple[ParityRecord, ...]
     versions: dict[str, str]
     pruning: PruningRecord | None = None
+    approximation: ChangeRecord | None = None
+    activation_assumed: bool = False
+    torchscript_omitted: str | None = None
 
 
 _ADAPTER = TypeAdapter(Manifest)
@@ -344,10 +361,11 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
     try:
         content = json.loads(raw)
         del content["digest"]
-        if content.get("format") != FORMAT:
+        if content.get("format") not in READABLE_FORMATS:
             raise ManifestError(
                 f"{path}: bundle format {content.get('format')!r}, this version of kanserve reads "
-                f"format {FORMAT}; export again, or use the kanserve that wrote it"
+                f"formats {' and '.join(map(str, READABLE_FORMATS))}; export again, or use the "
+                "kanserve that wrote it"
             )
         manifest = _ADAPTER.validate_json(json.dumps(content))
     except (ValueError, RecursionError) as error:
