@@ -4,7 +4,7 @@ The oracle is the network itself in float64, which for a KAN is the Cox-de Boor 
 checkpoint's own numbers. An output may be off by what float32 noise explains there, which is a
 multiple of the noise that is estimated (`KAN_FACTOR`, `NETWORK_FACTOR`), but by no more than
 `RELATIVE_TOLERANCE * max(s, |y64|)`, where s is the size of that output at ordinary inputs, at most
-1. Where the noise itself is more than that, `EAGER_FACTOR` times the noise is allowed.
+1. Where the noise is large, half that multiple of it is allowed: for a KAN twice the noise.
 
 Eager's error at one output is a single draw of rounding noise. So its size is taken from batches of
 every size and the whole group of probes, relative to the noise that each output must be expected to
@@ -31,7 +31,6 @@ from export.proof.rounding import decidable, longest_sum, rounding_scale, sensit
 from kan_bundle.manifest import TensorSpec
 
 RELATIVE_TOLERANCE = 1e-5
-EAGER_FACTOR = 2.0
 KAN_FACTOR, NETWORK_FACTOR = 4.0, 8.0
 """Multiples of the estimated noise that noise explains.
 
@@ -39,13 +38,14 @@ Over a hundred honest files and runtimes were off by at most 1.8 times the estim
 times for networks, of which noise is estimated from a few draws.
 """
 
-_LAST_DIGITS = 2.0**-22  # of an output's size: its own rounding, and that of a term or two
+_LAST_DIGITS = 2.0**-23  # of an output's size: two roundings of it
 _LARGEST = 1e37  # of the terms of a sum; float32 ends at 3.4e38
 _BUDGET = 2**21  # numbers that the probes of a network may hold, on its larger side
 _FEWEST_ROWS = 2  # at a time in float64, because a large network leaves little room
 _ROWS_BUDGET = 2**19  # numbers of the rows that run at a time in float64, on the larger side
 _ROWS_OF_A_GROUP = 6  # that a network runs in small batches as well; a KAN runs all
 _LEAST_NOISE, _MOST_NOISE = 4.0, 64.0  # in units of a sensitivity
+_MOST_SHOWN = 16.0  # times eager's largest error at inputs that are alike
 _ROWS_WITH_NOISE = 32  # of those that are alike, from which the noise of all is taken
 _FEWEST_ALIKE = 8  # rows of one magnitude, from which its noise can be taken
 _ALONE = 4  # rows that are run by themselves
@@ -416,7 +416,10 @@ def _network_noise(
     noise = np.empty_like(scale)
     for group in np.unique(groups):
         rows = groups == group
-        noise[rows] = np.clip(ratio[rows].max(axis=0), _LEAST_NOISE, _MOST_NOISE) * scale[rows]
+        own = np.clip(ratio[rows].max(axis=0), _LEAST_NOISE, _MOST_NOISE) * scale[rows]
+        # What moves by much more than eager ever shows is moved by noise that no runtime has, as in
+        # a mask of -1e38.
+        noise[rows] = np.minimum(own, _MOST_SHOWN * error[rows].max(axis=0))
     return noise
 
 
@@ -426,11 +429,18 @@ def _tolerance(
     noise: NDArray[np.float64],
     factor: float,
 ) -> NDArray[np.float64]:
-    """Apply the rule at the top of this module; every array has shape (rows, numbers)."""
+    """Apply the rule at the top of this module.
+
+    Args:
+        groups: Shape (rows,).
+        outputs: The answers in float64, shape (rows, numbers).
+        noise: As estimated, at least eager's own error, shape (rows, numbers).
+        factor: Multiple of the noise that noise explains.
+    """
     size = np.minimum(1.0, _size(outputs, np.isin(groups, ORDINARY)))  # (numbers,)
     size = np.maximum(size, np.abs(outputs))
     explained = np.maximum(factor * noise, _LAST_DIGITS * size)
-    allowed = np.maximum(np.minimum(explained, RELATIVE_TOLERANCE * size), EAGER_FACTOR * noise)
+    allowed = np.maximum(np.minimum(explained, RELATIVE_TOLERANCE * size), factor / 2 * noise)
     return np.where(np.isfinite(outputs), allowed, 0.0)  # NaN and infinity match themselves alone
 
 
