@@ -11,7 +11,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -22,9 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kan_model import pickles
-from kan_model.activations import named_in_file
-from kan_model.adoption import adopt
+from kan_model.activations import as_module, named_in_file
+from kan_model.adoption import read_attribute
+from kan_model.canonical import canonical_state
 from kan_model.errors import ActivationError, CheckpointError
+from kan_model.folding import is_foldable_hook
 from kan_model.model import KAN
 from kan_model.stacks import (
     RESAVE,
@@ -34,6 +37,7 @@ from kan_model.stacks import (
     clean_name,
     listed,
     printable,
+    with_dot,
 )
 from kan_model.state_dict import build_network
 
@@ -48,6 +52,12 @@ _TRUST = (
     "that code"
 )
 
+_NOT_TORCH = (
+    "only networks of PyTorch can be exported: copy its weights into one (kan_model.KAN has "
+    "efficient-KAN's layers) and save torch.save(network.state_dict(), 'model.pt'); Keras writes "
+    "ONNX itself, without this proof"
+)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -58,14 +68,33 @@ class Checkpoint:
         size: Its bytes.
         format: How it is written.
         states: Its state dicts, or what amounts to one, in the order found.
-        module: The module it holds, made by its own code; only ever set when that was trusted.
+        modules: The modules it holds, made by its own code, by place as in `StateDict`; there are
+            some only when that code was trusted.
     """
 
     path: Path
     size: int
     format: Format
     states: tuple[StateDict, ...]
-    module: nn.Module | None = None
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @cached_property
+    def canonical_states(self) -> tuple[StateDict, ...]:
+        """Its state dicts with the names and shapes that efficient-KAN gives its layers."""
+        return tuple(
+            canonical_state(state, lambda name, tensor: check_storage(name, tensor, self.size))
+            for state in self.states
+        )
+
+    def find_module(self, prefix: str | None = None) -> nn.Module | None:
+        """Find the module that was made by the file's own code.
+
+        Args:
+            prefix: The place of the one to take; the only one if None.
+        """
+        if prefix is not None:
+            return self.modules.get(with_dot(prefix))
+        return next(iter(self.modules.values())) if len(self.modules) == 1 else None
 
     def find_kan(self, prefix: str | None = None) -> Stack:
         """Find the KAN in the file.
@@ -77,7 +106,7 @@ class Checkpoint:
             CheckpointError: There is none, there are several, or it is part of a larger network.
         """
         with self._named():
-            return choose_stack(self.states, prefix)
+            return choose_stack(self.canonical_states, prefix)
 
     def build_kan(self, stack: Stack, base_activation: Callable[[], nn.Module] | None) -> KAN:
         """Build the network of a stack of this file; see `load_checkpoint`."""
@@ -152,8 +181,7 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
         raise CheckpointError(f"{path}: {error}") from error
     if not states:
         raise CheckpointError(f"{path}: {_explain_no_tensors(content)}; {RESAVE}")
-    module = content if isinstance(content, nn.Module) else None
-    return Checkpoint(path, size, "torch", states, module)
+    return Checkpoint(path, size, "torch", states, _find_modules(content))
 
 
 def check_storage(name: str, tensor: Tensor, file_size: int) -> None:
@@ -317,17 +345,11 @@ def _explain_pickle(path: Path, head: bytes, foreign: set[str]) -> str:
 def _explain_unreadable(path: Path, head: bytes) -> str:
     """Say what a file seems to be that torch cannot read at all."""
     if head.startswith(b"\x89HDF"):
-        return (
-            "is an HDF5 file, as Keras writes its weights; Keras ports of KAN cannot be exported: "
-            "export it from its own project"
-        )
+        return f"is an HDF5 file, as Keras writes its weights; {_NOT_TORCH}"
     if head[:2] == b"PK":
         with suppress(Exception), ZipFile(path) as archive:
             if "config.json" in archive.namelist():
-                return (
-                    "is a Keras model; Keras ports of KAN cannot be exported: export it from its "
-                    "own project"
-                )
+                return f"is a Keras model; {_NOT_TORCH}"
         return (
             "is damaged, truncated, or an archive that torch.save did not write (TorchScript, "
             f".pt2 and .npz files are others); {RESAVE}"
@@ -372,6 +394,18 @@ def _find_states(content: Any) -> Iterator[StateDict]:
         ]
 
 
+def _find_modules(content: Any) -> dict[str, nn.Module]:
+    """Find the modules with weights that a trusted file holds, at its top or one dict below."""
+    inside = list(dict.items(content)) if isinstance(content, dict) else [("", content)]
+    return {
+        f"{key}." if key != "" else "": value
+        for key, value in inside
+        if isinstance(key, str)
+        and isinstance(value, nn.Module)
+        and any(True for _ in (*value.parameters(), *value.buffers()))
+    }
+
+
 def _state_of_record(record: pickles.Record, place: str) -> StateDict:
     return StateDict(
         place,
@@ -383,16 +417,39 @@ def _state_of_record(record: pickles.Record, place: str) -> StateDict:
 
 
 def _state_of_module(module: nn.Module, place: str) -> StateDict:
-    layers = {name: adopt(child) for name, child in module.named_modules()}
+    parts = dict(module.named_modules())
+    activations = {
+        name: found
+        for name, part in parts.items()
+        if callable(found := read_attribute(part, "base_activation"))
+    }
     return StateDict(
         place,
-        {clean_name(key): tensor for key, tensor in module.state_dict().items()},
-        {name: layer.base_activation for name, layer in layers.items() if layer is not None},
         {
-            name: f"{type(child).__module__}.{type(child).__qualname__}"
-            for name, child in module.named_modules()
+            clean_name(key): tensor
+            for key, tensor in module.state_dict().items()
+            if isinstance(tensor, Tensor)
+        },
+        {
+            name: found if isinstance(found, nn.Module) else as_module(found)
+            for name, found in activations.items()
+        },
+        {
+            name: f"{type(part).__module__}.{type(part).__qualname__}"
+            for name, part in parts.items()
+        },
+        {
+            name: "hooks or a forward of its own"
+            for name, part in parts.items()
+            if part._forward_hooks
+            or "forward" in vars(part)
+            or not all(map(_is_foldable, part._forward_pre_hooks.values()))
         },
     )
+
+
+def _is_foldable(hook: object) -> bool:
+    return is_foldable_hook(f"{type(hook).__module__}.{type(hook).__qualname__}")
 
 
 def _explain_no_tensors(content: Any) -> str:
