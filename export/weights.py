@@ -91,9 +91,12 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, prefix: str | None =
         NetworkError: Names or shapes do not agree, or the file holds several sets of weights.
     """
     fit = _find_fit(module, checkpoint, prefix)
-    lines = []
+    lines: list[str] = []
     if fit.faults and (removed := fold_reparametrizations(module)):
-        lines = describe_folds(removed, listed)
+        lines = [
+            f"{line}: the file holds the weights themselves"
+            for line in describe_folds(removed, listed)
+        ]
         fit = _find_fit(module, checkpoint, prefix)
     if fit.faults:
         raise NetworkError(
