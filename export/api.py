@@ -18,8 +18,11 @@ from export.options import TorchScript, check_options
 from export.pipeline import size_of, write_bundle
 from export.report import Report
 from kan_bundle.integrity import record_file
+from kan_bundle.layout import name_from_stem
 from kan_bundle.manifest import Manifest, Precision, Source
 from kan_model.checkpoint import require_file
+from kan_model.folding import describe_folds, fold_reparametrizations
+from kan_model.stacks import listed, printable
 
 
 def export_checkpoint(
@@ -50,7 +53,7 @@ def export_checkpoint(
     Args:
         checkpoint: The file: a state dict, a trainer's checkpoint, a whole module, or safetensors.
         output: The model repository.
-        name: Model name; None takes the file's stem.
+        name: Model name; None derives it from the file's stem.
         version: Model version; None takes the next free one.
         activation: Base activation, where the file does not tell it; None assumes
             `DEFAULT_ACTIVATION` and warns.
@@ -93,8 +96,12 @@ def export_checkpoint(
     path = Path(checkpoint)
     report = report or Report.silent()
     require_file(path)  # the stem of a folder may be no name
+    if name is None:
+        name = name_from_stem(path.stem)
+        if name != path.stem:
+            report.say(f"the model is named {name}, from {printable(path.name)}")
     options = check_options(
-        path.stem if name is None else name,
+        name,
         output=output,
         version=version,
         opset=opset,
@@ -192,4 +199,7 @@ def export_module(
     )
     inputs = read_inputs(input_shape, samples)
     own = copy_module(module).cpu().eval()
-    return write_bundle(own, inputs, options, None, report or Report.silent())
+    report = report or Report.silent()
+    for line in describe_folds(fold_reparametrizations(own), listed):
+        report.say(line)
+    return write_bundle(own, inputs, options, None, report)

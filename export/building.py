@@ -7,10 +7,12 @@ from torch import nn
 
 from export.arguments import DEFAULT_ACTIVATION
 from export.errors import InputError
-from export.factory import build_module, load_weights
+from export.factory import build_module
 from export.report import Report
+from export.weights import load_weights
 from kan_model import resolve_activation
 from kan_model.checkpoint import Checkpoint, read_checkpoint
+from kan_model.folding import describe_folds, fold_reparametrizations
 from kan_model.stacks import Stack, listed, neighbours, printable
 
 
@@ -57,24 +59,25 @@ def _build(
     model: str | Callable[[], nn.Module] | None,
     report: Report,
 ) -> nn.Module:
-    if model is not None or file.module is not None:
+    module = file.find_module(prefix) if model is None else build_module(model)
+    if module is not None:
         if activation is not None:
             raise InputError(
                 "--activation: the network says itself which activations it has; leave it out"
             )
-        if model is None:
-            assert file.module is not None
-            return file.module.eval().cpu()
-        module = build_module(model)
-        found = load_weights(module, file, prefix)
-        if found:
-            report.say(f"weights behind the prefix {found!r}")
-        return module.eval().cpu()
+        module.eval()
+        lines = load_weights(module, file, prefix) if model is not None else []
+        lines += describe_folds(fold_reparametrizations(module), listed)
+        for line in lines:
+            report.say(line)
+        return module.cpu()
 
     stack = file.find_kan(prefix)
     kan = file.build_kan(stack, None if activation is None else resolve_activation(activation))
     if stack.prefix:
         report.say(f"KAN behind the prefix {stack.prefix!r}")
+    for line in describe_folds(stack.folded, listed):
+        report.say(line)
     if stack.around:
         report.warn(
             f"the file holds a pickled {', '.join(stack.around)}; what it does besides the KAN "

@@ -138,13 +138,18 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     return Network(call, exact, layers, replaced, inputs, outputs, leading, tuple(notes))
 
 
-def copy_module(module: nn.Module) -> nn.Module:
+def copy_module(module: nn.Module, *, require_values: bool = True) -> nn.Module:
     """Copy a network, with the activations that it may have stored but not their history.
+
+    Args:
+        module: Is not changed.
+        require_values: Whether tensors without values, as on the meta device, are refused.
 
     Raises:
         NetworkError: It has no values, is no plain module, or holds what cannot be copied.
     """
-    _require_values(module)
+    if require_values:
+        _require_values(module)
     stored = (value for part in module.modules() for value in vars(part).values())
     memo = {
         id(value): value.detach().clone()

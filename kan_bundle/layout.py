@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from unicodedata import combining, normalize
 
 from kan_bundle.errors import LayoutError
 
@@ -35,6 +36,7 @@ MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = "model.sig"
 CONFIG_FILE = "config.pbtxt"
 
+_LONGEST_NAME = 128
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")  # fits a signed 64-bit integer
 _REPLACED = "replaced"
@@ -59,6 +61,33 @@ def check_name(name: str) -> str:
         raise LayoutError(
             f"model name {name!r}: expected 1 to 128 letters, digits, '.', '_' or '-', the first "
             "a letter or a digit; choose one with --name"
+        )
+    return name
+
+
+def name_from_stem(stem: str) -> str:
+    """Derive a model's name from the stem of a file's name.
+
+    Accents are dropped, other characters that a name may not have become '-', and what is too
+    long is cut.
+
+    Args:
+        stem: In any characters: `epoch=9-step=1000` becomes `epoch-9-step-1000`.
+
+    Returns:
+        The stem itself where it can be a name.
+
+    Raises:
+        LayoutError: Nothing is left of it.
+    """
+    if _NAME.fullmatch(stem):
+        return stem
+    plain = "".join(c for c in normalize("NFKD", stem) if not combining(c))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).lstrip("._-")[:_LONGEST_NAME].rstrip("-")
+    if not name:
+        raise LayoutError(
+            f"no model name can be derived from {stem!r}: it has no letter or digit of ASCII; "
+            "choose one with --name"
         )
     return name
 

@@ -1,13 +1,16 @@
-"""Somebody else's KANLinear, recognised by its attributes, to ours over the very same tensors.
+"""Another project's KANLinear, recognised by its attributes, to ours over the very same tensors.
 
 Efficient-KAN has been copied into many projects under many names; what makes a layer one of its
 kind is what it holds. That ours then computes the same is for the caller to check: a class can hold
-the same and compute something else. This module runs nothing of the other class.
+the same and compute something else, and so can hooks. This module runs nothing of the other class.
 """
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from kan_model.activations import as_module
+from kan_model.canonical import repeat_knots
 from kan_model.errors import CheckpointError
 from kan_model.layer import KANLinear
 from kan_model.stacks import REQUIRED, Layer
@@ -23,37 +26,38 @@ def adopt(module: nn.Module) -> KANLinear | None:
         module: Any module. It is not changed, and not run.
 
     Returns:
-        A layer that shares the module's tensors; None if the module is of another kind, or has
-        edges replaced by symbolic functions.
+        A layer without hooks that shares the module's tensors, which is the module itself if it is
+        ours and has none; None if the module is of another kind, or has edges replaced by symbolic
+        functions.
     """
-    # A layer that is tampered with computes something else, and not only at some inputs.
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return None
-    if type(module) is KANLinear:
+    if type(module) is KANLinear and not is_altered(module):
         return module
     own: dict[str, Tensor] = dict(module.named_buffers(recurse=False))
     own |= dict(module.named_parameters(recurse=False))
     # A grid that is no buffer does not travel with the weights, but it is there.
-    grid = getattr(module, "grid", None)
+    grid = read_attribute(module, "grid")
     if isinstance(grid, Tensor):
         own["grid"] = grid
     if not set(REQUIRED) <= set(own) <= {*REQUIRED, *_OPTIONAL}:
         return None
     mask = own.pop("symbolic_mask", None)
-    if (mask is not None and bool(mask.any())) or getattr(module, "symbolic_funs", None):
+    if (mask is not None and bool(mask.any())) or read_attribute(module, "symbolic_funs"):
         return None
     children = dict(module.named_children())
-    activation = children.pop("base_activation", None) or getattr(module, "base_activation", None)
+    activation = children.pop("base_activation", None) or read_attribute(module, "base_activation")
     if children or not callable(activation):
         return None
-    if getattr(module, "enable_standalone_scale_spline", "spline_scaler" in own) is False:
+    if read_attribute(module, "enable_standalone_scale_spline") is False:
         own.pop("spline_scaler", None)
+    knots = repeat_knots("", own)
+    if knots is not None:
+        own["grid"] = knots.contiguous()
     try:
         shape = infer_shape(Layer("", own))
     except CheckpointError:
         return None
     for name in ("in_features", "out_features", "grid_size", "spline_order"):
-        if getattr(module, name, getattr(shape, name)) != getattr(shape, name):
+        if read_attribute(module, name, getattr(shape, name)) != getattr(shape, name):
             return None
     if not isinstance(activation, nn.Module):
         activation = as_module(activation)
@@ -66,3 +70,16 @@ def adopt(module: nn.Module) -> KANLinear | None:
         else:
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
     return layer.train(module.training)
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Tell whether hooks or a `forward` of its own may change what a module computes."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def read_attribute(module: nn.Module, name: str, default: Any = None) -> Any:
+    """Read an attribute, which may be a property of the other class that fails in any way."""
+    try:
+        return getattr(module, name, default)
+    except Exception:
+        return default

@@ -11,7 +11,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from kan_model import pickles
 from kan_model.activations import named_in_file
-from kan_model.adoption import adopt
+from kan_model.canonical import canonical_state
+from kan_model.contents import explain_no_tensors, find_modules, find_states, refuse_nested
 from kan_model.errors import ActivationError, CheckpointError
 from kan_model.model import KAN
 from kan_model.stacks import (
@@ -34,18 +36,24 @@ from kan_model.stacks import (
     clean_name,
     listed,
     printable,
+    with_dot,
 )
 from kan_model.state_dict import build_network
 
 Format = Literal["torch", "safetensors"]
 
-_DEEPEST = 100  # dicts within dicts
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j"  # its magic number, pickled
 _SHOULD_BE = re.compile(r"Can only (?P<opcode>SETITEMS?|append|extend).*<stand-in (?P<name>[^>]*)>")
 _MAPPED = 2**28  # bytes; larger files are mapped into memory, not copied
 _TRUST = (
     "if you trust whoever made the file as you trust a program, --trust-pickle opens it and runs "
     "that code"
+)
+
+_NOT_TORCH = (
+    "only networks of PyTorch can be exported: copy its weights into one (kan_model.KAN has "
+    "efficient-KAN's layers) and save torch.save(network.state_dict(), 'model.pt'); Keras writes "
+    "ONNX itself, without this proof"
 )
 
 
@@ -58,14 +66,33 @@ class Checkpoint:
         size: Its bytes.
         format: How it is written.
         states: Its state dicts, or what amounts to one, in the order found.
-        module: The module it holds, made by its own code; only ever set when that was trusted.
+        modules: The modules it holds, made by its own code, by place as in `StateDict`; there are
+            some only when that code was trusted.
     """
 
     path: Path
     size: int
     format: Format
     states: tuple[StateDict, ...]
-    module: nn.Module | None = None
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @cached_property
+    def canonical_states(self) -> tuple[StateDict, ...]:
+        """Its state dicts with the names and shapes that efficient-KAN gives its layers."""
+        return tuple(
+            canonical_state(state, lambda name, tensor: check_storage(name, tensor, self.size))
+            for state in self.states
+        )
+
+    def find_module(self, prefix: str | None = None) -> nn.Module | None:
+        """Find the module that was made by the file's own code.
+
+        Args:
+            prefix: The place of the one to take; the only one if None.
+        """
+        if prefix is not None:
+            return self.modules.get(with_dot(prefix))
+        return next(iter(self.modules.values())) if len(self.modules) == 1 else None
 
     def find_kan(self, prefix: str | None = None) -> Stack:
         """Find the KAN in the file.
@@ -77,7 +104,7 @@ class Checkpoint:
             CheckpointError: There is none, there are several, or it is part of a larger network.
         """
         with self._named():
-            return choose_stack(self.states, prefix)
+            return choose_stack(self.canonical_states, prefix)
 
     def build_kan(self, stack: Stack, base_activation: Callable[[], nn.Module] | None) -> KAN:
         """Build the network of a stack of this file; see `load_checkpoint`."""
@@ -147,13 +174,13 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
         return Checkpoint(path, size, "safetensors", (_read_safetensors(path),))
     content = _unpickle_trusted(path) if trust_pickle else _unpickle_inert(path, size, head)
     try:
-        states = tuple(_find_states(content))
+        states = tuple(find_states(content))
+        refuse_nested(states)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not states:
-        raise CheckpointError(f"{path}: {_explain_no_tensors(content)}; {RESAVE}")
-    module = content if isinstance(content, nn.Module) else None
-    return Checkpoint(path, size, "torch", states, module)
+        raise CheckpointError(f"{path}: {explain_no_tensors(content)}; {RESAVE}")
+    return Checkpoint(path, size, "torch", states, find_modules(content))
 
 
 def check_storage(name: str, tensor: Tensor, file_size: int) -> None:
@@ -164,7 +191,6 @@ def check_storage(name: str, tensor: Tensor, file_size: int) -> None:
     """
     where = listed([name])
     kinds = {
-        "nested": tensor.is_nested,
         "quantized": tensor.is_quantized,
         "valueless": tensor.is_meta,
         "sparse": tensor.layout is not torch.strided,
@@ -317,86 +343,13 @@ def _explain_pickle(path: Path, head: bytes, foreign: set[str]) -> str:
 def _explain_unreadable(path: Path, head: bytes) -> str:
     """Say what a file seems to be that torch cannot read at all."""
     if head.startswith(b"\x89HDF"):
-        return (
-            "is an HDF5 file, as Keras writes its weights; Keras ports of KAN cannot be exported: "
-            "export it from its own project"
-        )
+        return f"is an HDF5 file, as Keras writes its weights; {_NOT_TORCH}"
     if head[:2] == b"PK":
         with suppress(Exception), ZipFile(path) as archive:
             if "config.json" in archive.namelist():
-                return (
-                    "is a Keras model; Keras ports of KAN cannot be exported: export it from its "
-                    "own project"
-                )
+                return f"is a Keras model; {_NOT_TORCH}"
         return (
             "is damaged, truncated, or an archive that torch.save did not write (TorchScript, "
             f".pt2 and .npz files are others); {RESAVE}"
         )
     return f"is not a checkpoint written by torch.save, or is truncated; {RESAVE}"
-
-
-def _find_states(content: Any) -> Iterator[StateDict]:
-    """Find every state dict in what a file holds, from the outside in, each object once."""
-    seen: set[int] = set()
-    open_ends: list[tuple[Any, str, int]] = [(content, "", 0)]
-    while open_ends:
-        value, place, depth = open_ends.pop()
-        if id(value) in seen or depth > _DEEPEST:
-            continue
-        inside: list[tuple[object, Any]] = []
-        if pickles.is_module(value):
-            yield _state_of_record(value, place)
-        elif isinstance(value, nn.Module):  # only where the pickle was trusted
-            yield _state_of_module(value, place)
-        elif isinstance(value, pickles.Record):
-            inside = [*enumerate(value.arguments), *value.state.items()]
-        elif isinstance(value, dict):
-            inside = list(dict.items(value))
-            tensors = {
-                # What a pickle has hung on a tensor does not come along.
-                clean_name(key): Tensor.detach(tensor)
-                for key, tensor in inside
-                if isinstance(key, str) and isinstance(tensor, Tensor)
-            }
-            if tensors:
-                yield StateDict(place, tensors)
-        elif isinstance(value, list | tuple):
-            inside = list(enumerate(value))
-        else:
-            continue
-        seen.add(id(value))
-        open_ends += [
-            (part, f"{place}{key}.", depth + 1)
-            for key, part in reversed(inside)
-            if isinstance(key, str | int)
-        ]
-
-
-def _state_of_record(record: pickles.Record, place: str) -> StateDict:
-    return StateDict(
-        place,
-        {clean_name(key): Tensor.detach(t) for key, t in pickles.tensors_of(record).items()},
-        {clean_name(name): found for name, found in pickles.activations_of(record).items()},
-        {name: module.class_name for name, module in pickles.walk(record)},
-        pickles.oddities(record),
-    )
-
-
-def _state_of_module(module: nn.Module, place: str) -> StateDict:
-    layers = {name: adopt(child) for name, child in module.named_modules()}
-    return StateDict(
-        place,
-        {clean_name(key): tensor for key, tensor in module.state_dict().items()},
-        {name: layer.base_activation for name, layer in layers.items() if layer is not None},
-        {
-            name: f"{type(child).__module__}.{type(child).__qualname__}"
-            for name, child in module.named_modules()
-        },
-    )
-
-
-def _explain_no_tensors(content: Any) -> str:
-    if isinstance(content, Mapping) and not content:
-        return "the state dict is empty"
-    kind = content.class_name if isinstance(content, pickles.Record) else type(content).__name__
-    return f"expected a state dict (names to tensors), found a {kind} without any"

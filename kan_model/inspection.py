@@ -123,7 +123,7 @@ def inspect_checkpoint(
         CheckpointError: The file cannot be read at all.
     """
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
-    stacks = [stack for state in checkpoint.states for stack in find_stacks(state)]
+    stacks = [stack for state in checkpoint.canonical_states for stack in find_stacks(state)]
     taken = {
         layer.stem + name
         for stack in stacks
@@ -132,7 +132,7 @@ def inspect_checkpoint(
     }
     others = [
         state.place + key
-        for state in checkpoint.states
+        for state in checkpoint.canonical_states
         for key in state.tensors
         if state.place + key not in taken
     ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kan_model.errors import CheckpointError
+from kan_model.folding import is_foldable_hook, plain_name
 
 _HARMLESS_BUILTINS = frozenset(
     f"builtins.{name}"
@@ -112,8 +113,9 @@ def is_module(value: object) -> bool:
 
 
 def is_layer(record: Record) -> bool:
-    """Tell whether a module holds what a KANLinear holds."""
-    own = {key for kind in ("_parameters", "_buffers") for key, _ in _entries(record, kind)}
+    """Tell whether a module holds what a KANLinear holds, or what it is computed from."""
+    kinds = ("_parameters", "_buffers")
+    own = {plain_name(str(key)) for kind in kinds for key, _ in _entries(record, kind)}
     return {"base_weight", "spline_weight"} <= own
 
 
@@ -152,7 +154,7 @@ def tensors_of(root: Record) -> dict[str, Tensor]:
             left_out.add("spline_scaler")  # its forward does not look at it
         for kind in ("_parameters", "_buffers"):
             for key, value in _entries(module, kind):
-                if isinstance(value, Tensor) and key not in left_out:
+                if isinstance(value, Tensor) and not {key, plain_name(str(key))} & left_out:
                     found[f"{name}.{key}" if name else str(key)] = value
         grid = module.state.get("grid")  # a plain attribute in some copies
         if is_layer(module) and isinstance(grid, Tensor):
@@ -188,7 +190,10 @@ def oddities(root: Record) -> dict[str, str]:
         children = {key for key, child in _entries(module, "_modules") if child is not None}
         expected = _LAYER_CHILDREN if is_layer(module) else {"layers"}
         overridden = [key for key in _OVERRIDES if key in module.state]
-        if module.state.get("_forward_hooks") or module.state.get("_forward_pre_hooks"):
+        if module.state.get("_forward_hooks") or not all(
+            isinstance(hook, Record) and is_foldable_hook(hook.class_name)
+            for _, hook in _entries(module, "_forward_pre_hooks")
+        ):
             found[name] = "hooks"
         elif overridden:
             found[name] = f"a {overridden[0]} of its own"

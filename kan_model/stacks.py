@@ -17,6 +17,14 @@ from kan_model.families import recognise
 RESAVE = "re-save it where it was trained: torch.save(model.state_dict(), 'model.pt')"
 """The remedy for a file that cannot be used as it is."""
 
+GIVE_NETWORK = "give the network with --model package.module:factory"
+"""The remedy for tensors that need code of their own; the network is exported as it is written."""
+
+_OR_TRUST = (
+    "; if you trust whoever made the file as you trust a program, --trust-pickle takes the "
+    "pickled module itself"
+)
+
 REQUIRED = ("base_weight", "spline_weight", "grid")
 """What every layer has. `spline_scaler` is optional."""
 
@@ -48,6 +56,8 @@ class StateDict:
         classes: Class of each module, by the module's name, if modules were pickled.
         oddities: What makes pickled modules compute something else than their tensors say, by the
             module's name.
+        folded: What was folded into tensors that are not in the file as such, by their names.
+        faults: Why a layer's tensor cannot be computed from what is in the file, by its name.
     """
 
     place: str
@@ -55,6 +65,8 @@ class StateDict:
     activations: Mapping[str, nn.Module | str] = field(default_factory=dict)
     classes: Mapping[str, str] = field(default_factory=dict)
     oddities: Mapping[str, str] = field(default_factory=dict)
+    folded: Mapping[str, str] = field(default_factory=dict)
+    faults: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ class Stack:
         odd: What makes it compute something else than its tensors say.
         around: Classes of pickled modules around it, or in its place, of which only the tensors
             are known and not what they do.
+        folded: As in `StateDict`, of its own tensors.
     """
 
     prefix: str
@@ -92,11 +105,17 @@ class Stack:
     inside: Sequence[str] = ()
     odd: Sequence[str] = ()
     around: Sequence[str] = ()
+    folded: Mapping[str, str] = field(default_factory=dict)
 
 
 def clean_name(name: str) -> str:
     """Take what wrappers put into a name out of it."""
     return _WRAPPED.sub("", name)
+
+
+def is_layer_tensor(name: str) -> bool:
+    """Tell whether a layer of efficient-KAN may have a tensor of this name."""
+    return _KEY.fullmatch(name) is not None
 
 
 def is_bookkeeping(name: str) -> bool:
@@ -139,6 +158,11 @@ def find_stacks(state: StateDict) -> list[Stack]:
             inside=[k for k in strays if k.startswith(prefix if is_lone else f"{prefix}layers.")],
             odd=_odd(state, prefix),
             around=_unknown_around(state, prefix, "KANLinear" if is_lone else "KAN"),
+            folded={
+                state.place + key: kind
+                for key, kind in state.folded.items()
+                if key.startswith(prefix if is_lone else f"{prefix}layers.")
+            },
         )
         for prefix, layers, is_lone in sorted(found, key=lambda entry: entry[0])
     ]
@@ -182,26 +206,58 @@ def choose_stack(states: Sequence[StateDict], prefix: str | None = None) -> Stac
         CheckpointError: There is none, there are several, it is part of a larger network, or its
             layers are of another kind.
     """
+    for state in states:
+        for name, fault in state.faults.items():
+            if (state.place + name).startswith(prefix or ""):
+                raise CheckpointError(fault)
     found = [(state, stack) for state in states for stack in find_stacks(state)]
     stacks = [stack for _, stack in found]
     if not stacks:
         raise CheckpointError(_explain_absence(states))
     if prefix is not None:
-        chosen = [pair for pair in found if pair[1].prefix.rstrip(".") == prefix.rstrip(".")]
-        if not chosen:
-            raise CheckpointError(f"no KAN has the prefix {prefix!r}; {_offer(stacks)}")
-        found = chosen
+        found = _behind(found, prefix)
     elif len(stacks) > 1:
         raise CheckpointError(_explain_many(stacks))
     state, stack = found[0]
     _require_kind(state, stack)
-    if prefix is None and (rest := others(state, stack)):
+    rest = others(state, stack)
+    if prefix is not None:
+        exact = with_dot(stack.prefix) == with_dot(prefix)
+        rest = [key for key in rest if not exact and (state.place + key).startswith(prefix)]
+    if rest:
         raise CheckpointError(
             f"unexpected tensors: {listed(rest)}; the file holds more than the KAN at "
             f"{_shown(stack)}: give the whole network with --model package.module:factory, or "
             f"take the KAN alone with --prefix {stack.prefix!r}{_or_whole([stack])}"
         )
     return stack
+
+
+def _behind(found: Sequence[tuple[StateDict, Stack]], prefix: str) -> list[tuple[StateDict, Stack]]:
+    """Take the KAN that has a prefix, or the only one below it.
+
+    Raises:
+        CheckpointError: There is none, or there are several below.
+    """
+    asked = with_dot(prefix)
+    chosen = [pair for pair in found if with_dot(pair[1].prefix) == asked]
+    below = [pair for pair in found if asked and pair[1].prefix.startswith(asked)]
+    if not chosen and not below:
+        raise CheckpointError(
+            f"no KAN has the prefix {prefix!r}; {_offer([stack for _, stack in found])}"
+        )
+    if not chosen and len(below) > 1:
+        raise CheckpointError(
+            f"{len(below)} KANs are below the prefix {prefix!r}; "
+            f"{_offer([stack for _, stack in below])}"
+        )
+    return chosen or below
+
+
+def with_dot(prefix: str) -> str:
+    """End a prefix in one dot, unless it is empty."""
+    stem = prefix.rstrip(".")
+    return f"{stem}." if stem else ""
 
 
 def others(state: StateDict, stack: Stack) -> list[str]:
@@ -230,12 +286,12 @@ def _require_kind(state: StateDict, stack: Stack) -> None:
         raise CheckpointError(
             f"unexpected tensors: {listed(stack.inside)}; a layer of efficient-KAN has "
             f"{', '.join(REQUIRED)} and maybe spline_scaler, so the file {what}, which computes "
-            "something else: give the network with --model package.module:factory"
+            f"something else: {GIVE_NETWORK}"
         )
     if stack.odd:
         raise CheckpointError(
-            f"{listed(stack.odd)}, so it computes something else than its tensors say; give the "
-            "network with --model package.module:factory"
+            f"{listed(stack.odd)}, so it may compute something else than its tensors say; "
+            f"{GIVE_NETWORK}{_OR_TRUST}"
         )
 
 
@@ -254,13 +310,8 @@ def _explain_many(stacks: Sequence[Stack]) -> str:
 
 
 def _or_whole(stacks: Sequence[Stack]) -> str:
-    """Tell of another way where a pickled module stands around."""
-    if not any(stack.around for stack in stacks):
-        return ""
-    return (
-        "; if you trust whoever made the file as you trust a program, --trust-pickle takes the "
-        "pickled module itself"
-    )
+    """Name another way where a pickled module stands around."""
+    return _OR_TRUST if any(stack.around for stack in stacks) else ""
 
 
 def _offer(stacks: Sequence[Stack]) -> str:
@@ -290,19 +341,30 @@ def _explain_absence(states: Sequence[StateDict]) -> str:
         if family := recognise(state.tensors):
             return (
                 f"the file looks like {family.name}, not efficient-KAN (found "
-                f"{listed(list(state.tensors))}); only efficient-KAN layers can be exported: "
-                "export it from its own project"
+                f"{listed(list(state.tensors))}), and what its layers compute is code, which is "
+                f"not in the file: {GIVE_NETWORK}, and it is exported as it is written"
             )
     if any(_KEY.fullmatch(name) for name in names):
+        found = {name.rpartition(".")[2] for name in names}
         return (
             f"missing tensors: every layer of efficient-KAN has {', '.join(REQUIRED)}, found "
-            f"{listed(names)}; {RESAVE}"
+            f"{listed(names)}; {missing_remedy([name for name in REQUIRED if name not in found])}"
         )
     return (
         "holds no efficient-KAN layer: expected names such as layers.0.base_weight, found "
         f"{listed(names) or 'none'}; if it is another network, give that with --model "
         "package.module:factory"
     )
+
+
+def missing_remedy(missing: Sequence[str]) -> str:
+    """Say what to do about tensors that are not in the file.
+
+    Some forks keep their knots in no buffer, so no state dict has them.
+    """
+    if missing and all(name.rpartition(".")[2] == "grid" for name in missing):
+        return f"if the layer keeps its knots in no buffer, {GIVE_NETWORK}, which has them"
+    return RESAVE
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from kan_model import splines
 from kan_model.activations import require_elementwise
 from kan_model.errors import ActivationError, CheckpointError
-from kan_model.families import recognise
+from kan_model.families import Family, recognise
 from kan_model.layer import KANLinear
 from kan_model.model import KAN
-from kan_model.stacks import REQUIRED, RESAVE, Layer, Stack, listed, printable
+from kan_model.stacks import (
+    GIVE_NETWORK,
+    REQUIRED,
+    Layer,
+    Stack,
+    listed,
+    missing_remedy,
+    printable,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -143,9 +151,19 @@ def check_values(stack: Stack) -> None:
             raise CheckpointError(
                 f"{layer.stem}grid: the knots of feature {feature} do not rise in float32: knot "
                 f"{j} is {float(knots[feature, j])!r}, knot {j + 1} is "
-                f"{float(knots[feature, j + 1])!r}; repeated or falling knots make the spline "
-                "undefined: retrain with a larger grid_eps or without that constant feature"
+                f"{float(knots[feature, j + 1])!r}; efficient-KAN divides by their distance. If "
+                f"the layer was trained on repeated knots, {GIVE_NETWORK}, and it is exported as "
+                "it is written; else retrain with a larger grid_eps or without that feature"
             )
+
+
+def knots_rise(layer: KANLinear) -> bool:
+    """Tell whether each knot of a layer is above the one before it, in float32.
+
+    B-splines are defined on repeated knots, too, but the recursion of efficient-KAN, which ours
+    follows, then divides zero by zero.
+    """
+    return bool((layer.grid.detach().float().diff(dim=1) > 0).all())
 
 
 def check_symbolic(stack: Stack) -> None:
@@ -160,7 +178,8 @@ def check_symbolic(stack: Stack) -> None:
             raise CheckpointError(
                 f"{layer.stem}symbolic_mask: {int((mask != 0).sum())} of {mask.numel()} edges are "
                 "symbolic functions of efficient-kan-plus, which a state dict does not hold; undo "
-                "them with unfix_symbolic and save again, or export it from its own project"
+                f"them with unfix_symbolic and save again, or {GIVE_NETWORK}, which sets the same "
+                "functions"
             )
 
 
@@ -238,7 +257,7 @@ def _require_complete(stack: Stack) -> None:
         raise CheckpointError(
             f"missing tensors: {listed(missing)}; every layer of efficient-KAN has "
             f"{', '.join(REQUIRED)}"
-            + (f"; the file looks like {family.name}" if family else f"; {RESAVE}")
+            + (_resembles(family) if family else f"; {missing_remedy(missing)}")
         )
 
 
@@ -304,7 +323,11 @@ def _check_activation_tensors(built: KANLinear, layer: Layer) -> None:
 
 def _family_hint(layer: Layer) -> str:
     family = recognise(dict(_full_names(layer)))
-    return f"; the file looks like {family.name}, not efficient-KAN" if family else ""
+    return _resembles(family) if family else ""
+
+
+def _resembles(family: Family) -> str:
+    return f"; the file looks like {family.name}, not efficient-KAN: {GIVE_NETWORK}"
 
 
 def _full_names(layer: Layer) -> Iterator[tuple[str, Tensor]]:

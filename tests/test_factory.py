@@ -64,7 +64,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no such prefix": (
         ["--model", "tests.zoo:conv_net", "--input-shape", "3,8,8", "--prefix", "ema."],
-        ["missing in the file: features.0.weight"],
+        ["no tensors behind the prefix 'ema.'; found features.0.weight", "leave --prefix out"],
     ),
 }
 
