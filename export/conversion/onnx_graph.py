@@ -104,7 +104,7 @@ def write_onnx(
             opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
             input_names=[*input_names, *further_inputs],
             output_names=[*output_names, *further_outputs],
-            dynamic_shapes=((*(batch for _ in input_names), *both.dynamic_shapes(batch)),),
+            dynamic_shapes=((*(batch for _ in input_names), *both.dynamic_shapes()),),
             optimize=False,
             verbose=False,
         )
