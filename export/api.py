@@ -17,6 +17,7 @@ from export.network import copy_module
 from export.options import check_options
 from export.pipeline import size_of, write_bundle
 from export.report import Report
+from export.torch_state import standard_torch_state
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import Manifest, Precision, Source
 from kan_model.checkpoint import require_file
@@ -115,7 +116,8 @@ def export_checkpoint(
         )
         file = os.fsencode(path.name).decode(errors="replace")
         source = Source(file, record_file(path, advance).sha256)
-    return write_bundle(module, inputs, options, source, report)
+    with standard_torch_state():
+        return write_bundle(module, inputs, options, source, report)
 
 
 def export_module(
@@ -184,5 +186,6 @@ def export_module(
         force=force,
     )
     inputs = read_inputs(input_shape, samples)
-    own = copy_module(module).cpu().eval()
-    return write_bundle(own, inputs, options, None, report or Report.silent())
+    with standard_torch_state():
+        own = copy_module(module).cpu().eval()
+        return write_bundle(own, inputs, options, None, report or Report.silent())

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from export.network import Call
 from export.probes import ORDINARY, Probes
 from export.proof.parity import Runner
+from export.quiet import captured
 
 BATCHES = (1, 16, 256, 1024)
 
@@ -58,6 +59,7 @@ class Benchmark:
     speeds: tuple[Speed, ...]
 
 
+@captured()
 def benchmark(runtimes: Mapping[str, Callable[[], Runner]], probes: Probes) -> Benchmark:
     """Time each runtime, one after the other, on the ordinary probes.
 

@@ -23,13 +23,11 @@ def adopt(module: nn.Module) -> KANLinear | None:
         module: Any module. It is not changed, and not run.
 
     Returns:
-        A layer that shares the module's tensors; None if the module is of another kind, or has
-        edges replaced by symbolic functions.
+        A layer without hooks that shares the module's tensors, which is the module itself if it is
+        ours and has none; None if the module is of another kind, or has edges replaced by symbolic
+        functions.
     """
-    # A layer that is tampered with computes something else, and not only at some inputs.
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return None
-    if type(module) is KANLinear:
+    if type(module) is KANLinear and not is_altered(module):
         return module
     own: dict[str, Tensor] = dict(module.named_buffers(recurse=False))
     own |= dict(module.named_parameters(recurse=False))
@@ -66,3 +64,8 @@ def adopt(module: nn.Module) -> KANLinear | None:
         else:
             setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
     return layer.train(module.training)
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Tell whether hooks or a `forward` of its own may change what a module computes."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

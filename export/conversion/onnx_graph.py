@@ -5,13 +5,9 @@ where they do not fit, in the one file beside it. Nodes and tensors are named af
 the network (graph_names.py).
 """
 
-import io
-import logging
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +25,17 @@ from export.conversion.basis import CardinalBasis
 from export.conversion.functions import WithBodies
 from export.conversion.graph_names import name_after_modules
 from export.conversion.lowering import fusible, own_tensors
-from export.errors import ConversionError, InputError, cause, conversion
+from export.errors import ConversionError, InputError, after_tracing, cause, conversion
 from export.network import Call
+from export.parts import restored_attributes
 from export.proof.parity import Runner
+from export.quiet import captured
 from kan_bundle.layout import WEIGHTS_FILE
 
 OLDEST_OPSET, DEFAULT_OPSET = OPSETS
 _BY_TORCH = (18, 25)  # opsets that the exporter writes itself; converters make others of them
 LARGEST_INLINE = 2**30
 """Bytes of weights inside the file. protobuf ends at twice that, and reads it all into memory."""
-
-_CHATTY = (
-    "torch.onnx._internal.exporter._registration",  # that torchvision is not installed
-    "torch.onnx._internal.exporter._compat",  # that it converts from one opset to another,
-    "onnxscript.version_converter",  # and that it could not, which is an error here
-    "torch.fx.experimental.symbolic_shapes",  # what it could not trace, which is one, too
-)
 
 
 def check_opset(opset: int) -> int:
@@ -62,6 +53,7 @@ def check_opset(opset: int) -> int:
     return opset
 
 
+@captured()
 def write_onnx(
     network: Call,
     example: tuple[Tensor, ...],
@@ -93,24 +85,9 @@ def write_onnx(
     Raises:
         ConversionError: The network cannot be converted, or the graph is not what was asked for.
     """
-    batch = {0: torch.export.Dim("batch")}
-    with _quiet_exporter(), _explained_branches(network, inline=inline), conversion("ONNX"):
-        both = WithBodies(network, [] if inline else fusible(network))
-        further_inputs, further_outputs = both.names()
-        program = torch.onnx.export(
-            both,
-            (*example, *both.examples()),
-            dynamo=True,
-            opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
-            input_names=[*input_names, *further_inputs],
-            output_names=[*output_names, *further_outputs],
-            dynamic_shapes=((*(batch for _ in input_names), *both.dynamic_shapes()),),
-            optimize=False,
-            verbose=False,
-        )
-        if program is None:  # the signature allows it for files written directly
-            raise ConversionError("torch.onnx.export returned no program")
-        model = program.model
+    both = WithBodies(network, [] if inline else fusible(network))
+    model = _trace(network, both, example, input_names, output_names, opset, inline=inline)
+    with after_tracing("ONNX"):
         both.name_overloads(model)
         kept = own_tensors(network)
 
@@ -139,7 +116,7 @@ def write_onnx(
             f"{found['']}; choose another --opset, {DEFAULT_OPSET} suits most runtimes"
         )
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    with conversion("ONNX"):
+    with after_tracing("ONNX"):
         onnx_ir.save(model, path, external_data=WEIGHTS_FILE if weights > LARGEST_INLINE else None)
         onnx.checker.check_model(str(path), full_check=True)
     for value in model.graph.initializers.values():
@@ -147,6 +124,41 @@ def write_onnx(
     return fused
 
 
+def _trace(
+    network: Call,
+    both: WithBodies,
+    example: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset: int,
+    *,
+    inline: bool,
+) -> onnx_ir.Model:
+    """Trace a network and the bodies of its layers, as the exporter writes them."""
+    batch = {0: torch.export.Dim("batch")}
+    further_inputs, further_outputs = both.names()
+    with (
+        restored_attributes(network),
+        _explained_branches(network, inline=inline),
+        conversion("ONNX"),
+    ):
+        program = torch.onnx.export(
+            both,
+            (*example, *both.examples()),
+            dynamo=True,
+            opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
+            input_names=[*input_names, *further_inputs],
+            output_names=[*output_names, *further_outputs],
+            dynamic_shapes=((*(batch for _ in input_names), *both.dynamic_shapes()),),
+            optimize=False,
+            verbose=False,
+        )
+    if program is None:  # the signature allows it for files written directly
+        raise ConversionError("torch.onnx.export returned no program")
+    return program.model
+
+
+@captured()
 def load_onnx(path: Path, *, fused: bool = False) -> Runner:
     """Load a file as it will be served: onnxruntime, CPU, all graph optimisations.
 
@@ -222,22 +234,3 @@ def _explained_branches(network: Call, *, inline: bool) -> Iterator[None]:
         raise ConversionError(
             f"a KANLinear in a branch of torch.cond cannot be written as it is: {remedy}"
         ) from error.__cause__
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Silence what torch 2.13's exporter says that its user can do nothing about."""
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _CHATTY}
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-            warnings.filterwarnings("ignore", message=".*axis name: batch will not be used.*")
-            warnings.filterwarnings("ignore", message=".*was assigned during export.*")
-            with redirect_stderr(io.StringIO()) as said:  # torch prints graphs that it gives up
-                yield
-        sys.stderr.write(said.getvalue())
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)

@@ -8,9 +8,7 @@ torch.export; it is written for the C++ and mobile runtimes that still read it.
 import io
 import json
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.errors import conversion
+from export.parts import restored_attributes
 from export.proof.parity import Runner
+from export.quiet import captured
 
 METADATA_FILE = "kanserve.json"
 
@@ -27,6 +27,7 @@ _LARGEST_IN_MEMORY = 2**28
 _ROOM_BESIDE_WEIGHTS = 2**24
 
 
+@captured()
 def write_torchscript(
     network: nn.Module, example: tuple[Tensor, ...], path: Path, metadata: Mapping[str, str]
 ) -> None:
@@ -43,7 +44,7 @@ def write_torchscript(
         OSError: There is no room for it.
     """
     extra = {METADATA_FILE: json.dumps(dict(metadata), indent=2)}
-    with _deprecation_accepted(), conversion("TorchScript"), torch.no_grad():
+    with restored_attributes(network), conversion("TorchScript"), torch.no_grad():
         # check_trace would only compare the trace with itself; parity.py compares the saved file.
         program = torch.jit.trace(_OneIsNoTuple(network), example, check_trace=False)
         _save(program, path, extra)
@@ -79,10 +80,10 @@ class _OneIsNoTuple(nn.Module):
         return outputs[0] if len(outputs) == 1 else outputs
 
 
+@captured()
 def load_torchscript(path: Path) -> Runner:
     """Load a TorchScript file that this process has just written. It is code: never load others."""
-    with _deprecation_accepted():
-        program = torch.jit.load(path, map_location="cpu")
+    program = torch.jit.load(path, map_location="cpu")
 
     @torch.no_grad()
     def run(inputs: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
@@ -90,14 +91,3 @@ def load_torchscript(path: Path) -> Runner:
         return [y.numpy() for y in (found if isinstance(found, tuple) else (found,))]
 
     return run
-
-
-@contextmanager
-def _deprecation_accepted() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # What a trace takes for fixed shows in the comparison, which has batches of every size.
-        warnings.simplefilter("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        warnings.filterwarnings(
-            "ignore", message=r"`torch\.jit\..*is deprecated", category=DeprecationWarning
-        )
-        yield

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.network import Call, is_single
+from export.quiet import captured
 from kan_bundle.golden import side_by_side
 
 BATCH_SIZES = (1, 2, 7, 64)
@@ -17,6 +18,7 @@ BATCH_SIZES = (1, 2, 7, 64)
 LARGEST_BATCH = BATCH_SIZES[-1]
 
 
+@captured()
 def evaluate(
     call: Call,
     inputs: tuple[NDArray[np.generic], ...],

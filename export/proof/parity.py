@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from export.probes import ORDINARY
 from export.proof.eager import BATCH_SIZES
 from export.proof.reference import Reference, largest
+from export.quiet import captured
 from kan_bundle.golden import Golden, excess, side_by_side
 
 _GOLDEN_ROWS_PER_GROUP = 8
@@ -85,6 +86,7 @@ def rows_to_run(reference: Reference) -> int:
     return len(BATCH_SIZES) * len(reference.probes)
 
 
+@captured()
 def run_probes(
     run: Runner, reference: Reference, advance: Callable[[int], None] = lambda rows: None
 ) -> NDArray[np.float64]:
