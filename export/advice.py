@@ -72,6 +72,28 @@ def refused_inputs(
     )
 
 
+def explain_coupled_rows(module: nn.Module) -> str:
+    """Name what lets the rows of a batch influence each other, and what to write instead."""
+    found = []
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+            found.append(
+                f"{name} ({type(part).__name__}) uses the statistics of the batch: build and train "
+                "it with track_running_stats=True, or take nn.LayerNorm"
+            )
+        elif getattr(part, "batch_first", True) is False:
+            found.append(
+                f"{name} ({type(part).__name__}) has batch_first=False: build it with "
+                "batch_first=True, or transpose(0, 1) what it is given and what it returns"
+            )
+    return "; ".join(found) or (
+        "look for a softmax, mean or norm over dimension 0, and take another dimension; where rows "
+        "belong together, as the nodes of a graph, make one row of them: export a module around "
+        "it that takes (batch, nodes, features), and gives the network x.flatten(0, 1) and "
+        "(edge_index[:, None] + nodes * torch.arange(batch)[:, None]).reshape(2, -1)"
+    )
+
+
 def _find_remedy(
     module: nn.Module, run: Run, inputs: Inputs, make: Callable[[Inputs], tuple[Tensor, ...]]
 ) -> str:

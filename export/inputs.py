@@ -221,7 +221,11 @@ def _join(
             )
     rows = {name: len(array) for name, array in arrays.items()}
     if len(set(rows.values())) > 1:
-        raise InputError(f"samples: expected as many rows for every input, found {rows}")
+        raise InputError(
+            f"samples: expected as many rows for every input, found {rows}; what has no rows, as "
+            "the edge_index of a graph, is no input: export a module around the network that holds "
+            "it as a buffer"
+        )
     return Inputs(specs, tuple(arrays.values()))
 
 

@@ -44,6 +44,16 @@ class FoundLayers:
             "it is written"
         )
 
+    def leave_all(self) -> None:
+        """Take all layers out of a network that computes gradients through them."""
+        if self.ours:
+            self.notes.append(
+                f"the network computes gradients in its forward: {', '.join(self.ours)} and all "
+                "else are exported as they are written"
+            )
+        self.ours.clear()
+        self.originals.clear()
+
 
 def find_layers(module: nn.Module) -> FoundLayers:
     """Find the layers of a network that compute what a KANLinear computes.

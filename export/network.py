@@ -41,6 +41,9 @@ class Call(nn.Module):
         module: Anything that maps tensors to a tensor, or to a sequence or mapping of tensors.
         names: Names of the inputs; passed by name if `forward` has parameters of all these names,
             else by position.
+
+    Attributes:
+        uses_gradients: Whether `forward` computes gradients, which are then enabled for it.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
@@ -48,6 +51,7 @@ class Call(nn.Module):
         self.module = module
         parameters = inspect.signature(module.forward).parameters
         self._names = list(names) if set(names) <= set(parameters) else None
+        self.uses_gradients = False
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the module."""
@@ -64,6 +68,13 @@ class Call(nn.Module):
         Raises:
             NetworkError: It returns something else than tensors.
         """
+        if not self.uses_gradients:
+            return self._run(inputs)
+        with torch.enable_grad():
+            outputs = self._run([given.detach() for given in inputs])
+        return {name: output.detach() for name, output in outputs.items()}
+
+    def _run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         if self._names is None:
             found = self.module(*inputs)
         else:
@@ -138,6 +149,9 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     call = Call(single, names).eval()
     exact = call if single is module else Call(module, names).eval()
     inputs = _accept(call, inputs)
+    exact.uses_gradients = call.uses_gradients
+    if call.uses_gradients:
+        found.leave_all()
     examples = [example(inputs, rows) for rows in (2, 3)]
     outputs = _describe_outputs(call, inputs, examples)
     leave_needed_hooks(single, found, call.run, examples[1])
@@ -151,8 +165,8 @@ def _notes_on_numbers(inputs: Inputs) -> list[str]:
     if inputs.samples is not None:
         return []
     return [
-        f"input {spec.name}: the network accepts any whole number, and is compared at 0 and 1 "
-        "alone, as for a mask; for other numbers give rows of real data with --samples"
+        f"input {spec.name}: no range of whole numbers that it must lie in was found; the network "
+        "is compared at 0 and 1 alone, as for a mask; for others give rows of data with --samples"
         for spec in inputs.specs
         if spec.datatype in ("INT64", "INT32") and spec.allowed is None
     ]
@@ -299,13 +313,35 @@ def _accept(call: Call, inputs: Inputs) -> Inputs:
     Raises:
         InputError: It does not take what is stated.
     """
+    given = example(inputs, 2, zeros=True)
     try:
-        rows = first_rows(call.run, inputs, example(inputs, 2, zeros=True))
+        rows = first_rows(call.run, inputs, given)
     except NetworkError:
         raise
     except Exception as error:  # the network's own code may fail in any way
-        raise _refused(call, inputs, error) from error
+        call.uses_gradients = True
+        try:
+            rows = first_rows(call.run, inputs, given)
+        except Exception:
+            raise _refused(call, inputs, error) from error
+    call.uses_gradients = call.uses_gradients or _computes_gradients(call, rows)
     return find_value_ranges(call.run, inputs, rows)
+
+
+def _computes_gradients(call: Call, rows: tuple[Tensor, ...]) -> bool:
+    """Find out whether a network goes back through a graph of its own, while none is made here."""
+    reached: list[Tensor] = []
+
+    def unpack(saved: Tensor) -> Tensor:
+        reached.append(saved)
+        return saved
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack):
+            call(*(row.clone() for row in rows))
+    except Exception:  # as torch.func's gradients do, with such hooks
+        return True
+    return bool(reached)
 
 
 def _refused(call: Call, inputs: Inputs, error: Exception) -> InputError:

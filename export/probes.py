@@ -18,7 +18,6 @@ ORDINARY = ("knots", "inside", "margin", "samples", "small", "normal")
 
 _RANDOM_ROWS = 64
 _LONE_ROWS = 16
-_WIDEST_DRAW = 2**24  # of whole numbers
 _FAR = (1.0, 10.0, 1e3, 1e6)  # distance from the outermost knot, in widths of the knots
 
 
@@ -164,7 +163,8 @@ def draw_whole_numbers(
 ) -> NDArray[np.generic]:
     """Draw rows of an input that is no floating-point one, shape (rows, ...).
 
-    Numbers are drawn from the range that the network accepts, with its ends in every fourth row.
+    Numbers are drawn from the range that the network accepts, with its ends in every fourth row;
+    where one end is not known, up to 0 or 1.
     Without a range, an INT64 or INT32 input is a mask as often as not: it is 0 or 1, and the first
     number of several in a row is 1, so that a mask leaves something.
     """
@@ -172,8 +172,11 @@ def draw_whole_numbers(
     dtype = DATATYPES[spec.datatype]
     if spec.allowed is not None:
         low, high = spec.allowed
-        low = low if low >= -_WIDEST_DRAW else min(0, high)
-        high = min(high, low + _WIDEST_DRAW)
+        limits = np.iinfo(np.dtype(dtype))
+        if low == limits.min:  # no end on that side is known
+            low = min(0, high)
+        if high == limits.max:
+            high = max(low, 1)
         values = rng.integers(low, high, size=shape, endpoint=True)
         values[3::8], values[7::8] = low, high
     elif spec.datatype in ("INT64", "INT32"):

@@ -23,6 +23,7 @@ from export.errors import ExportError
 _MAX_LINES = 20  # of what is added to an error
 _MAX_BYTES = 2**14  # of the end of a capture that are read
 _LIBRARIES = ("torch", "onnx_ir", "onnxscript")
+_OF_NO_USE = "torch.onnx._internal.exporter._registration"  # that torchvision is not installed
 
 _capturing = False
 
@@ -85,6 +86,9 @@ def _redirected(descriptor: int) -> Iterator[None]:
         warnings.showwarning = lambda message, category, filename, lineno, *_, **__: print(
             f"{category.__name__}: {message}", file=stream
         )
+        useless = logging.getLogger(_OF_NO_USE)
+        undo.callback(useless.setLevel, useless.level)
+        useless.setLevel(logging.CRITICAL)
         for handler in _handlers():
             undo.callback(handler.setStream, handler.stream)
             handler.setStream(stream)

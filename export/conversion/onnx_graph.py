@@ -23,6 +23,7 @@ import kan_ops
 from export.arguments import OPSETS
 from export.conversion.basis import CardinalBasis
 from export.conversion.functions import WithBodies
+from export.conversion.gradients import trace_gradients
 from export.conversion.graph_names import name_after_modules
 from export.conversion.lowering import fusible, own_tensors
 from export.errors import ConversionError, InputError, after_tracing, cause, conversion
@@ -85,7 +86,7 @@ def write_onnx(
     Raises:
         ConversionError: The network cannot be converted, or the graph is not what was asked for.
     """
-    both = WithBodies(network, [] if inline else fusible(network))
+    both = WithBodies(network, [] if inline or network.uses_gradients else fusible(network))
     model = _trace(network, both, example, input_names, output_names, opset, inline=inline)
     with after_tracing("ONNX"):
         both.name_overloads(model)
@@ -137,24 +138,32 @@ def _trace(
     """Trace a network and the bodies of its layers, as the exporter writes them."""
     batch = {0: torch.export.Dim("batch")}
     further_inputs, further_outputs = both.names()
+    shapes = [*(batch for _ in input_names), *both.dynamic_shapes()]
     with (
         restored_attributes(network),
         _explained_branches(network, inline=inline),
         conversion("ONNX"),
     ):
         program = torch.onnx.export(
-            both,
+            trace_gradients(network, example) if network.uses_gradients else both,
             (*example, *both.examples()),
             dynamo=True,
             opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
             input_names=[*input_names, *further_inputs],
             output_names=[*output_names, *further_outputs],
-            dynamic_shapes=((*(batch for _ in input_names), *both.dynamic_shapes()),),
+            dynamic_shapes=tuple(shapes) if network.uses_gradients else (tuple(shapes),),
             optimize=False,
             verbose=False,
         )
     if program is None:  # the signature allows it for files written directly
         raise ConversionError("torch.onnx.export returned no program")
+    for value in program.model.graph.inputs:
+        if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
+            raise ConversionError(
+                "the network cannot be written as ONNX for any number of rows: traced with "
+                f"{value.shape[0]}, it is fixed to that; take sizes from its input, and compute on "
+                "all rows at once in place of torch.func.vmap"
+            )
     return program.model
 
 
@@ -192,9 +201,16 @@ def load_onnx(path: Path, *, fused: bool = False) -> Runner:
     names = [tensor.name for tensor in session.get_inputs()]
 
     def run(inputs: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
-        outputs: Sequence[NDArray[np.float32]] = session.run(
-            None, dict(zip(names, inputs, strict=True))
-        )
+        try:
+            outputs: Sequence[NDArray[np.float32]] = session.run(
+                None, dict(zip(names, inputs, strict=True))
+            )
+        except Exception as error:  # of onnxruntime, which has a class for each kind
+            raise ConversionError(
+                f"onnxruntime {onnxruntime.__version__} fails on {len(inputs[0])} rows that the "
+                f"network takes: {cause(error)}; write that part of the network another way, with "
+                "sizes taken from its input"
+            ) from error
         return outputs
 
     return run

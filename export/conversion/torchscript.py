@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from export.conversion.gradients import script_graph, trace_gradients
 from export.errors import conversion
+from export.network import Call
 from export.parts import restored_attributes
 from export.proof.parity import Runner
 from export.quiet import captured
@@ -29,7 +31,7 @@ _ROOM_BESIDE_WEIGHTS = 2**24
 
 @captured()
 def write_torchscript(
-    network: nn.Module, example: tuple[Tensor, ...], path: Path, metadata: Mapping[str, str]
+    network: Call, example: tuple[Tensor, ...], path: Path, metadata: Mapping[str, str]
 ) -> None:
     """Write a network as TorchScript.
 
@@ -46,7 +48,11 @@ def write_torchscript(
     extra = {METADATA_FILE: json.dumps(dict(metadata), indent=2)}
     with restored_attributes(network), conversion("TorchScript"), torch.no_grad():
         # check_trace would only compare the trace with itself; parity.py compares the saved file.
-        program = torch.jit.trace(_OneIsNoTuple(network), example, check_trace=False)
+        if network.uses_gradients:
+            scripted = script_graph(trace_gradients(network, example))
+            program = torch.jit.trace(_OneIsNoTuple(scripted), example, check_trace=False)
+        else:
+            program = torch.jit.trace(_OneIsNoTuple(network), example, check_trace=False)
         _save(program, path, extra)
 
 

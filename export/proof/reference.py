@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.advice import explain_coupled_rows
 from export.errors import NetworkError, cause, refused_samples
 from export.network import Call, Network, is_single
 from export.probes import ORDINARY, Probes, make_kan_probes, make_probes
@@ -266,7 +267,7 @@ def _require_lone_rows(call: Call, probes: Probes, means: _Means) -> None:
         if bool((np.abs(alone - together) > allowed).any()):
             raise NetworkError(
                 "the rows of a batch influence each other: a row is answered otherwise alone than "
-                "among others; look for a missing batch_first=True, or statistics over the batch"
+                f"among others; {explain_coupled_rows(call.module)}"
             )
 
 
