@@ -53,7 +53,7 @@ def refused_inputs(
     module: nn.Module,
     run: Run,
     inputs: Inputs,
-    make: Callable[[Inputs], tuple[Tensor, ...]],
+    make: Callable[[int], tuple[Tensor, ...]],
     error: Exception,
 ) -> InputError:
     """Report that the network raised something for the inputs that were stated.
@@ -62,7 +62,7 @@ def refused_inputs(
         module: The network.
         run: Runs it.
         inputs: As stated.
-        make: Makes rows of inputs.
+        make: Makes any number of rows of inputs.
         error: What the network raised.
     """
     takes = ", ".join(f"{s.name} {s.datatype} {shown(s.shape)}" for s in inputs.specs)
@@ -73,9 +73,20 @@ def refused_inputs(
 
 
 def explain_coupled_rows(module: nn.Module) -> str:
-    """Name what lets the rows of a batch influence each other, and what to write instead."""
+    """Say what to write instead, where the rows of a batch influence each other."""
+    return find_coupled_rows(module) or (
+        "look for a softmax, mean or norm over dimension 0, and take another dimension; where rows "
+        "belong together, as the nodes of a graph, make one row of them: export a module around "
+        "it that takes (batch, nodes, features), and gives the network x.flatten(0, 1) and "
+        "(edge_index[:, None] + nodes * torch.arange(batch)[:, None]).reshape(2, -1)"
+    )
+
+
+def find_coupled_rows(module: nn.Module) -> str:
+    """Name modules that let rows influence each other, and what to write instead, if there are."""
     found = []
-    for name, part in module.named_modules():
+    for path, part in module.named_modules():
+        name = path or "the network"
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
             found.append(
                 f"{name} ({type(part).__name__}) uses the statistics of the batch: build and train "
@@ -86,25 +97,24 @@ def explain_coupled_rows(module: nn.Module) -> str:
                 f"{name} ({type(part).__name__}) has batch_first=False: build it with "
                 "batch_first=True, or transpose(0, 1) what it is given and what it returns"
             )
-    return "; ".join(found) or (
-        "look for a softmax, mean or norm over dimension 0, and take another dimension; where rows "
-        "belong together, as the nodes of a graph, make one row of them: export a module around "
-        "it that takes (batch, nodes, features), and gives the network x.flatten(0, 1) and "
-        "(edge_index[:, None] + nodes * torch.arange(batch)[:, None]).reshape(2, -1)"
-    )
+    return "; ".join(found)
 
 
 def _find_remedy(
-    module: nn.Module, run: Run, inputs: Inputs, make: Callable[[Inputs], tuple[Tensor, ...]]
+    module: nn.Module, run: Run, inputs: Inputs, make: Callable[[int], tuple[Tensor, ...]]
 ) -> str:
     needed = forward_inputs(module)
     if len(inputs.specs) < len(needed):
         return write_flags(module)
-    rows = make(inputs)
+    sizes = {size for spec in inputs.specs for size in spec.shape}
+    rows = make(next(n for n in (3, 5, 7, 11, 13) if n not in sizes or n == 13))
     turnable = [i for i, spec in enumerate(inputs.specs) if len(spec.shape) > 2]
     for chosen in _selections(turnable):
         if _accepts(run, [r.transpose(0, 1) if i in chosen else r for i, r in enumerate(rows)]):
-            return _write_transposed([inputs.specs[i].name for i in chosen], needed)
+            names = [spec.name for spec in inputs.specs]
+            by_name = set(names) <= set(needed) or len(needed) < len(names)
+            turned = [names[i] if by_name else needed[i] for i in chosen]
+            return _write_transposed(turned, needed)
     if inputs.samples is not None:
         return "give rows that it takes with --samples"
     floating = [i for i, spec in enumerate(inputs.specs) if spec.datatype == "FP32"]
@@ -121,10 +131,9 @@ def _find_remedy(
                 ]
                 return "write " + " ".join(f"--input-shape {_flag(spec)}" for spec in specs)
     if any(spec.datatype != "FP32" for spec in inputs.specs):
-        names = ", ".join(needed or [spec.name for spec in inputs.specs])
         return (
-            f"which whole numbers it takes could not be found out: give rows of data for each of "
-            f"{names} with --samples NAME=FILE"
+            "which whole numbers it takes could not be found out: give rows of data for each of "
+            f"{', '.join(needed or [spec.name for spec in inputs.specs])} with --samples NAME=FILE"
         )
     return write_flags(module)
 
@@ -133,8 +142,6 @@ def _write_transposed(names: Sequence[str], needed: Sequence[str]) -> str:
     """Write the module around a network of which the batch comes second."""
     takes = ", ".join(needed)
     passes = ", ".join(f"{n}.transpose(0, 1)" if n in names else n for n in needed)
-    if not set(names) <= set(needed):  # they are called otherwise in forward
-        takes, passes = "...", "..., each of these .transpose(0, 1)"
     return (
         f"in {', '.join(names)} the network has the batch second, and it must come first in every "
         f"input and output: export a module around it, with def forward(self, {takes}): found = "

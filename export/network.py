@@ -346,7 +346,7 @@ def _computes_gradients(call: Call, rows: tuple[Tensor, ...]) -> bool:
 
 def _refused(call: Call, inputs: Inputs, error: Exception) -> InputError:
     return refused_inputs(
-        call.module, call.run, inputs, lambda tried: example(tried, 2, zeros=True), error
+        call.module, call.run, inputs, lambda rows: example(inputs, rows, zeros=True), error
     )
 
 

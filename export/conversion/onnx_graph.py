@@ -157,7 +157,7 @@ def _trace(
         )
     if program is None:  # the signature allows it for files written directly
         raise ConversionError("torch.onnx.export returned no program")
-    for value in program.model.graph.inputs:
+    for value in program.model.graph.inputs[: len(input_names)]:
         if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
             raise ConversionError(
                 "the network cannot be written as ONNX for any number of rows: traced with "

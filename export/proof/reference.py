@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.advice import explain_coupled_rows
+from export.advice import explain_coupled_rows, find_coupled_rows
 from export.errors import NetworkError, cause, refused_samples
 from export.network import Call, Network, is_single
 from export.probes import ORDINARY, Probes, make_kan_probes, make_probes
@@ -154,7 +154,7 @@ def _run(call: Call, probes: Probes, batch_size: int) -> NDArray[np.float64]:
     except Exception as error:  # the network's own code may fail in any way
         raise NetworkError(
             f"the network fails on batches of {batch_size}: {cause(error)}; it must take any "
-            "number of rows"
+            f"number of rows. {find_coupled_rows(call.module)}".removesuffix(". ")
         ) from error
 
 
