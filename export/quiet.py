@@ -14,8 +14,10 @@ import os
 import sys
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import TextIO
 
 from export.errors import ExportError
@@ -32,11 +34,13 @@ def own_stderr() -> TextIO:
     """Open stderr once more, to write to it while it is captured; itself if it is no descriptor."""
     stderr = sys.stderr
     try:
-        return os.fdopen(
-            os.dup(stderr.fileno()), "w", 1, encoding=stderr.encoding, errors=stderr.errors
-        )
+        descriptor = os.dup(stderr.fileno())
     except (AttributeError, OSError, ValueError):
         return stderr
+    raw = FileIO(descriptor, "w", closefd=False)
+    stream = TextIOWrapper(BufferedWriter(raw), stderr.encoding, stderr.errors, line_buffering=True)
+    weakref.finalize(stream, os.close, descriptor)
+    return stream
 
 
 @contextmanager
