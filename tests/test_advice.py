@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export import InputError, NetworkError, export_module
@@ -147,7 +148,10 @@ class GraphRows(OneGraph):
 
 
 def test_the_nodes_of_a_graph_become_one_row(tmp_path: Path) -> None:
-    samples = {"x": np.zeros((4, 3), np.float32), "edge_index": np.zeros((2, 4), np.int64)}
+    samples: dict[str, NDArray[Any]] = {
+        "x": np.zeros((4, 3), np.float32),
+        "edge_index": np.zeros((2, 4), np.int64),
+    }
     with pytest.raises(InputError, match=r"edge_index of a graph, is no input: .* as a buffer"):
         export_module(Graph(), name="m", output=tmp_path, samples=samples)
     with pytest.raises((InputError, NetworkError), match=r"x\.flatten\(0, 1\) and \(edge_index\["):

@@ -42,7 +42,8 @@ def test_hooks_that_only_look_leave_a_layer_what_it_is(layer: Any, shape: int | 
 def test_a_forward_of_its_own_that_computes_the_same_is_no_obstacle() -> None:
     network = KAN([4, 3, 2])
     layer = network.layers[0]
-    layer.forward = types.MethodType(lambda self, x: KANLinear.forward(self, x), layer)
+    same = types.MethodType(lambda self, x: KANLinear.forward(self, x), layer)
+    vars(layer)["forward"] = same  # as an assignment does
     assert list(describe(network).layers) == ["layers.0", "layers.1"]
 
 

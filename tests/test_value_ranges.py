@@ -111,7 +111,8 @@ def test_no_number_is_tried_that_is_far_from_what_is_known() -> None:
 
     def forward(s: Any, t: torch.Tensor) -> torch.Tensor:
         tried.append(int(t.abs().max()))
-        return s.e((t + 2**40) % 50).mean(1)
+        found: torch.Tensor = s.e((t + 2**40) % 50).mean(1)
+        return found
 
     ranges(written(forward, e=table()), TOKENS)
     assert max(tried) <= 2**25
