@@ -17,6 +17,7 @@ from export.network import copy_module
 from export.options import TorchScript, check_options
 from export.pipeline import size_of, write_bundle
 from export.report import Report
+from export.torch_state import standard_torch_state
 from kan_bundle.integrity import record_file
 from kan_bundle.layout import name_from_stem
 from kan_bundle.manifest import Manifest, Precision, Source
@@ -126,7 +127,8 @@ def export_checkpoint(
         )
         file = os.fsencode(path.name).decode(errors="replace")
         source = Source(file, record_file(path, advance).sha256)
-    return write_bundle(module, inputs, options, source, report)
+    with standard_torch_state():
+        return write_bundle(module, inputs, options, source, report)
 
 
 def export_module(
@@ -198,8 +200,9 @@ def export_module(
         force=force,
     )
     inputs = read_inputs(input_shape, samples)
-    own = copy_module(module).cpu().eval()
     report = report or Report.silent()
-    for line in describe_folds(fold_reparametrizations(own), listed):
-        report.say(line)
-    return write_bundle(own, inputs, options, None, report)
+    with standard_torch_state():
+        own = copy_module(module).cpu().eval()
+        for line in describe_folds(fold_reparametrizations(own), listed):
+            report.say(line)
+        return write_bundle(own, inputs, options, None, report)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from export.probes import ORDINARY, Probes
+from export.quiet import captured
 from export.runtimes import Runner
 
 BATCHES = (1, 16, 256, 1024)
@@ -54,6 +55,7 @@ class Benchmark:
     speeds: tuple[Speed, ...]
 
 
+@captured()
 def benchmark(runtimes: Mapping[str, Callable[[], Runner]], probes: Probes) -> Benchmark:
     """Time each runtime, one after the other, on the ordinary probes.
 

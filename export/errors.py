@@ -10,6 +10,7 @@ ExportError
 Ended is no refusal: a signal.
 """
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def refused_samples(error: Exception) -> NetworkError:
 
 @contextmanager
 def conversion(form: str) -> Iterator[None]:
-    """Turn whatever a converter raises into one line.
+    """Turn whatever a converter raises for a network into one line.
 
     Args:
         form: What is being written, for the message.
@@ -87,7 +88,36 @@ def conversion(form: str) -> Iterator[None]:
     except Exception as error:  # converters fail in many ways and at great length
         first = error.__cause__ or error
         line = f"{type(first).__name__}: {first}".strip().partition("\n")[0]
+        operator = re.search(r"translating node .*target=(?:torch\.ops\.)?([\w.]+)", line)
+        if operator:
+            raise ConversionError(
+                f"the network cannot be written as {form}: there is no form of "
+                f"{operator[1]} there; compute it from other operations"
+            ) from error
         raise ConversionError(
             f"the network cannot be written as {form}: {line}; layers and activations of your own "
             "must trace: tensor operations only, no branch on values, no fixed batch"
+        ) from error
+
+
+@contextmanager
+def after_tracing(form: str) -> Iterator[None]:
+    """Turn whatever fails in a graph that has been traced into one line: a fault of the exporter.
+
+    Args:
+        form: What is being written, for the message.
+
+    Raises:
+        ConversionError: Something failed.
+    """
+    try:
+        yield
+    except (OSError, ConversionError):
+        raise
+    except Exception as error:  # of several libraries
+        line = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise ConversionError(
+            f"the graph of the network is not valid {form}: {line}; the network was traced, so "
+            "this is a fault of the exporter and not of the network: report it; --inline or "
+            "another --opset may avoid it"
         ) from error

@@ -17,10 +17,13 @@ from kan_bundle.manifest import DATATYPES, TensorSpec
 
 DEFAULT_INPUT = "input"
 
+WHOLE_NUMBERS = ("INT64", "INT32", "UINT8")
+"""Datatypes of inputs of which a network may accept a range."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _SHAPE = re.compile(
     r"(?:(?P<name>[^=:]*)(?::(?P<datatype>[A-Za-z0-9]+))?=)?"
-    r"(?P<batch>(?:batch|-1|N|\?)\s*[,x]\s*)?(?P<dims>\d{1,10}(?:\s*[,x]\s*\d{1,10}){0,30})"
+    r"(?P<batch>(?:batch|-1|N|\?)\s*(?:[,x]\s*|$))?(?P<dims>\d{1,10}(?:\s*[,x]\s*\d{1,10}){0,30})?"
 )
 Shapes = str | int | Sequence[str] | Sequence[int] | Mapping[str, Sequence[int] | int]
 Samples = str | Path | Sequence[str | Path] | NDArray[Any] | Mapping[str, NDArray[Any]]
@@ -44,14 +47,16 @@ class Inputs:
 def parse_shape(text: str) -> TensorSpec:
     """Read `3,224,224`, `image=3,224,224` or `tokens:INT64=128`; the batch is not in it.
 
+    `t:INT64=` without sizes is one number a row, of shape (batch,).
+
     Raises:
         InputError: It reads otherwise.
     """
     match = _SHAPE.fullmatch(text.strip())
-    if match is None:
+    if match is None or not any(match.group("name", "batch", "dims")):
         raise InputError(
             f"input shape {text!r}: expected the sizes of one row, without the batch, as in "
-            "3,224,224 or image=3,224,224 or tokens:INT64=128"
+            "3,224,224 or image=3,224,224 or tokens:INT64=128; NAME= is one number a row"
         )
     name = DEFAULT_INPUT if match["name"] is None else check_name(match["name"].strip())
     datatype = (match["datatype"] or "FP32").upper()
@@ -59,7 +64,7 @@ def parse_shape(text: str) -> TensorSpec:
         raise InputError(
             f"input shape {text!r}: expected a type of {', '.join(DATATYPES)}, found {datatype}"
         )
-    dims = tuple(int(size) for size in re.findall(r"\d+", match["dims"]))
+    dims = tuple(int(size) for size in re.findall(r"\d+", match["dims"] or ""))
     if 0 in dims or np.prod(dims, dtype=object) > _LARGEST:
         raise InputError(f"input shape {text!r}: expected sizes of 1 to {_LARGEST} elements in all")
     return TensorSpec(name, datatype, (-1, *dims))
@@ -194,12 +199,6 @@ def _join(
             "NAME=SIZES"
         )
     if not samples:
-        indices = [spec.name for spec in shapes if spec.datatype in ("INT32", "INT64")]
-        if indices:
-            raise InputError(
-                f"input {', '.join(indices)}: which whole numbers the network takes cannot be "
-                "guessed; give rows of data with --samples"
-            )
         return Inputs(tuple(shapes)) if shapes else None
     if len(samples) == 1 and None in samples:  # a lone file belongs to the lone input
         samples = {names[0] if len(names) == 1 else DEFAULT_INPUT: samples[None]}
@@ -222,7 +221,11 @@ def _join(
             )
     rows = {name: len(array) for name, array in arrays.items()}
     if len(set(rows.values())) > 1:
-        raise InputError(f"samples: expected as many rows for every input, found {rows}")
+        raise InputError(
+            f"samples: expected as many rows for every input, found {rows}; what has no rows, as "
+            "the edge_index of a graph, is no input: export a module around the network that holds "
+            "it as a buffer"
+        )
     return Inputs(specs, tuple(arrays.values()))
 
 

@@ -8,7 +8,7 @@ the network.
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,20 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from export.advice import refused_inputs, write_flags
 from export.errors import InputError, NetworkError, cause
 from export.inputs import DEFAULT_INPUT, Inputs, check_name, odd_samples, shown
+from export.layers import find_layers, leave_needed_hooks
+from export.outputs import name_outputs, shape_of_row
 from export.parts import watched
-from export.probes import make_kan_probes
+from export.probes import draw_whole_numbers
+from export.quiet import captured
+from export.value_ranges import find_value_ranges, first_rows
 from kan_bundle.manifest import DATATYPES, TensorSpec
-from kan_model import KAN, KANLinear, KanModelError
+from kan_model import KAN, KANLinear
 from kan_model.adoption import adopt
-from kan_model.stacks import Layer, Stack
-from kan_model.state_dict import check_values
 
 Arrays = Sequence[NDArray[Any]]
-
-_ROWS_PER_GROUP = 4  # of the comparison of one layer
-_SAME = 1e-4  # share of the largest output by which two float32 layers may differ there
 
 
 class Call(nn.Module):
@@ -41,6 +41,9 @@ class Call(nn.Module):
         module: Anything that maps tensors to a tensor, or to a sequence or mapping of tensors.
         names: Names of the inputs; passed by name if `forward` has parameters of all these names,
             else by position.
+
+    Attributes:
+        uses_gradients: Whether `forward` computes gradients, which are then enabled for it.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
@@ -48,10 +51,16 @@ class Call(nn.Module):
         self.module = module
         parameters = inspect.signature(module.forward).parameters
         self._names = list(names) if set(names) <= set(parameters) else None
+        self.uses_gradients = False
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the module."""
         return tuple(self.named(*inputs).values())
+
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run the module."""
+        outputs: tuple[Tensor, ...] = self(*inputs)
+        return outputs
 
     def named(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Run the module and name what it returns.
@@ -59,11 +68,18 @@ class Call(nn.Module):
         Raises:
             NetworkError: It returns something else than tensors.
         """
+        if not self.uses_gradients:
+            return self._run(inputs)
+        with torch.enable_grad():
+            outputs = self._run([given.detach() for given in inputs])
+        return {name: output.detach() for name, output in outputs.items()}
+
+    def _run(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         if self._names is None:
             found = self.module(*inputs)
         else:
             found = self.module(**dict(zip(self._names, inputs, strict=True)))
-        return _named_outputs(found)
+        return name_outputs(found)
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,7 @@ class Network:
         raise AssertionError(f"{column} is beyond the outputs")
 
 
+@captured()
 def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     """Find out what is to be known about a network.
 
@@ -123,19 +140,36 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     """
     single = module if is_single(module) else copy_module(module).float()
     _require_finite(single)
-    layers, replaced, notes = _adopt_layers(single)
+    found = find_layers(single)
     if inputs is None:
-        inputs = _inputs_of_kan(single, layers)
-    _require_width(single, layers, inputs)
-    notes += odd_samples(inputs)
+        inputs = _inputs_of_kan(single)
+    _require_width(single, inputs)
     names = [spec.name for spec in inputs.specs]
     _require_names(single, names)
     call = Call(single, names).eval()
     exact = call if single is module else Call(module, names).eval()
+    inputs = _accept(call, inputs)
+    exact.uses_gradients = call.uses_gradients
+    if call.uses_gradients:
+        found.leave_all()
     examples = [example(inputs, rows) for rows in (2, 3)]
     outputs = _describe_outputs(call, inputs, examples)
-    leading = _find_leading(call, replaced, inputs, examples[1])
-    return Network(call, exact, layers, replaced, inputs, outputs, leading, tuple(notes))
+    leave_needed_hooks(single, found, call.run, examples[1])
+    leading = _find_leading(call, found.originals, inputs, examples[1])
+    notes = (*found.notes, *odd_samples(inputs), *_notes_on_numbers(inputs))
+    return Network(call, exact, found.ours, found.originals, inputs, outputs, leading, notes)
+
+
+def _notes_on_numbers(inputs: Inputs) -> list[str]:
+    """Report whole-number inputs that are only known to take 0 and 1."""
+    if inputs.samples is not None:
+        return []
+    return [
+        f"input {spec.name}: no range of whole numbers that it must lie in was found; the network "
+        "is compared at 0 and 1 alone, as for a mask; for others give rows of data with --samples"
+        for spec in inputs.specs
+        if spec.datatype in ("INT64", "INT32") and spec.allowed is None
+    ]
 
 
 def copy_module(module: nn.Module, *, require_values: bool = True) -> nn.Module:
@@ -150,11 +184,11 @@ def copy_module(module: nn.Module, *, require_values: bool = True) -> nn.Module:
     """
     if require_values:
         _require_values(module)
-    stored = (value for part in module.modules() for value in vars(part).values())
     memo = {
         id(value): value.detach().clone()
-        for value in stored
-        if isinstance(value, Tensor) and not value.is_leaf
+        for part in module.modules()
+        for value in _stored_tensors(vars(part))
+        if not value.is_leaf
     }
     try:
         return copy.deepcopy(module, memo)
@@ -164,14 +198,29 @@ def copy_module(module: nn.Module, *, require_values: bool = True) -> nn.Module:
         ) from error
 
 
+def _stored_tensors(value: Any) -> Iterator[Tensor]:
+    """Walk to the tensors in an attribute and in the containers in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple | set):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _stored_tensors(part)
+
+
 def is_single(module: nn.Module) -> bool:
     """Tell whether every floating-point parameter and buffer is float32."""
     tensors = (*module.parameters(), *module.buffers())
     return all(t.dtype == torch.float32 for t in tensors if t.is_floating_point())
 
 
-def example(inputs: Inputs, rows: int) -> tuple[Tensor, ...]:
-    """Make inputs that a network can take: samples if there are, else small numbers."""
+def example(inputs: Inputs, rows: int, *, zeros: bool = False) -> tuple[Tensor, ...]:
+    """Make inputs that a network can take: samples if there are, else small numbers.
+
+    Args:
+        inputs: What the network takes.
+        rows: How many of them.
+        zeros: Whether whole numbers and booleans are zeros, because what is accepted is not known.
+    """
     if inputs.samples is not None:
         return tuple(
             torch.from_numpy(np.take(array, range(rows), axis=0, mode="wrap"))
@@ -183,6 +232,8 @@ def example(inputs: Inputs, rows: int) -> tuple[Tensor, ...]:
             rng.uniform(-1, 1, (rows, *spec.shape[1:])).astype(np.float32)
             if spec.datatype == "FP32"
             else np.zeros((rows, *spec.shape[1:]), DATATYPES[spec.datatype])
+            if zeros
+            else draw_whole_numbers(spec, rows, rng)
         )
         for spec in inputs.specs
     )
@@ -219,50 +270,6 @@ def _require_names(module: nn.Module, names: Sequence[str]) -> None:
         )
 
 
-def _adopt_layers(
-    module: nn.Module,
-) -> tuple[dict[str, KANLinear], dict[str, nn.Module], list[str]]:
-    layers, replaced, notes = {}, {}, []
-    for name, child in module.named_modules():
-        layer = adopt(child)
-        if layer is None:
-            continue
-        shown_name = name or type(child).__name__
-        _require_rising(shown_name, layer)
-        if layer is not child and not _computes_the_same(child, layer):
-            notes.append(
-                f"{shown_name} holds what a KANLinear holds, but computes something else: it is "
-                "exported as it is written"
-            )
-            continue
-        layers[shown_name], replaced[shown_name] = layer, child
-    return layers, replaced, notes
-
-
-@torch.no_grad()
-def _computes_the_same(original: nn.Module, ours: KANLinear) -> bool:
-    """Compare two layers at the knots, inside, in the margins and outside."""
-    knots = ours.grid.float().numpy()
-    probes = make_kan_probes(knots, ours.spline_order, rows_per_group=_ROWS_PER_GROUP)
-    finite = np.isfinite(probes.inputs[0]).all(axis=1)
-    x = torch.from_numpy(probes.inputs[0]).to(ours.grid.dtype)
-    try:
-        theirs = original(x[finite])
-    except Exception:  # it wants something else, so it is something else
-        return False
-    mine = ours(x[finite])
-    if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
-        return False
-    size = mine.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-    if not bool(((theirs - mine).abs() <= _SAME * size).all()):
-        return False
-    try:
-        swallows = not bool(torch.equal(original(x[~finite]).isnan(), ours(x[~finite]).isnan()))
-    except Exception:  # some refuse NaN, which the exported form answers with NaN
-        swallows = False
-    return not swallows
-
-
 def _require_finite(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
@@ -273,40 +280,79 @@ def _require_finite(module: nn.Module) -> None:
             )
 
 
-def _require_rising(name: str, layer: KANLinear) -> None:
-    tensors = {key: tensor.detach() for key, tensor in layer.state_dict().items()}
-    try:
-        check_values(Stack("", {0: Layer(f"{name}.", tensors)}))
-    except KanModelError as error:
-        raise NetworkError(str(error)) from error
-
-
-def _inputs_of_kan(module: nn.Module, layers: Mapping[str, KANLinear]) -> Inputs:
+def _inputs_of_kan(module: nn.Module) -> Inputs:
     """Take a KAN's input from its first layer."""
-    if type(module).__name__ not in ("KAN", "KANLinear") or not layers:
-        raise InputError(
-            "what the network takes is not in the file: give the sizes of one row with "
-            "--input-shape 3,224,224, or rows of data with --samples x.npy"
-        )
-    width = next(iter(layers.values())).in_features
+    width = _first_width(module)
+    if type(module).__name__ not in ("KAN", "KANLinear") or width is None:
+        raise InputError(f"what the network takes is not in the file: {write_flags(module)}")
     return Inputs((TensorSpec(DEFAULT_INPUT, "FP32", (-1, width)),))
 
 
-def _require_width(module: nn.Module, layers: Mapping[str, KANLinear], inputs: Inputs) -> None:
-    """Compare what is said of a KAN's input with its first layer.
+def _require_width(module: nn.Module, inputs: Inputs) -> None:
+    """Compare the stated input of a KAN with its first layer.
 
-    Of a class of the user's nobody knows what comes before that layer.
+    What comes before that layer in a class of the user's is not known.
     """
-    if type(module) not in (KAN, KANLinear) or len(inputs.specs) != 1:
+    width = _first_width(module)
+    if type(module) not in (KAN, KANLinear) or len(inputs.specs) != 1 or width is None:
         return
     (spec,) = inputs.specs
-    width = next(iter(layers.values())).in_features
     if spec.shape[-1] != width:
         said = "--samples" if inputs.samples is not None else "--input-shape"
         raise InputError(
             f"{said}: expected {width} numbers in a row, as the KAN takes, found "
             f"{shown(spec.shape)}"
         )
+
+
+def _first_width(module: nn.Module) -> int | None:
+    """Find the width of the first layer that holds what a KANLinear holds."""
+    layers = filter(None, map(adopt, module.modules()))
+    return next((layer.in_features for layer in layers), None)
+
+
+@torch.no_grad()
+def _accept(call: Call, inputs: Inputs) -> Inputs:
+    """Run the network for the first time, and find out which whole numbers it accepts.
+
+    Raises:
+        InputError: It does not take what is stated.
+    """
+    given = example(inputs, 2, zeros=True)
+    try:
+        rows = first_rows(call.run, inputs, given)
+    except NetworkError:
+        raise
+    except Exception as error:  # the network's own code may fail in any way
+        call.uses_gradients = True
+        try:
+            rows = first_rows(call.run, inputs, given)
+        except Exception:
+            raise _refused(call, inputs, error) from error
+    call.uses_gradients = call.uses_gradients or _computes_gradients(call, rows)
+    return find_value_ranges(call.run, inputs, rows)
+
+
+def _computes_gradients(call: Call, rows: tuple[Tensor, ...]) -> bool:
+    """Find out whether a network goes back through a graph of its own, while none is made here."""
+    reached: list[Tensor] = []
+
+    def unpack(saved: Tensor) -> Tensor:
+        reached.append(saved)
+        return saved
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack):
+            call(*(row.clone() for row in rows))
+    except Exception:  # as torch.func's gradients do, with such hooks
+        return True
+    return bool(reached)
+
+
+def _refused(call: Call, inputs: Inputs, error: Exception) -> InputError:
+    return refused_inputs(
+        call.module, call.run, inputs, lambda rows: example(inputs, rows, zeros=True), error
+    )
 
 
 @torch.no_grad()
@@ -320,11 +366,7 @@ def _describe_outputs(
     except NetworkError:
         raise
     except Exception as error:  # the network's own code may fail in any way
-        takes = ", ".join(f"{s.name} {s.datatype} {shown(s.shape)}" for s in inputs.specs)
-        remedy = "give the sizes of one row, without the batch, with --input-shape"
-        if inputs.samples is not None:
-            remedy = "give rows that it takes with --samples"
-        raise InputError(f"the network does not take {takes}: {cause(error)}; {remedy}") from error
+        raise _refused(call, inputs, error) from error
     for first, second in zip(runs[0].values(), again, strict=True):
         if not torch.equal(first.nan_to_num(), second.nan_to_num()):
             raise NetworkError(
@@ -335,7 +377,7 @@ def _describe_outputs(
     taken = {spec.name for spec in inputs.specs}
     rows = [len(batch[0]) for batch in examples]
     for name, value in runs[0].items():
-        shape = _shape_of_row(name, [run[name] for run in runs], rows)
+        shape = shape_of_row(name, [run[name] for run in runs], rows)
         if value.dtype != torch.float32:
             raise NetworkError(
                 f"output {name}: expected float32, found {value.dtype}; return it as float32, or "
@@ -346,42 +388,6 @@ def _describe_outputs(
         taken.add(name)
         specs.append(TensorSpec(check_name(name), "FP32", (-1, *shape)))
     return tuple(specs)
-
-
-def _shape_of_row(name: str, outputs: Sequence[Tensor], rows: Sequence[int]) -> tuple[int, ...]:
-    """Compare the shapes of an output for batches of different sizes."""
-    shapes = [tuple(output.shape) for output in outputs]
-    if any(shape[:1] != (n,) for shape, n in zip(shapes, rows, strict=True)) or (
-        len({shape[1:] for shape in shapes}) > 1
-    ):
-        raise NetworkError(
-            f"output {name}: expected one row for each row of the input, found shapes "
-            f"{', '.join(map(str, shapes))} for {', '.join(map(str, rows))} rows"
-        )
-    return shapes[0][1:]
-
-
-def _named_outputs(found: Any) -> dict[str, Tensor]:
-    if isinstance(found, Tensor):
-        return {"output": found}
-    if isinstance(found, Mapping):
-        named = {str(key): value for key, value in found.items() if value is not None}
-    elif isinstance(found, list | tuple):
-        fields = getattr(found, "_fields", [f"output_{i}" for i in range(len(found))])
-        named = dict(zip(fields, found, strict=True))
-        if len(named) == 1 and not hasattr(found, "_fields"):
-            named = {"output": found[0]}
-    else:
-        named = {"output": found}
-    strays = {
-        name: type(value).__name__ for name, value in named.items() if not isinstance(value, Tensor)
-    }
-    if strays or not named:
-        raise NetworkError(
-            f"expected the network to return tensors, found {strays or 'nothing'}; wrap it in a "
-            "module that returns the tensors alone"
-        )
-    return named
 
 
 @torch.no_grad()

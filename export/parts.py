@@ -1,5 +1,6 @@
 """The parts of a module, for a while: to put others in their place, or to see what reaches them."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,35 @@ def swapped(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Ite
     finally:
         for parent, name, child in done:
             parent._modules[name] = child
+
+
+@contextmanager
+def restored_attributes(root: nn.Module) -> Iterator[None]:
+    """Give the attributes of all modules, and lists, dicts and sets in them, their contents back.
+
+    A network that assigns attributes while it is traced would keep what stands for tensors there.
+    """
+    kept = [(vars(module), _copied(vars(module))) for module in root.modules()]
+    try:
+        yield
+    finally:
+        for attributes, before in kept:
+            for value, content in before.values():
+                if isinstance(value, dict | set):
+                    value.clear()
+                    value.update(content)
+                elif isinstance(value, list):
+                    value[:] = content
+            attributes.clear()
+            attributes.update({name: value for name, (value, _) in before.items()})
+
+
+def _copied(attributes: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keep every attribute, and a shallow copy of it if it is a container."""
+    return {
+        name: (value, copy.copy(value) if isinstance(value, dict | set | list) else None)
+        for name, value in attributes.items()
+    }
 
 
 @contextmanager

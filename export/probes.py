@@ -137,7 +137,7 @@ def make_probes(inputs: Inputs, seed: int = 0) -> Probes:
     Groups: `samples` as given; `small` (uniform in [-1, 1] and a hundredth of that), `normal`
     (standard normal), `large` (ten times that), `huge` (a hundred times), constants among the small
     ones, and `nan` (in one place of one input, or in all of it). Without floating-point inputs
-    there are the samples only.
+    there are the samples only, or else `small`.
 
     Args:
         inputs: What the network takes.
@@ -146,6 +146,8 @@ def make_probes(inputs: Inputs, seed: int = 0) -> Probes:
     rng = np.random.default_rng(seed)
     nan = _choose_nan(inputs.specs)
     sizes = {"small": 32, "normal": 32, "large": 16, "huge": 16, "nan": len(nan)}
+    if all(spec.datatype != "FP32" for spec in inputs.specs):
+        sizes = {"small": _RANDOM_ROWS}
     if inputs.samples is not None:
         chosen = np.linspace(0, len(inputs.samples[0]) - 1, _SAMPLE_ROWS).astype(int)
         chosen = np.unique(chosen)
@@ -179,6 +181,37 @@ def _choose_nan(specs: Sequence[TensorSpec]) -> list[tuple[int, slice]]:
     return chosen
 
 
+def draw_whole_numbers(
+    spec: TensorSpec, rows: int, rng: np.random.Generator
+) -> NDArray[np.generic]:
+    """Draw rows of an input that is no floating-point one, shape (rows, ...).
+
+    Numbers are drawn from the range that the network accepts, with its ends in every fourth row;
+    where one end is not known, up to 0 or 1.
+    Without a range, an INT64 or INT32 input is a mask as often as not: it is 0 or 1, and the first
+    number of several in a row is 1, so that a mask leaves something.
+    """
+    shape = (rows, *spec.shape[1:])
+    dtype = DATATYPES[spec.datatype]
+    if spec.allowed is not None:
+        low, high = spec.allowed
+        limits = np.iinfo(np.dtype(dtype))
+        if low == limits.min:  # no end on that side is known
+            low = min(0, high)
+        if high == limits.max:
+            high = max(low, 1)
+        values = rng.integers(low, high, size=shape, endpoint=True)
+        values[3::8], values[7::8] = low, high
+    elif spec.datatype in ("INT64", "INT32"):
+        values = rng.integers(2, size=shape)
+        flat = values.reshape(rows, -1)
+        if flat.shape[1] > 1:
+            flat[:, 0] = 1
+    else:
+        values = rng.integers(2 if spec.datatype == "BOOL" else 256, size=shape)
+    return values.astype(dtype)
+
+
 def _random(
     spec: TensorSpec,
     sizes: dict[str, int],
@@ -191,8 +224,7 @@ def _random(
     if spec.datatype != "FP32":
         if samples is not None:
             return samples[rng.integers(len(samples), size=rows)]
-        values = rng.integers(2 if spec.datatype == "BOOL" else 256, size=(rows, *shape))
-        return values.astype(DATATYPES[spec.datatype])
+        return draw_whole_numbers(spec, rows, rng)
     small = rng.uniform(-1, 1, (sizes["small"], *shape))
     small[::2] *= 0.01
     for row, constant in zip((1, 3, 5), (0.0, 1.0, -1.0), strict=True):

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from export.network import Network
 from export.parts import watched
+from export.quiet import captured
 
 _MOST_ROWS = 1024
 _BUDGET = 2**21  # numbers of the samples that are run, and of what is kept of one layer
 _BATCH = 64
 
 
+@captured()
 @torch.no_grad()
 def reaching(network: Network, samples: Sequence[NDArray[np.generic]]) -> Mapping[str, Tensor]:
     """Run samples through a network, and keep what reaches its KANLinear layers.

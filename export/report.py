@@ -20,6 +20,7 @@ from export import tables
 from export.errors import Ended
 from export.network import Network
 from export.proof.parity import Measurement
+from export.quiet import own_stderr
 from kan_bundle.manifest import LayerRecord, Manifest, Precision, PruningRecord
 
 _WIDTH_OF_A_LOG = 120  # which has none of its own; do not fold the table
@@ -44,7 +45,7 @@ class Report:
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         # FORCE_COLOR asks for colours in a log, and is no reason to move about in it.
         self._console = console or Console(
-            file=sys.stderr, highlight=False, force_interactive=sys.stderr.isatty()
+            file=own_stderr(), highlight=False, force_interactive=sys.stderr.isatty()
         )
         if not self._console.is_terminal:
             self._console.width = _WIDTH_OF_A_LOG

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 import kan_ops
-from export.conversion.torchscript import deprecation_accepted
 from export.errors import ConversionError, cause
 from export.network import Call
+from export.quiet import captured
 
 Arrays = Sequence[NDArray[Any]]
 
@@ -52,6 +52,7 @@ def load_eager(call: Call) -> Runner:
     return run
 
 
+@captured()
 def load_onnx(path: Path, *, fused: bool = False) -> Session:
     """Load a file as it will be served: onnxruntime, CPU, all graph optimisations.
 
@@ -91,6 +92,7 @@ def load_onnx(path: Path, *, fused: bool = False) -> Session:
     return Session(run, tuple(names), tuple(tensor.name for tensor in session.get_outputs()))
 
 
+@captured()
 def load_torchscript(path: Path) -> Runner:
     """Load a TorchScript file that this process has just written. It is code: never load others.
 
@@ -98,8 +100,7 @@ def load_torchscript(path: Path) -> Runner:
         ConversionError: It cannot be loaded.
     """
     try:
-        with deprecation_accepted():
-            program = torch.jit.load(path, map_location="cpu")
+        program = torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch has no class for it
         raise ConversionError(f"TorchScript cannot load its own file: {cause(error)}") from error
 

@@ -32,11 +32,15 @@ def render_config(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[Ten
 
 
 def _tensor(field: str, spec: TensorSpec) -> str:
-    dims = ", ".join(str(size) for size in spec.shape[1:])
+    """Write one tensor. Triton wants a size: one number a row has the shape (rows, 1) there."""
+    sizes = spec.shape[1:]
+    dims = ", ".join(str(size) for size in sizes or (1,))
+    reshape = "" if sizes else "  reshape { shape: [ ] }\n"
     return (
         f"{field} {{\n"
         f'  name: "{spec.name}"\n'
         f"  data_type: TYPE_{spec.datatype}\n"
         f"  dims: [ {dims} ]\n"
+        f"{reshape}"
         "}"
     )

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -240,11 +241,9 @@ def _scale(node: NodeProto, attribute: int) -> None:
 def _in_types(model: ModelProto) -> Iterator[Fault]:
     for output in model.graph.output:
         name = output.name
-        yield Fault("type", f"{name} as float64", lambda model, n=name: _as_double(model, n))  # type: ignore[misc]
-        yield Fault(
-            "type", f"{name} through float16", lambda model, n=name: _through_half(model, n)
-        )  # type: ignore[misc]
-        yield Fault("type", f"{name} flattened", lambda model, n=name: _flatten(model, n))  # type: ignore[misc]
+        yield Fault("type", f"{name} as float64", partial(_as_double, name=name))
+        yield Fault("type", f"{name} through float16", partial(_through_half, name=name))
+        yield Fault("type", f"{name} flattened", partial(_flatten, name=name))
 
 
 def _after(model: ModelProto, name: str, *nodes: NodeProto) -> None:
@@ -292,17 +291,14 @@ def _in_nan(model: ModelProto) -> Iterator[Fault]:
     names = [v.name for v in model.graph.output]
     names += [node.output[0] for node in model.graph.node if node.op_type == "KANLinear1"]
     for name in dict.fromkeys(names):
-        yield Fault("nan", f"{name} without NaN", lambda model, n=name: _without_nan(model, n))  # type: ignore[misc]
+        yield Fault("nan", f"{name} without NaN", partial(_without_nan, name=name))
     for value in model.graph.input:
-        yield Fault(
-            "nan",
-            f"{value.name} without NaN",
-            lambda model, n=value.name: _without_nan(model, n, into=True),
-        )  # type: ignore[misc]
+        change = partial(_without_nan, name=value.name, into=True)
+        yield Fault("nan", f"{value.name} without NaN", change)
 
 
 def _without_nan(model: ModelProto, name: str, *, into: bool = False) -> None:
-    zero = numpy_helper.from_array(np.float32(0), f"{name}/zero")
+    zero = numpy_helper.from_array(np.array(0, np.float32), f"{name}/zero")
     model.graph.initializer.append(zero)
     bare, clean = (name, f"{name}/clean") if into else (f"{name}/bare", name)
     nodes = [

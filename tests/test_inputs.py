@@ -89,7 +89,6 @@ def test_a_shape_gives_the_samples_their_order_and_name(tmp_path: Path) -> None:
     ("shape", "samples", "message"),
     [
         (["3", "4"], None, "a name of its own for each"),
-        ("tokens:INT64=7", None, "cannot be guessed; give rows of data with --samples"),
         ("4", np.zeros((2, 3)), r"expected FP32 of shape \[batch, 4\], found FP32 of \[batch, 3\]"),
         (["a=3", "b=4"], np.zeros((2, 3)), "expected arrays for the inputs a, b, found input"),
         ({"a": (3,)}, {"b": np.zeros((2, 3))}, "expected arrays for the inputs a, found b"),

@@ -147,7 +147,6 @@ def test_outputs_are_named(tmp_path: Path, form: Callable[[Tensor], Any], names:
     ("form", "message"),
     [
         (lambda y: "text", "expected the network to return tensors, found {'output': 'str'}"),
-        (lambda y: [y, [y]], "found {'output_1': 'list'}"),
         (lambda y: [], "found nothing"),
         (lambda y: y.argmax(1), r"output output: expected float32, found torch\.int64"),
         (lambda y: y.double(), r"output output: expected float32, found torch\.float64"),

@@ -66,9 +66,13 @@ class WithBodies(nn.Module):
             found += [x, layer.basis.knots, layer.product.weight]
         return tuple(tensor.detach() for tensor in found)  # the exporter knows its own by identity
 
-    def dynamic_shapes(self, rows: Mapping[int, Any]) -> list[Mapping[int, Any] | None]:
-        """Say which sizes of the further inputs vary."""
-        return [rows if tensor == "x" else None for _ in self._layers for tensor in _INPUTS]
+    def dynamic_shapes(self) -> list[Mapping[int, Any] | None]:
+        """Describe which sizes of the further inputs vary: the rows, for each layer by themselves.
+
+        If layers shared one size, the exporter would read it from one of the bodies for all.
+        """
+        rows = [{0: torch.export.Dim(f"rows_{i}")} for i in range(len(self._layers))]
+        return [own if tensor == "x" else None for own in rows for tensor in _INPUTS]
 
     def names(self) -> tuple[list[str], list[str]]:
         """Name the further inputs and outputs."""

@@ -28,7 +28,9 @@ def add_nan_guard(path: Path) -> None:
 
     def add(operator: str, name: str, *inputs: str, **attributes: int) -> str:
         full = f"{_SCOPE}/{name}"
-        nodes.append(helper.make_node(operator, inputs, [full], name=full, **attributes))
+        nodes.append(
+            helper.make_node(operator, inputs, [full], full, None, None, None, **attributes)
+        )
         return full
 
     def constant(name: str, value: float | list[int]) -> str:

@@ -5,12 +5,8 @@ where they do not fit, in the one file beside it. Nodes and tensors are named af
 the network (graph_names.py).
 """
 
-import io
-import logging
-import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +20,19 @@ import kan_ops
 from export.arguments import OPSETS
 from export.conversion.basis import CardinalBasis
 from export.conversion.functions import WithBodies
+from export.conversion.gradients import trace_gradients
 from export.conversion.graph_names import name_after_modules
 from export.conversion.lowering import fusible, own_tensors
-from export.errors import ConversionError, InputError, conversion
+from export.errors import ConversionError, InputError, after_tracing, conversion
 from export.network import Call
+from export.parts import restored_attributes
+from export.quiet import captured
 from kan_bundle.layout import WEIGHTS_FILE
 
 OLDEST_OPSET, DEFAULT_OPSET = OPSETS
 _BY_TORCH = (18, 25)  # opsets that the exporter writes itself; converters make others of them
 LARGEST_INLINE = 2**30
 """Bytes of weights inside the file. protobuf ends at twice that, and reads it all into memory."""
-
-_CHATTY = (
-    "torch.onnx._internal.exporter._registration",  # that torchvision is not installed
-    "torch.onnx._internal.exporter._compat",  # that it converts from one opset to another,
-    "onnxscript.version_converter",  # and that it could not, which is an error here
-    "torch.fx.experimental.symbolic_shapes",  # what it could not trace, which is one, too
-)
 
 
 def check_opset(opset: int) -> int:
@@ -58,6 +50,7 @@ def check_opset(opset: int) -> int:
     return opset
 
 
+@captured()
 def write_onnx(
     network: Call,
     example: tuple[Tensor, ...],
@@ -89,24 +82,9 @@ def write_onnx(
     Raises:
         ConversionError: The network cannot be converted, or the graph is not what was asked for.
     """
-    batch = {0: torch.export.Dim("batch")}
-    with _quiet_exporter(), _explained_branches(network, inline=inline), conversion("ONNX"):
-        both = WithBodies(network, [] if inline else fusible(network))
-        further_inputs, further_outputs = both.names()
-        program = torch.onnx.export(
-            both,
-            (*example, *both.examples()),
-            dynamo=True,
-            opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
-            input_names=[*input_names, *further_inputs],
-            output_names=[*output_names, *further_outputs],
-            dynamic_shapes=((*(batch for _ in input_names), *both.dynamic_shapes(batch)),),
-            optimize=False,
-            verbose=False,
-        )
-        if program is None:  # the signature allows it for files written directly
-            raise ConversionError("torch.onnx.export returned no program")
-        model = program.model
+    both = WithBodies(network, [] if inline or network.uses_gradients else fusible(network))
+    model = _trace(network, both, example, input_names, output_names, opset, inline=inline)
+    with after_tracing("ONNX"):
         both.name_overloads(model)
         kept = own_tensors(network)
 
@@ -135,12 +113,54 @@ def write_onnx(
             f"{found['']}; choose another --opset, {DEFAULT_OPSET} suits most runtimes"
         )
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    with conversion("ONNX"):
+    with after_tracing("ONNX"):
         onnx_ir.save(model, path, external_data=WEIGHTS_FILE if weights > LARGEST_INLINE else None)
         onnx.checker.check_model(str(path), full_check=True)
     for value in model.graph.initializers.values():
         value.const_value = None  # onnxscript's rewriter holds on to the graph it saw last
     return fused
+
+
+def _trace(
+    network: Call,
+    both: WithBodies,
+    example: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset: int,
+    *,
+    inline: bool,
+) -> onnx_ir.Model:
+    """Trace a network and the bodies of its layers, as the exporter writes them."""
+    batch = {0: torch.export.Dim("batch")}
+    further_inputs, further_outputs = both.names()
+    shapes = [*(batch for _ in input_names), *both.dynamic_shapes()]
+    with (
+        restored_attributes(network),
+        _explained_branches(network, inline=inline),
+        conversion("ONNX"),
+    ):
+        program = torch.onnx.export(
+            trace_gradients(network, example) if network.uses_gradients else both,
+            (*example, *both.examples()),
+            dynamo=True,
+            opset_version=min(max(opset, _BY_TORCH[0]), _BY_TORCH[1]),
+            input_names=[*input_names, *further_inputs],
+            output_names=[*output_names, *further_outputs],
+            dynamic_shapes=tuple(shapes) if network.uses_gradients else (tuple(shapes),),
+            optimize=False,
+            verbose=False,
+        )
+    if program is None:  # the signature allows it for files written directly
+        raise ConversionError("torch.onnx.export returned no program")
+    for value in program.model.graph.inputs[: len(input_names)]:
+        if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
+            raise ConversionError(
+                "the network cannot be written as ONNX for any number of rows: traced with "
+                f"{value.shape[0]}, it is fixed to that; take sizes from its input, and compute on "
+                "all rows at once in place of torch.func.vmap"
+            )
+    return program.model
 
 
 def _forget_the_exporting_machine(model: onnx_ir.Model) -> None:
@@ -177,22 +197,3 @@ def _explained_branches(network: Call, *, inline: bool) -> Iterator[None]:
         raise ConversionError(
             f"a KANLinear in a branch of torch.cond cannot be written as it is: {remedy}"
         ) from error.__cause__
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Silence what torch 2.13's exporter says that its user can do nothing about."""
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in _CHATTY}
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-            warnings.filterwarnings("ignore", message=".*axis name: batch will not be used.*")
-            warnings.filterwarnings("ignore", message=".*was assigned during export.*")
-            with redirect_stderr(io.StringIO()) as said:  # torch prints graphs that it gives up
-                yield
-        sys.stderr.write(said.getvalue())
-    finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)

@@ -8,15 +8,17 @@ torch.export; it is written for the C++ and mobile runtimes that still read it.
 import io
 import json
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from export.conversion.gradients import script_graph, trace_gradients
 from export.errors import conversion
+from export.network import Call
+from export.parts import restored_attributes
+from export.quiet import captured
 
 METADATA_FILE = "kanserve.json"
 
@@ -24,8 +26,9 @@ _LARGEST_IN_MEMORY = 2**28
 _ROOM_BESIDE_WEIGHTS = 2**24
 
 
+@captured()
 def write_torchscript(
-    network: nn.Module, example: tuple[Tensor, ...], path: Path, metadata: Mapping[str, str]
+    network: Call, example: tuple[Tensor, ...], path: Path, metadata: Mapping[str, str]
 ) -> None:
     """Write a network as TorchScript.
 
@@ -40,9 +43,13 @@ def write_torchscript(
         OSError: There is no room for it.
     """
     extra = {METADATA_FILE: json.dumps(dict(metadata), indent=2)}
-    with deprecation_accepted(), conversion("TorchScript"), torch.no_grad():
+    with restored_attributes(network), conversion("TorchScript"), torch.no_grad():
         # check_trace would only compare the trace with itself; parity.py compares the saved file.
-        program = torch.jit.trace(_OneIsNoTuple(network), example, check_trace=False)
+        if network.uses_gradients:
+            scripted = script_graph(trace_gradients(network, example))
+            program = torch.jit.trace(_OneIsNoTuple(scripted), example, check_trace=False)
+        else:
+            program = torch.jit.trace(_OneIsNoTuple(network), example, check_trace=False)
         _save(program, path, extra)
 
 
@@ -74,15 +81,3 @@ class _OneIsNoTuple(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.network(*inputs)
         return outputs[0] if len(outputs) == 1 else outputs
-
-
-@contextmanager
-def deprecation_accepted() -> Iterator[None]:
-    """Silence what torch says of TorchScript: that it is deprecated, and what a trace fixes."""
-    with warnings.catch_warnings():
-        # What a trace takes for fixed shows in the comparison, which has batches of every size.
-        warnings.simplefilter("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        warnings.filterwarnings(
-            "ignore", message=r"`torch\.jit\..*is deprecated", category=DeprecationWarning
-        )
-        yield

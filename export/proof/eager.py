@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from export.network import Call, is_single
+from export.quiet import captured
 from kan_bundle.golden import side_by_side
 
 BATCH_SIZES = (1, 2, 7, 64)
@@ -47,6 +48,7 @@ class Float64Mode(TorchDispatchMode):
         )
 
 
+@captured()
 def evaluate(
     call: Call,
     inputs: tuple[NDArray[np.generic], ...],

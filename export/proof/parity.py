@@ -16,6 +16,7 @@ from export.errors import ParityError, cause
 from export.probes import ORDINARY
 from export.proof.eager import BATCH_SIZES
 from export.proof.reference import Reference, largest, spread_by_size
+from export.quiet import captured
 from export.runtimes import Runner, Session
 from kan_bundle.golden import Golden, excess, side_by_side
 from kan_bundle.manifest import DATATYPES, TensorSpec
@@ -108,6 +109,7 @@ def rows_to_run(reference: Reference) -> int:
     return sum(len(rows) for rows in reference.rows_by_size)
 
 
+@captured()
 def run_probes(
     run: Runner,
     reference: Reference,

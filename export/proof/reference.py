@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.advice import explain_coupled_rows, find_coupled_rows
 from export.errors import NetworkError, cause, refused_samples
 from export.network import Call, Network, is_single
 from export.probes import ORDINARY, Probes, make_kan_probes, make_probes
@@ -190,7 +191,7 @@ def _run(call: Call, probes: Probes, batch_size: int) -> NDArray[np.float64]:
     except Exception as error:  # the network's own code may fail in any way
         raise NetworkError(
             f"the network fails on batches of {batch_size}: {cause(error)}; it must take any "
-            "number of rows"
+            f"number of rows. {find_coupled_rows(call.module)}".removesuffix(". ")
         ) from error
 
 
@@ -316,7 +317,7 @@ def _require_lone_rows(call: Call, probes: Probes, means: _Means) -> None:
         if bool((np.abs(alone - together) > allowed).any()):
             raise NetworkError(
                 "the rows of a batch influence each other: a row is answered otherwise alone than "
-                "among others; look for a missing batch_first=True, or statistics over the batch"
+                f"among others; {explain_coupled_rows(call.module)}"
             )
 
 
@@ -329,7 +330,7 @@ def _sensitivity(
         return evaluate(call, inputs, rows_at_once, means.dtype)
 
     alike = _group_by_magnitude(probes)
-    numbers = np.isfinite(outputs).any(axis=1)  # NaN has no noise
+    numbers: NDArray[np.bool_] = np.isfinite(outputs).any(axis=1)  # NaN has no noise
     some = Probes(probes.inputs, alike).evenly(_ROWS_WITH_NOISE)
     some = some[numbers[some]]
     moved = np.zeros((len(some), outputs.shape[1]))
