@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from export.answers import read_answers
 from export.building import read_network
 from export.conversion.onnx_graph import DEFAULT_OPSET
 from export.errors import InputError
@@ -33,6 +34,8 @@ def export_checkpoint(
     model: str | Callable[[], nn.Module] | None = None,
     input_shape: Shapes | None = None,
     samples: Samples | None = None,
+    expected: Samples | None = None,
+    targets: Samples | None = None,
     trust_pickle: bool = False,
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
@@ -42,6 +45,7 @@ def export_checkpoint(
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
+    strict: bool = False,
     report: Report | None = None,
 ) -> Manifest:
     """Turn a checkpoint into a verified bundle, as `python -m export` does.
@@ -58,6 +62,10 @@ def export_checkpoint(
             weights belong to. None for a KAN.
         input_shape: Sizes of one row of each input, as `read_inputs` takes them.
         samples: Rows of real data, as `read_inputs` takes them.
+        expected: What the network is known to answer on all rows of the samples, as `samples`, by
+            the names of the outputs; another answer is refused (`export.expected`).
+        targets: Class labels of the samples' rows, or numbers of the output's shape, by which
+            checkpoint and files are scored, as `expected`.
         trust_pickle: Run the code in the file. Only for files from people whose programs you run.
         opset: Version of ONNX's standard operators to write.
         precision: Of the KAN layers' weights and products; below float32 an approximation, which
@@ -71,6 +79,7 @@ def export_checkpoint(
         sign_key: PEM file of the private key to sign the bundle with; None leaves it unsigned.
         sign_password: What that file is encrypted with, if it is.
         force: Whether an existing version may be replaced.
+        strict: Whether every warning is a refusal.
         report: Is told each stage, the measurements and the warnings; None only warns.
 
     Returns:
@@ -82,8 +91,10 @@ def export_checkpoint(
         InputError: What the network takes is not known, or does not fit it.
         NetworkError: The network cannot be built, or its weights do not fit it.
         LayoutError: The name cannot be used or the version exists.
+        ExpectationError: The network does not give the answers expected.
         ConversionError: A file could not be written as asked for, or not be run.
         ParityError: A file does not compute what the checkpoint computes.
+        WarningsError: There were warnings, and `strict` is on.
         SigningError: The key cannot be used.
         OSError: Something could not be written.
     """
@@ -102,8 +113,10 @@ def export_checkpoint(
         sign_key=sign_key,
         sign_password=sign_password,
         force=force,
+        strict=strict,
     )
     inputs = read_inputs(input_shape, samples)
+    answers = read_answers(expected, targets, inputs)
     with report.stage("read the checkpoint", size_of(path)) as advance:
         module = read_network(
             path,
@@ -115,7 +128,7 @@ def export_checkpoint(
         )
         file = os.fsencode(path.name).decode(errors="replace")
         source = Source(file, record_file(path, advance).sha256)
-    return write_bundle(module, inputs, options, source, report)
+    return write_bundle(module, inputs, answers, options, source, report)
 
 
 def export_module(
@@ -126,6 +139,8 @@ def export_module(
     version: int | None = None,
     input_shape: Shapes | None = None,
     samples: Samples | None = None,
+    expected: Samples | None = None,
+    targets: Samples | None = None,
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
     prune: float | None = None,
@@ -134,6 +149,7 @@ def export_module(
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
+    strict: bool = False,
     report: Report | None = None,
 ) -> Manifest:
     """Turn a network that is in memory into a verified bundle.
@@ -146,6 +162,8 @@ def export_module(
         version: As above.
         input_shape: As above. A KAN needs none.
         samples: As above.
+        expected: As above.
+        targets: As above.
         opset: As above.
         precision: As above.
         prune: As above.
@@ -154,6 +172,7 @@ def export_module(
         sign_key: As above.
         sign_password: As above.
         force: As above.
+        strict: As above.
         report: As above.
 
     Returns:
@@ -163,8 +182,10 @@ def export_module(
         InputError: What the network takes is not known, or does not fit it.
         NetworkError: The network cannot be exported as it is.
         LayoutError: The name cannot be used or the version exists.
+        ExpectationError: The network does not give the answers expected.
         ConversionError: A file could not be written as asked for, or not be run.
         ParityError: A file does not compute what the network computes.
+        WarningsError: There were warnings, and `strict` is on.
         SigningError: The key cannot be used.
         OSError: Something could not be written.
     """
@@ -182,7 +203,9 @@ def export_module(
         sign_key=sign_key,
         sign_password=sign_password,
         force=force,
+        strict=strict,
     )
     inputs = read_inputs(input_shape, samples)
+    answers = read_answers(expected, targets, inputs)
     own = copy_module(module).cpu().eval()
-    return write_bundle(own, inputs, options, None, report or Report.silent())
+    return write_bundle(own, inputs, answers, options, None, report or Report.silent())

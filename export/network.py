@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from export.errors import InputError, NetworkError, cause
 from export.inputs import DEFAULT_INPUT, Inputs, check_name, odd_samples, shown
+from export.narrowing import OffsetLayer
 from export.parts import watched
 from export.probes import make_kan_probes
 from kan_bundle.manifest import DATATYPES, TensorSpec
@@ -92,9 +93,12 @@ class Network:
 
     @property
     def kan(self) -> KAN | None:
-        """The network in its own precision, if it is a KAN of ours and takes rows of features."""
+        """The network in its own precision, if it is a KAN of ours and takes rows of features.
+
+        Its layers may be behind an `OffsetLayer`, which has all that a KANLinear has.
+        """
         module = self.exact.module
-        if type(module) is not KAN or set(map(type, module.layers)) != {KANLinear}:
+        if type(module) is not KAN or not set(map(type, module.layers)) <= {KANLinear, OffsetLayer}:
             return None
         whole = len(self.layers) == len(module.layers) and self.leading is not None
         return module if whole else None

@@ -24,6 +24,7 @@ class Options:
         inline: Whether layers are written as standard operators alone.
         benchmark: Whether every runtime is timed.
         signer: Signs the bundle; None leaves it unsigned.
+        strict: Whether every warning is a refusal.
     """
 
     folder: BundleFolder
@@ -34,6 +35,7 @@ class Options:
     inline: bool
     benchmark: bool
     signer: Signer | None
+    strict: bool
 
 
 def check_options(
@@ -49,6 +51,7 @@ def check_options(
     sign_key: Path | str | None,
     sign_password: str | None,
     force: bool,
+    strict: bool,
 ) -> Options:
     """Check what an export is asked for; the arguments are those of `export_checkpoint`.
 
@@ -73,4 +76,5 @@ def check_options(
         inline=inline,
         benchmark=benchmark,
         signer=signer,
+        strict=strict,
     )

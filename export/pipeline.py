@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import kan_ops
+from export.answers import Answers, check_answers
 from export.benchmark import Benchmark, benchmark, eager_runner
 from export.contract import describe_layers, make_manifest, metadata_props
 from export.conversion.lowering import Choice, choose_forms, lowered
@@ -21,6 +22,7 @@ from export.conversion.onnx_graph import load_onnx, write_onnx
 from export.conversion.precision import TOLERANCE
 from export.conversion.torchscript import load_torchscript, write_torchscript
 from export.errors import InputError, cause
+from export.expected import compare_expected
 from export.inputs import Inputs
 from export.network import Network, describe_network, example
 from export.options import Options
@@ -39,6 +41,7 @@ from export.report import Report
 from export.report_page.deviation import describe_deviations
 from export.report_page.rendering import Exported, render_page
 from export.report_page.variants import find_variants
+from export.scoring import CHECKPOINT, score_file, score_network
 from export.sparsity import prune_network
 from export.triton import render_config
 from kan_bundle.golden import side_by_side, write_golden
@@ -52,6 +55,7 @@ from kan_bundle.layout import (
     staging,
 )
 from kan_bundle.manifest import LayerRecord, Manifest, Source, write_manifest
+from kan_bundle.scores import ExpectedRecord, TargetsRecord
 
 _Runtimes = Mapping[str, Callable[[], Runner]]
 """What loads each runtime, by its name; one is loaded at a time, where memory is short."""
@@ -62,6 +66,7 @@ _LARGE_BYTES = 2**26  # of weights, of which a process can well hold a few
 def write_bundle(
     module: nn.Module,
     inputs: Inputs | None,
+    answers: Answers | None,
     options: Options,
     source: Source | None,
     report: Report,
@@ -71,6 +76,7 @@ def write_bundle(
     Args:
         module: On the CPU, in evaluation mode; nobody else may be using it.
         inputs: What it takes; None for a KAN.
+        answers: What is known about the samples; None for nothing.
         options: What is asked for.
         source: The checkpoint it was read from, if it was.
         report: Is told each stage, the measurements and the warnings.
@@ -86,10 +92,12 @@ def write_bundle(
             f"--precision {options.precision}: it is that of KANLinear layers, and the network has "
             "none; leave it out"
         )
+    expected, targets = _use_answers(network, answers, report)
+    report.warn_if_assumed()
     written, pruning = network, None
     if options.prune is not None:
         with report.stage("leave out edges"):
-            written, pruning = prune_network(network, options.prune)
+            network, written, pruning = prune_network(network, options.prune)
         report.pruned(pruning)
     with report.stage("choose the form of each layer"):
         choices = choose_forms(written)
@@ -118,6 +126,7 @@ def write_bundle(
             for runtime, load in runtimes.items():
                 if runtime.startswith("onnxruntime"):
                     require_golden(golden, side_by_side(load()(golden.inputs)))
+        targets = _score_files(network, answers, runtimes, targets, report)
         timed: Benchmark | None = None
         if options.benchmark:
             with report.stage("time every runtime"):
@@ -129,6 +138,12 @@ def write_bundle(
             files = {file.name: record_file(file, advance) for file in paths}
         manifest = make_manifest(
             folder, source, network, layers, options.precision, pruning, reference, measured, files
+        )
+        manifest = replace(
+            manifest,
+            activation_assumed=report.activation is not None and report.activation.assumed,
+            expected=expected,
+            targets=targets,
         )
         with report.stage(f"write {REPORT_FILE}"):
             manifest = _with_page(
@@ -144,18 +159,58 @@ def write_bundle(
                 place.path,
                 report,
             )
+        config = render_config(folder.name, manifest.inputs, manifest.outputs)
+        if place.keeps_config(config, force=options.force):
+            report.warn(
+                f"{folder.path.parent / CONFIG_FILE} differs from what this version needs and is "
+                "kept; compare it before serving this folder with Triton, or rewrite it with "
+                "--force"
+            )
+        if options.strict:
+            report.refuse_warnings()
         with report.stage("publish"):
             write_manifest(manifest, place.path)
             if options.signer is not None:
                 options.signer.sign(place.path)
-            config = render_config(folder.name, manifest.inputs, manifest.outputs)
-            config_kept = place.publish(config, force=options.force)
-    if config_kept:
-        report.warn(
-            f"{folder.path.parent / CONFIG_FILE} differs from what this version needs and was "
-            "kept; compare it before serving this folder with Triton, or rewrite it with --force"
-        )
+            place.publish(config, force=options.force)
     return manifest
+
+
+def _use_answers(
+    network: Network, answers: Answers | None, report: Report
+) -> tuple[ExpectedRecord | None, tuple[TargetsRecord, ...]]:
+    """Compare a network with the answers expected, and score it by targets."""
+    expected: ExpectedRecord | None = None
+    targets: tuple[TargetsRecord, ...] = ()
+    if answers is None:
+        return expected, targets
+    check_answers(answers, network.outputs)
+    if answers.expected:
+        with report.stage("compare with the expected answers", answers.rows) as advance:
+            expected = compare_expected(network, answers, report.activation, advance)
+        report.as_expected(expected)
+    if answers.targets:
+        with report.stage("score the checkpoint", answers.rows) as advance:
+            targets = score_network(network, answers, CHECKPOINT, advance)
+    return expected, targets
+
+
+def _score_files(
+    network: Network,
+    answers: Answers | None,
+    runtimes: _Runtimes,
+    targets: tuple[TargetsRecord, ...],
+    report: Report,
+) -> tuple[TargetsRecord, ...]:
+    """Score what was written beside the checkpoint."""
+    if answers is None or not answers.targets:
+        return targets
+    with report.stage("score the files", len(runtimes) * answers.rows) as advance:
+        for runtime, load in runtimes.items():
+            targets = score_file(network, answers, runtime, load(), targets, advance)
+            _free_cycles(network)  # of a runtime, before the next one is loaded
+    report.scores(targets)
+    return targets
 
 
 def _free_cycles(network: Network) -> None:
