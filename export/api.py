@@ -100,6 +100,7 @@ def export_checkpoint(
     """
     path = Path(checkpoint)
     report = report or Report.silent()
+    report.strict = strict
     require_file(path)  # the stem of a folder may be no name
     options = check_options(
         path.stem if name is None else name,
@@ -207,5 +208,7 @@ def export_module(
     )
     inputs = read_inputs(input_shape, samples)
     answers = read_answers(expected, targets, inputs)
+    report = report or Report.silent()
+    report.strict = strict
     own = copy_module(module).cpu().eval()
-    return write_bundle(own, inputs, answers, options, None, report or Report.silent())
+    return write_bundle(own, inputs, answers, options, None, report)

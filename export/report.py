@@ -44,6 +44,7 @@ class Report:
         exit_code: What the process is to end with since a signal came; None if none did.
         warnings: What was warned of.
         activation: The base activation, where the checkpoint does not tell it.
+        strict: Whether warnings are to be refused in the end, and so are no warnings of Python's.
     """
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
@@ -59,6 +60,7 @@ class Report:
         self._started = time.perf_counter()
         self.warnings: list[str] = []  # for report.html, and for --strict
         self.activation: ChosenActivation | None = None
+        self.strict = False
 
     @classmethod
     def silent(cls) -> Self:
@@ -106,7 +108,7 @@ class Report:
     def warn(self, line: str) -> None:
         """Tell something the user should act on."""
         self.warnings.append(line)
-        if self._in_python:
+        if self._in_python and not self.strict:
             warnings.warn(line, stacklevel=3)
         self._print(Text(f"warning: {line}", style="bold yellow"))
 

@@ -320,8 +320,8 @@ def _score_cell(score: ScoreRecord) -> str:
 
 def _score_notes(targets: Sequence[TargetsRecord]) -> list[str]:
     return [
-        f"by the targets of {record.output}, on {record.rows:,} rows of the samples, the "
-        f"checkpoint has {score_words(score)}"
+        f"checkpoint{'' if len(targets) == 1 else f', {record.output}'}, on {record.rows:,} rows "
+        f"of the samples: {score_words(score)}"
         for record in targets
         for score in record.scores
     ]
