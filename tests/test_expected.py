@@ -47,7 +47,7 @@ def test_right_answers_pass_and_confirm_the_activation(tmp_path: Path) -> None:
     finite = np.isfinite(golden.y64).all(axis=1)
     np.save(tmp_path / "x.npy", golden.x[finite])
     np.save(tmp_path / "y.npy", golden.y64[finite])
-    files = ["--samples", tmp_path / "x.npy", "--expected", tmp_path / "y.npy"]
+    files = ["--samples", str(tmp_path / "x.npy"), "--expected", str(tmp_path / "y.npy")]
     done = run_module("export", UNIFORM, "--output", tmp_path / "models", *files)
     assert done.returncode == 0, done.stderr
     assert "ASSUMED" not in done.stderr
@@ -85,7 +85,7 @@ def test_a_wrong_activation_is_refused_and_the_right_one_named(
     finite = np.isfinite(golden.y64).all(axis=1)
     np.save(tmp_path / "x.npy", golden.x[finite])
     np.save(tmp_path / "y.npy", golden.y64[finite].astype(np.float32))
-    files = ["--samples", tmp_path / "x.npy", "--expected", tmp_path / "y.npy"]
+    files = ["--samples", str(tmp_path / "x.npy"), "--expected", str(tmp_path / "y.npy")]
     done = run_module("export", GELU, "--output", tmp_path / "models", *files, *flags, "--quiet")
     assert (done.returncode, done.stdout) == (1, "")
     message = done.stderr.replace("\n", " ")
@@ -251,7 +251,7 @@ def test_a_module_in_memory_takes_arrays(tmp_path: Path, quiet: Report) -> None:
         )
     assert list(tmp_path.iterdir()) == []
     done = export_module(
-        kan, name="m", output=tmp_path, samples=x, expected=torch.from_numpy(y), report=quiet
+        kan, name="m", output=tmp_path, samples=x, expected={"output": y}, report=quiet
     )
     assert done.expected is not None
     assert (

@@ -85,7 +85,7 @@ def test_leaving_out_constant_edges_changes_nothing_on_the_samples(name: str) ->
 @pytest.mark.parametrize("threshold", [0.02, 0.05, 0.1])
 def test_a_mean_is_that_of_the_edges_definition(threshold: float) -> None:
     kan = uneven([5, 7, 3])
-    samples = within(kan, 80) * np.float32([1, 0.01, 0.3, 1, 1]) + np.float32(0.2)
+    samples = within(kan, 80) * np.array([1, 0.01, 0.3, 1, 1], np.float32) + np.float32(0.2)
     expected = pruned(kan, threshold, samples, torch.from_numpy(samples))
     found = without_edges(network_of(kan, samples), samples, threshold)
     np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
