@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from export.errors import (
     ConversionError,
+    ExpectationError,
     ExportError,
     InputError,
     NetworkError,
     ParityError,
     SigningError,
+    WarningsError,
 )
 
 if TYPE_CHECKING:
@@ -16,11 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConversionError",
+    "ExpectationError",
     "ExportError",
     "InputError",
     "NetworkError",
     "ParityError",
     "SigningError",
+    "WarningsError",
     "export_checkpoint",
     "export_module",
 ]

@@ -1,4 +1,4 @@
-"""`python -m export FILE`: the command line of the exporter.
+"""`kan-export FILE`, or `python -m export FILE`: the command line of the exporter.
 
 The path of the version folder, or with `--json` a summary, is all that goes to stdout. Exit codes:
 0 done, 1 refused, 2 wrong usage, 128 and more ended by a signal.
@@ -27,6 +27,7 @@ from kan_bundle.manifest import Manifest
 if TYPE_CHECKING:
     from export.report import Report
     from export.sparsity import Sparsity
+    from kan_bundle.scores import TargetsRecord
 
 _OF_THE_EXTRA = ("jinja2", "onnx", "onnx_ir", "onnxscript", "rich", "safetensors", "torch")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -145,6 +146,8 @@ def _export(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
         model=arguments.model,
         input_shape=arguments.input_shape,
         samples=arguments.samples,
+        expected=arguments.expected,
+        targets=arguments.targets,
         trust_pickle=arguments.trust_pickle,
         opset=arguments.opset or OPSETS[1],
         precision=arguments.precision or "fp32",
@@ -155,6 +158,7 @@ def _export(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
         sign_key=arguments.sign_key,
         sign_password=_read_password(arguments.sign_password_file),
         force=arguments.force,
+        strict=arguments.strict,
         report=report,
     )
     path = arguments.output / manifest.name / str(manifest.version)
@@ -177,29 +181,61 @@ def _read_password(path: Path | None) -> str | None:
 
 
 def _following(arguments: argparse.Namespace, manifest: Manifest) -> list[tuple[str, str]]:
-    """Suggest commands, of the kind that this one was called by."""
-    from export.inputs import shown, split_name
+    """Suggest commands that work as they are written here."""
+    from export.inputs import shown
+    from export.spelling import runnable
 
-    installed = Path(sys.argv[0]).name == "kan-export"
-    serve, client = ("kan-serve", "kan-client") if installed else (
-        "python -m serving", "python -m serving.client"
-    )  # fmt: skip
     folder = arguments.output / manifest.name / str(manifest.version)
-    inputs = manifest.inputs
-    holds = "; ".join(f"{spec.name} {spec.datatype} {shown(spec.shape)}" for spec in inputs)
-    rows, ask = ("x.npy" if len(inputs) == 1 else "x.npz"), "ask it"
-    if len(arguments.samples or ()) == 1:
-        rows = split_name(arguments.samples[0])[1]
-    else:
-        ask += f"; {rows} is yours to make: {holds}"
-    name = shlex.quote(manifest.name)
+    rows, ask, making = _rows_to_ask(arguments, manifest)
+    if not rows:
+        rows = _free_name("x", ".npy" if len(manifest.inputs) == 1 else ".npz")
+        holds = [f"{spec.name} {spec.datatype} {shown(spec.shape)}" for spec in manifest.inputs]
+        ask += f"; {rows} is yours to make: {'; '.join(holds)}"
+    answers = _free_name("y", ".npy" if len(manifest.outputs) == 1 else ".npz")
     found = [
-        (f"{serve} --model-repository {shlex.quote(str(arguments.output))}", "serve it"),
-        (f"{client} infer --model {name} --input {shlex.quote(rows)} --output y.npy", ask),
+        (f"{runnable('kan-serve')} --model-repository {_quoted(arguments.output)}", "serve it")
     ]
+    if making:
+        found.append((making, f"bring the samples of all inputs together, in {rows}"))
+    infer = f"{runnable('kan-client')} infer --model {shlex.quote(manifest.name)}"
+    found.append((f"{infer} --input {_quoted(rows)} --output {answers}", ask))
     if "report.html" in manifest.files:
-        found.append((shlex.quote(str(folder / "report.html")), "read how it does, in a browser"))
+        found.append((_quoted(folder / "report.html"), "read how it does, in a browser"))
     return found
+
+
+def _rows_to_ask(arguments: argparse.Namespace, manifest: Manifest) -> tuple[str, str, str]:
+    """Choose the file to ask a server with.
+
+    Returns:
+        The file, if there is one; what asking is; and a command that makes the file first, if it
+        must be made.
+    """
+    from export.inputs import split_name
+    from export.spelling import python
+
+    files = [split_name(text) for text in arguments.samples or ()]
+    if not files:
+        return "", "ask it", ""
+    if len(files) == 1 and (len(manifest.inputs) == 1 or not files[0][0]):
+        return files[0][1], "ask it", ""
+    rows = _free_name("x", ".npz")
+    parts = [f"{name!r}: numpy.load({path!r})" if name else f"**numpy.load({path!r})"
+             for name, path in files]  # fmt: skip
+    program = f"import numpy; numpy.savez({rows!r}, **{{{', '.join(parts)}}})"
+    return rows, "ask it", f"{python()} -c {shlex.quote(program)}"
+
+
+def _free_name(stem: str, suffix: str) -> str:
+    """Name a file that is not there yet."""
+    numbers = ("", *(f"-{i}" for i in range(2, 100)))
+    return next(
+        (name for n in numbers if not Path(name := f"{stem}{n}{suffix}").exists()), stem + suffix
+    )
+
+
+def _quoted(path: Path | str) -> str:
+    return shlex.quote(str(path))
 
 
 def _inspect(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
@@ -217,24 +253,32 @@ def _inspect(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]
     if arguments.model is not None:  # whether it fits is found out by building it
         found = replace(found, refused=None)
     sparsity: list[Sparsity] = []
+    targets: tuple[TargetsRecord, ...] = ()
     if arguments.sparsity and found.refused is None:
-        sparsity = _measure_sparsity(arguments, report)
+        sparsity, targets = _measure_sparsity(arguments, report)
     code = 0 if found.refused is None else 1
     if arguments.json:
         content = asdict(found)
         if arguments.sparsity:
             content["sparsity"] = [asdict(step) for step in sparsity]
+            content["targets"] = [asdict(record) for record in targets]
         return code, json.dumps(content, allow_nan=False)
-    return code, tables.inspection(found, sparsity)
+    return code, tables.inspection(found, sparsity, targets)
 
 
-def _measure_sparsity(arguments: argparse.Namespace, report: "Report") -> "list[Sparsity]":
+def _measure_sparsity(
+    arguments: argparse.Namespace, report: "Report"
+) -> "tuple[list[Sparsity], tuple[TargetsRecord, ...]]":
+    from export.answers import check_answers, read_answers
     from export.building import read_network
     from export.inputs import read_inputs
-    from export.network import describe_network
+    from export.network import Network, describe_network
+    from export.scoring import CHECKPOINT, score_network
     from export.sparsity import THRESHOLDS, prune_further
+    from kan_bundle.scores import TargetsRecord
 
     inputs = read_inputs(arguments.input_shape, arguments.samples)
+    answers = read_answers(None, arguments.targets, inputs)
     with report.stage("read the network"):
         module = read_network(
             arguments.checkpoint,
@@ -245,14 +289,22 @@ def _measure_sparsity(arguments: argparse.Namespace, report: "Report") -> "list[
             report=report,
         )
         network = describe_network(module, inputs)
+    report.warn_if_assumed()
     for note in network.notes:
         report.warn(note)
+    if answers is not None:
+        check_answers(answers, network.outputs)
+
+    def score(pruned: Network, runtime: str = "pruned") -> tuple[TargetsRecord, ...]:
+        return () if answers is None else score_network(pruned, answers, runtime)
+
+    targets = score(network, CHECKPOINT)
     with report.stage("leave out more and more edges", len(THRESHOLDS)) as advance:
         found = []
-        for step in prune_further(network, THRESHOLDS):
+        for step in prune_further(network, THRESHOLDS, score):
             found.append(step)
             advance(1)
-    return found
+    return found, targets
 
 
 def _plot(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from export.answers import read_answers
 from export.building import read_network
 from export.conversion.onnx_graph import DEFAULT_OPSET
 from export.errors import InputError
@@ -37,6 +38,8 @@ def export_checkpoint(
     model: str | Callable[[], nn.Module] | None = None,
     input_shape: Shapes | None = None,
     samples: Samples | None = None,
+    expected: Samples | None = None,
+    targets: Samples | None = None,
     trust_pickle: bool = False,
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
@@ -47,6 +50,7 @@ def export_checkpoint(
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
+    strict: bool = False,
     report: Report | None = None,
 ) -> Manifest:
     """Turn a checkpoint into a verified bundle, as `python -m export` does.
@@ -63,6 +67,10 @@ def export_checkpoint(
             weights belong to. None for a KAN.
         input_shape: Sizes of one row of each input, as `read_inputs` takes them.
         samples: Rows of real data, as `read_inputs` takes them.
+        expected: What the network is known to answer on all rows of the samples, as `samples`, by
+            the names of the outputs; another answer is refused (`export.expected`).
+        targets: Class labels of the samples' rows, or numbers of the output's shape, by which
+            checkpoint and files are scored, as `expected`.
         trust_pickle: Run the code in the file. Only for files from people whose programs you run.
         opset: Version of ONNX's standard operators to write.
         precision: Of the KAN layers' weights and products; below float32 an approximation, which
@@ -78,6 +86,7 @@ def export_checkpoint(
         sign_key: PEM file of the private key to sign the bundle with; None leaves it unsigned.
         sign_password: What that file is encrypted with, if it is.
         force: Whether an existing version may be replaced.
+        strict: Whether every warning is a refusal.
         report: Is told each stage, the measurements and the warnings; None only warns.
 
     Returns:
@@ -89,13 +98,16 @@ def export_checkpoint(
         InputError: What the network takes is not known, or does not fit it.
         NetworkError: The network cannot be built, or its weights do not fit it.
         LayoutError: The name cannot be used or the version exists.
+        ExpectationError: The network does not give the answers expected.
         ConversionError: A file could not be written as asked for, or not be run.
         ParityError: A file does not compute what the checkpoint computes.
+        WarningsError: There were warnings, and `strict` is on.
         SigningError: The key cannot be used.
         OSError: Something could not be written.
     """
     path = Path(checkpoint)
     report = report or Report.silent()
+    report.strict = strict
     require_file(path)  # the stem of a folder may be no name
     if name is None:
         name = name_from_stem(path.stem)
@@ -114,8 +126,10 @@ def export_checkpoint(
         sign_key=sign_key,
         sign_password=sign_password,
         force=force,
+        strict=strict,
     )
     inputs = read_inputs(input_shape, samples)
+    answers = read_answers(expected, targets, inputs)
     with report.stage("read the checkpoint", size_of(path)) as advance:
         module = read_network(
             path,
@@ -128,7 +142,7 @@ def export_checkpoint(
         file = os.fsencode(path.name).decode(errors="replace")
         source = Source(file, record_file(path, advance).sha256)
     with standard_torch_state():
-        return write_bundle(module, inputs, options, source, report)
+        return write_bundle(module, inputs, answers, options, source, report)
 
 
 def export_module(
@@ -139,6 +153,8 @@ def export_module(
     version: int | None = None,
     input_shape: Shapes | None = None,
     samples: Samples | None = None,
+    expected: Samples | None = None,
+    targets: Samples | None = None,
     opset: int = DEFAULT_OPSET,
     precision: Precision = "fp32",
     prune: float | None = None,
@@ -148,6 +164,7 @@ def export_module(
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
+    strict: bool = False,
     report: Report | None = None,
 ) -> Manifest:
     """Turn a network that is in memory into a verified bundle.
@@ -160,6 +177,8 @@ def export_module(
         version: As above.
         input_shape: As above. A KAN needs none.
         samples: As above.
+        expected: As above.
+        targets: As above.
         opset: As above.
         precision: As above.
         prune: As above.
@@ -169,6 +188,7 @@ def export_module(
         sign_key: As above.
         sign_password: As above.
         force: As above.
+        strict: As above.
         report: As above.
 
     Returns:
@@ -178,8 +198,10 @@ def export_module(
         InputError: What the network takes is not known, or does not fit it.
         NetworkError: The network cannot be exported as it is.
         LayoutError: The name cannot be used or the version exists.
+        ExpectationError: The network does not give the answers expected.
         ConversionError: A file could not be written as asked for, or not be run.
         ParityError: A file does not compute what the network computes.
+        WarningsError: There were warnings, and `strict` is on.
         SigningError: The key cannot be used.
         OSError: Something could not be written.
     """
@@ -198,11 +220,14 @@ def export_module(
         sign_key=sign_key,
         sign_password=sign_password,
         force=force,
+        strict=strict,
     )
     inputs = read_inputs(input_shape, samples)
+    answers = read_answers(expected, targets, inputs)
     report = report or Report.silent()
+    report.strict = strict
     with standard_torch_state():
         own = copy_module(module).cpu().eval()
         for line in describe_folds(fold_reparametrizations(own), listed):
             report.say(line)
-        return write_bundle(own, inputs, options, None, report)
+        return write_bundle(own, inputs, answers, options, None, report)

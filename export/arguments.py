@@ -1,17 +1,17 @@
-"""The flags of `python -m export`, in groups, with examples that are run by a test.
+"""The flags of `kan-export`, in groups, with examples that are run by a test.
 
 Nothing here imports torch, so that help and completion come at once.
 """
 
 import argparse
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
+from export.spelling import name_of
 from kan_bundle import __version__
 from kan_bundle.layout import parse_version
 from kan_bundle.manifest import Precision
@@ -22,41 +22,66 @@ ACTIVATIONS = ("silu", "gelu", "relu", "tanh", "identity")
 OPSETS = (17, 20)
 """The oldest and the default version of ONNX's operators."""
 
-EXAMPLES = """\
-examples:
-  python -m export model.pt                      models/model/1, SiLU assumed
-  python -m export model.pt --activation gelu    as it was trained
-  python -m export runs/best.pt --name digits    models/digits, the next version
-  python -m export last.ckpt --prefix ema.       one of several KANs in a file
-  python -m export head.pt --model nets:build --input-shape 3,8,8
-                                                 your own, with KAN layers in it
-look closer:
-  python -m export inspect model.pt              what is in the file
-  python -m export inspect model.pt --sparsity   which edges count, and cost
-  python -m export plot model.pt -o kan.svg      the learned curves
-  python -m export model.pt --benchmark          with times in report.html
-smaller or faster, and no longer quite the same:
-  python -m export model.pt --precision int8 --samples x.npy
-                                                 a quarter of the size
-  python -m export model.pt --prune 0.01 --samples x.npy
-                                                 without edges that count little
-for programs and for others:
-  python -m export model.pt --json               path and manifest, on stdout
-  python -m export model.pt --quiet --force      only warnings and errors
-  python -m export model.pt --inline             standard operators alone
-  python -m export model.pt --sign-key key.pem   signed, for --require-signature
-"""
+_EXAMPLES: Mapping[str, Sequence[tuple[str, str]]] = {
+    "examples": (
+        ("model.pt", "models/model/1, SiLU assumed"),
+        ("model.pt --activation gelu", "as it was trained"),
+        ("runs/best.pt --name digits", "models/digits, the next version"),
+        ("last.ckpt --prefix ema.", "one of several KANs in a file"),
+        ("head.pt --model nets:build --input-shape 3,8,8", "your own, with KAN layers in it"),
+    ),
+    "make sure that it is the right network": (
+        ("model.pt --samples x.npy --expected y.npy", "answers that you know"),
+        ("model.pt --samples x.npy --targets labels.npy", "accuracy of every file"),
+        ("model.pt --activation silu --strict", "no warning, or no bundle"),
+    ),
+    "look closer": (
+        ("inspect model.pt", "what is in the file"),
+        ("inspect model.pt --sparsity", "which edges count, and cost"),
+        ("plot model.pt -o kan.svg", "the learned curves"),
+        ("model.pt --benchmark", "with times in report.html"),
+    ),
+    "smaller or faster, and no longer quite the same": (
+        ("model.pt --precision int8 --samples x.npy", "a quarter of the size"),
+        ("model.pt --prune 0.01 --samples x.npy", "without edges that count little"),
+    ),
+    "for programs and for others": (
+        ("model.pt --json", "path and manifest, on stdout"),
+        ("model.pt --quiet --force", "only warnings and errors"),
+        ("model.pt --inline", "standard operators alone"),
+        ("model.pt --sign-key key.pem", "signed, for --require-signature"),
+    ),
+}
+_PURPOSE_COLUMN = 48  # of an example
 
 _EXPORT_ONLY = (
     *("--name", "--version", "--opset", "--precision", "--prune", "--inline", "--benchmark"),
-    "--torchscript",
-    *("--output", "--sign-key", "--sign-password-file", "--force", "--quiet"),
+    *("--torchscript", "--expected"),
+    *("--output", "--sign-key", "--sign-password-file", "--force", "--quiet", "--strict"),
 )
 _OTHER_PRECISIONS = {
     **{"float32": "fp32", "float": "fp32", "single": "fp32"},
     **{"float16": "fp16", "half": "fp16", "bfloat16": "bf16", "i8": "int8", "qint8": "int8"},
 }
-_OF_NETWORKS = ("--model", "--input-shape", "--samples")
+_OF_NETWORKS = ("--model", "--input-shape", "--samples", "--targets")
+
+
+def examples(command: str) -> str:
+    """Write the examples of the help.
+
+    Args:
+        command: The exporter, as it is written here.
+    """
+    lines = []
+    for title, group in _EXAMPLES.items():
+        lines.append(f"{title}:")
+        for words, purpose in group:
+            line = f"  {command} {words}"
+            if len(line) > _PURPOSE_COLUMN - 1:
+                lines.append(line)
+                line = ""
+            lines.append(f"{line:<{_PURPOSE_COLUMN}} {purpose}")
+    return "\n".join(lines) + "\n"
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -91,6 +116,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.error("--sparsity belongs to inspect; --prune leaves edges out of an export")
     if arguments.sign_password_file and not arguments.sign_key:
         parser.error("--sign-password-file is that of --sign-key; give both or neither")
+    if not arguments.samples and (strays := given(("--expected", "--targets"))):
+        parser.error(f"{strays}: is about the rows of --samples; give both")
     if arguments.output is None:
         arguments.output = DEFAULT_OUTPUT
     return arguments
@@ -114,12 +141,12 @@ def parse_known(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpar
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the whole command."""
     parser = argparse.ArgumentParser(
-        prog="kan-export" if Path(sys.argv[0]).name == "kan-export" else "python -m export",
+        prog=name_of("kan-export"),
         usage="%(prog)s [inspect] FILE [options]\n"
         "       %(prog)s plot BUNDLE|CHECKPOINT -o FILE [options]",
         description="Turn a trained efficient-KAN, or a network with KAN layers inside, into a\n"
-        "verified ONNX and TorchScript bundle that python -m serving can serve.",
-        epilog=EXAMPLES,
+        f"verified ONNX and TorchScript bundle that {name_of('kan-serve')} can serve.",
+        epilog=examples(name_of("kan-export")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -191,6 +218,11 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--force", action="store_true", help="replace an existing version")
     group.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse what there is any warning of, and write nothing; for CI",
+    )
+    group.add_argument(
         "--benchmark",
         action="store_true",
         help="time every runtime at several batch sizes, for report.html",
@@ -200,7 +232,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="KEY.pem",
         help="sign the version with this private key, in OpenSSF's model signing format, for "
-        "python -m serving --require-signature",
+        f"{name_of('kan-serve')} --require-signature",
     )
     group.add_argument(
         "--sign-password-file",
@@ -273,6 +305,20 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]FILE",
         help="rows of real data, to compare on, to take shapes from, to choose the scales of "
         "int8 on, and to tell what matters: .npy, or .npz with an array for each input",
+    )
+    group.add_argument(
+        "--expected",
+        action="append",
+        metavar="[NAME=]FILE",
+        help="what the network is known to answer on all rows of --samples: .npy, or .npz with an "
+        "array for each output; other answers are refused",
+    )
+    group.add_argument(
+        "--targets",
+        action="append",
+        metavar="[NAME=]FILE",
+        help="class labels (whole numbers) of the rows of --samples, or numbers of the output's "
+        "shape: accuracy, or RMSE and MAE, of the checkpoint and of every file",
     )
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from export.arguments import DEFAULT_ACTIVATION
 from export.errors import InputError
+from export.expected import ChosenActivation
 from export.factory import build_module
 from export.report import Report
 from export.weights import load_weights
@@ -90,11 +91,12 @@ def _build(
             f"the file also holds tensors at {listed(left_out)}; the KAN ALONE is exported. If "
             "they belong to one network, give it with --model package.module:factory"
         )
-    warn_of_assumption(stack, activation, report)
+    note_activation(stack, activation, report)
     return kan
 
 
-def warn_of_assumption(stack: Stack, activation: str | None, report: Report) -> None:
-    """Warn that a base activation is assumed, where neither the file nor its user names it."""
-    if activation is None and any(layer.activation is None for layer in stack.layers.values()):
-        report.assume(DEFAULT_ACTIVATION)
+def note_activation(stack: Stack, activation: str | None, report: Report) -> None:
+    """Note the base activation that is taken where the file does not tell it."""
+    if any(layer.activation is None for layer in stack.layers.values()):
+        name = DEFAULT_ACTIVATION if activation is None else activation
+        report.activation = ChosenActivation(name, assumed=activation is None)

@@ -159,22 +159,43 @@ def curve_points(knots: Array, steps: int) -> Array:
     return points.reshape(*knots.shape[:-1], -1)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class EdgeMoments:
+    """Mean and standard deviation of every edge over some points, float64, shape (out, in) each."""
+
+    mean: Tensor
+    deviation: Tensor
+
+
 def importance(layer: KANLinear, samples: Tensor | None = None) -> Tensor:
     """Measure every edge: the standard deviation of phi over the samples, or over the grid.
 
     Args:
-        layer: Its weights may be NaN, and then so is the importance.
-        samples: Of the layer's input, shape (..., in); values that are not finite are passed over.
-            None takes points evenly spread over each input's grid.
+        layer: As in `measure_edges`, as the other argument.
+        samples: As above.
 
     Returns:
         Shape (out, in), float64, in units of the output.
     """
+    return measure_edges(layer, samples).deviation
+
+
+@torch.no_grad()
+def measure_edges(layer: KANLinear, samples: Tensor | None = None) -> EdgeMoments:
+    """Measure mean and standard deviation of phi over the samples, or over the grid.
+
+    Args:
+        layer: Its weights may be NaN, and then so is what is measured.
+        samples: Of the layer's input, shape (..., in); values that are not finite are passed over.
+            None takes points evenly spread over each input's grid.
+
+    Returns:
+        In units of the output.
+    """
     weight, base = layer.spline_weight.detach(), layer.base_weight.detach()
     scaler = layer.spline_scaler.detach() if layer.enable_standalone_scale_spline else None
     out, features, functions = weight.shape
-    found = torch.empty(out, features, dtype=torch.float64)
+    mean, deviation = torch.empty(2, out, features, dtype=torch.float64)
     at_once = max(1, _BUDGET // (functions * (layer.spline_order + 4)))
     for first in range(0, features, at_once):
         some = slice(first, first + at_once)
@@ -185,8 +206,10 @@ def importance(layer: KANLinear, samples: Tensor | None = None) -> Tensor:
             spline = weight[part, some].double()
             if scaler is not None:  # a piece at a time: the whole would be as large as the weights
                 spline = spline * scaler[part, some, None]
-            found[part, some] = moments.deviation(base[part, some].double().cpu(), spline.cpu())
-    return found
+            edges = base[part, some].double().cpu(), spline.cpu()
+            mean[part, some] = moments.average(*edges)
+            deviation[part, some] = moments.deviation(*edges)
+    return EdgeMoments(mean, deviation)
 
 
 def attribution(importances: Sequence[Array]) -> list[Array]:

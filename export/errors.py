@@ -4,7 +4,9 @@ ExportError
 ├── InputError        what the network takes is not known, or does not fit it
 ├── NetworkError      the network cannot be built, or its weights do not fit it
 ├── ConversionError   a file could not be written in the form that was asked for
+├── ExpectationError  the network does not give the answers that are expected of it
 ├── ParityError       the files do not compute what the checkpoint computes
+├── WarningsError     there were warnings, and each of them is to be a refusal
 └── SigningError      the bundle cannot be signed with the key that was given
 
 Ended is no refusal: a signal.
@@ -31,6 +33,14 @@ class NetworkError(ExportError):
 
 class ConversionError(ExportError):
     """A file could not be written in the form that was asked for."""
+
+
+class ExpectationError(ExportError):
+    """The network does not give the answers that are expected of it."""
+
+
+class WarningsError(ExportError):
+    """There were warnings, and each of them is to be a refusal."""
 
 
 class ParityError(ExportError):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from export.errors import InputError
+from export.errors import InputError, cause
 from kan_bundle.manifest import DATATYPES, TensorSpec
 
 DEFAULT_INPUT = "input"
@@ -100,7 +100,7 @@ def read_inputs(input_shape: Shapes | None, samples: Samples | None) -> Inputs |
         InputError: Something cannot be read, or contradicts the rest.
     """
     arrays: dict[str | None, NDArray[Any]] = {}
-    for name, array in _read_samples(samples):
+    for name, array in read_arrays(samples, "samples"):
         if name in arrays:
             raise InputError(
                 f"samples: found rows for {name or 'an input without a name'} twice; give every "
@@ -126,24 +126,43 @@ def _parse_shapes(given: Shapes | None) -> Iterator[TensorSpec]:
         yield parse_shape(",".join(str(size) for size in given))
 
 
-def _read_samples(given: Samples | None) -> Iterator[tuple[str | None, NDArray[Any]]]:
+def read_arrays(given: Samples | None, what: str) -> Iterator[tuple[str | None, NDArray[Any]]]:
+    """Read arrays by name: of inputs, or of outputs; the name of a lone one may be None.
+
+    Args:
+        given: As `read_inputs` takes samples.
+        what: They are, for messages.
+
+    Raises:
+        InputError: One cannot be read.
+    """
     if given is None:
         return
     if isinstance(given, Mapping):
         for name, array in given.items():
-            yield check_name(str(name)), np.asarray(array)
+            yield check_name(str(name)), _as_array(array, f"{what} {name}")
     elif hasattr(given, "__array__"):  # also a tensor of torch's
-        yield None, np.asarray(given)
+        yield None, _as_array(given, what)
     elif isinstance(given, str | Path):
-        yield from _read_file(str(given))
+        yield from _read_file(str(given), what)
     else:
         for part in given:
             if not isinstance(part, str | Path):
                 raise InputError(
-                    f"samples: expected files, an array, or arrays by the names of the inputs, "
-                    f"found a list with a {type(part).__name__}"
+                    f"{what}: expected files, an array, or arrays by name, found a list with a "
+                    f"{type(part).__name__}"
                 )
-            yield from _read_file(str(part))
+            yield from _read_file(str(part), what)
+
+
+def _as_array(value: Any, what: str) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except Exception as error:  # a tensor may be on a device, or have a gradient
+        raise InputError(
+            f"{what}: expected an array, found a {type(value).__name__} that makes none: "
+            f"{cause(error)}; of a tensor give tensor.detach().cpu().numpy()"
+        ) from error
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -152,7 +171,7 @@ def split_name(text: str) -> tuple[str, str]:
     return ("", text) if not equals or Path(text).exists() else (name, place)
 
 
-def _read_file(text: str) -> Iterator[tuple[str | None, NDArray[Any]]]:
+def _read_file(text: str, what: str) -> Iterator[tuple[str | None, NDArray[Any]]]:
     """Read `x.npy`, `image=x.npy`, or an .npz file with one array for each input."""
     name, place = split_name(text)
     try:
@@ -161,14 +180,14 @@ def _read_file(text: str) -> Iterator[tuple[str | None, NDArray[Any]]]:
             arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else None
     except OSError as error:
         raise InputError(
-            f"samples {place!r}: cannot be read: {error.strerror or error}; check the path"
+            f"{what} {place!r}: cannot be read: {error.strerror or error}; check the path"
         ) from error
     except Exception as error:  # a damaged file makes the parser fail in any way there is
         remedy = "save it again"
         if place.lower().endswith((".csv", ".txt", ".tsv")):
             remedy = "save its numbers: numpy.save('x.npy', numpy.loadtxt('x.csv', delimiter=','))"
         raise InputError(
-            f"samples {place!r}: is not an array saved by numpy.save, or is damaged; {remedy}"
+            f"{what} {place!r}: is not an array saved by numpy.save, or is damaged; {remedy}"
         ) from error
     if arrays is None:
         yield (check_name(name) if name else None), content

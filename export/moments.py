@@ -1,4 +1,4 @@
-"""What the variance of every edge from some inputs is made of: sums over points, and no weights.
+"""What the mean and the variance of every edge are made of: sums over points, and no weights.
 
 Only k + 1 basis functions are not zero at a point, so what is added up there takes no more time for
 a fine grid than for a coarse one, and what is kept is a band. All of it is float64.
@@ -20,7 +20,7 @@ _FEWEST_POINTS = 64  # on a grid, where there are no samples
 
 @dataclass(frozen=True)
 class Moments:
-    """Over points, what the variance of every edge from some inputs is made of.
+    """Over points, what the mean and the variance of every edge from some inputs are made of.
 
     An edge is a sum of b, of s = the sum of all basis functions, which is 1 on the grid, and of
     basis functions whose weights are told from their mean. So a constant spline has only s, and
@@ -29,6 +29,7 @@ class Moments:
 
     Attributes:
         varies: Whether the input's values differ, shape (in,).
+        base: Mean of b, shape (in,).
         few: The covariance of b and s, shape (in, 2, 2).
         cross: That of b and s with each basis function, shape (in, 2, n).
         mean: Of each basis function, shape (in, n).
@@ -36,6 +37,7 @@ class Moments:
     """
 
     varies: Tensor
+    base: Tensor
     few: Tensor
     cross: Tensor
     mean: Tensor
@@ -54,6 +56,10 @@ class Moments:
             own = rest[..., : width - apart] * rest[..., apart:] * products[:, : width - apart]
             square += (1 if apart == 0 else 2) * own.sum(dim=-1)
         return torch.where(self.varies, square.clamp_min(0).sqrt(), 0)
+
+    def average(self, base: Tensor, spline: Tensor) -> Tensor:
+        """Compute the mean of edges: shapes (out, in), (out, in, n) to (out, in)."""
+        return base * self.base + (spline * self.mean).sum(dim=-1)
 
 
 @torch.no_grad()
@@ -133,6 +139,7 @@ def _add_up(layer: KANLinear, knots: Tensor, points: Iterable[Tensor]) -> Moment
     sums, mean = sums / count, mean / count[:, None]
     return Moments(
         varies=low < high,
+        base=sums[0] if origin is None else sums[0] + origin[0, :, 0],
         few=(products / count - sums[:, None] * sums[None]).permute(2, 0, 1),
         cross=(cross / count[:, None] - sums[..., None] * mean).transpose(0, 1),
         mean=mean,

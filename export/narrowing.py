@@ -4,6 +4,9 @@ A node is idle if it has no way to an output, or if what reaches it is the same 
 is left out with its edges, and the constants that such nodes contributed are added up in float64. A
 single edge of zeros saves nothing: every layer remains one product of a full matrix.
 
+A KANLinear has no bias, so what edges that were left out add on average is added behind the layer:
+by an `OffsetLayer` around it, or, in a KAN without its idle nodes, together with their constants.
+
 Inputs and outputs of the network keep their shapes, and NaN or infinity in an input without edges
 still makes every answer NaN, as zeros times NaN do. Splines of order 0 have no NaN at infinity, and
 a network of those is left as it is.
@@ -12,6 +15,7 @@ a network of those is left as it is.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +42,8 @@ class Nodes:
         varying: Whether a node depends on any input: for the inputs and for the outputs of every
             layer, shape (width,) each.
         kept: Whether it takes part, likewise.
-        offsets: What constant nodes add to the outputs of each layer, float64, shape (width,) each.
+        offsets: What constant nodes, and the means of edges that were left out, add to the outputs
+            of each layer, float64, shape (width,) each.
     """
 
     varying: tuple[Tensor, ...]
@@ -52,24 +57,30 @@ class Nodes:
 
 
 @torch.no_grad()
-def find_nodes(kan: KAN, edges: Sequence[Tensor] | None = None) -> Nodes:
+def find_nodes(
+    kan: KAN, edges: Sequence[Tensor] | None = None, means: Sequence[Tensor] | None = None
+) -> Nodes:
     """Find out which nodes take part. Outputs always do, and inputs unless most are idle.
 
     Args:
         kan: It is not changed, nor copied: what is constant is worked out from its own edges alone.
         edges: Of each layer, from `edges_of`; None finds them here.
+        means: What is to be added to the outputs of each layer, float64, shape (width,) each; None
+            adds nothing.
     """
     if edges is None:
         edges = [edges_of(layer) for layer in kan.layers]
+    if means is None:
+        means = [torch.zeros(len(there), dtype=torch.float64) for there in edges]
     constant = torch.zeros(kan.layers[0].in_features, dtype=torch.bool)
     value = torch.zeros(len(constant), dtype=torch.float64)
     varying, offsets = [~constant], []
-    for layer, there in zip(kan.layers, edges, strict=True):
-        offset = torch.zeros(len(there), dtype=torch.float64)
+    for layer, there, mean in zip(kan.layers, edges, means, strict=True):
+        offset = mean
         if bool(constant.any()):
             every = torch.ones_like(offset, dtype=torch.bool)
             exact = copy.deepcopy(_some_of(layer, constant, every)).double()
-            offset = exact(value[constant].unsqueeze(0))[0]
+            offset = mean + exact(value[constant].unsqueeze(0))[0]
         constant = ~(there & ~constant).any(dim=1)
         value = torch.where(constant, offset, 0.0)
         offsets.append(offset)
@@ -108,6 +119,38 @@ def can_be_narrowed(kan: KAN) -> bool:
     return all(
         type(layer.base_activation) in known and layer.spline_order > 0 for layer in kan.layers
     )
+
+
+class OffsetLayer(nn.Module):
+    """A layer and a constant that is added to each of its outputs.
+
+    Args:
+        layer: In evaluation mode.
+        offset: Shape (out,).
+    """
+
+    layer: nn.Module
+    offset: Tensor
+
+    def __init__(self, layer: nn.Module, offset: Tensor) -> None:
+        super().__init__()
+        self.training = False  # of this alone: a layer's own `train` may do anything
+        self.layer = layer
+        self.register_buffer("offset", offset)
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """Apply the layer and add the constant; shape (..., in) to (..., out)."""
+        y: Tensor = self.layer(*inputs, **named)
+        return y + self.offset
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what a network may want to know of its layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":  # before it is set
+                raise
+            return getattr(self.layer, name)
 
 
 class NarrowKAN(nn.Module):

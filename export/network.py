@@ -22,6 +22,7 @@ from export.advice import refused_inputs, write_flags
 from export.errors import InputError, NetworkError, cause
 from export.inputs import DEFAULT_INPUT, Inputs, check_name, odd_samples, shown
 from export.layers import find_layers, leave_needed_hooks
+from export.narrowing import OffsetLayer
 from export.outputs import name_outputs, shape_of_row
 from export.parts import watched
 from export.probes import draw_whole_numbers
@@ -108,9 +109,12 @@ class Network:
 
     @property
     def kan(self) -> KAN | None:
-        """The network in its own precision, if it is a KAN of ours and takes rows of features."""
+        """The network in its own precision, if it is a KAN of ours and takes rows of features.
+
+        Its layers may be behind an `OffsetLayer`, which has all that a KANLinear has.
+        """
         module = self.exact.module
-        if type(module) is not KAN or set(map(type, module.layers)) != {KANLinear}:
+        if type(module) is not KAN or not set(map(type, module.layers)) <= {KANLinear, OffsetLayer}:
             return None
         whole = len(self.layers) == len(module.layers) and self.leading is not None
         return module if whole else None

@@ -29,6 +29,7 @@ class Options:
         benchmark: Whether every runtime is timed.
         torchscript: Whether a TorchScript file is demanded, left out, or written where it is right.
         signer: Signs the bundle; None leaves it unsigned.
+        strict: Whether every warning is a refusal.
     """
 
     folder: BundleFolder
@@ -40,6 +41,7 @@ class Options:
     benchmark: bool
     torchscript: TorchScript
     signer: Signer | None
+    strict: bool
 
 
 def check_options(
@@ -56,6 +58,7 @@ def check_options(
     sign_key: Path | str | None,
     sign_password: str | None,
     force: bool,
+    strict: bool,
 ) -> Options:
     """Check what an export is asked for; the arguments are those of `export_checkpoint`.
 
@@ -81,6 +84,7 @@ def check_options(
         benchmark=benchmark,
         torchscript=_check_torchscript(torchscript),
         signer=signer,
+        strict=strict,
     )
 
 

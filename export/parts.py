@@ -8,16 +8,28 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def replace_modules(
+    root: nn.Module, replacements: Mapping[nn.Module, nn.Module]
+) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put other modules in the place of some, everywhere in `root`.
+
+    Returns:
+        Where that was done: the parent, the name in it, and the module that was there.
+    """
+    done: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                done.append((parent, name, child))
+                parent._modules[name] = replacements[child]
+    return done
+
+
 @contextmanager
 def swapped(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
     """Put other modules in the place of some, everywhere in `root`, for a while."""
-    done: list[tuple[nn.Module, str, nn.Module]] = []
+    done = replace_modules(root, replacements)
     try:
-        for parent in list(root.modules()):
-            for name, child in list(parent._modules.items()):
-                if child is not None and child in replacements:
-                    done.append((parent, name, child))
-                    parent._modules[name] = replacements[child]
         yield
     finally:
         for parent, name, child in done:

@@ -11,7 +11,9 @@ from pathlib import Path
 from torch import nn
 
 import kan_ops
+from export.answers import Answers, check_answers
 from export.benchmark import Benchmark, benchmark
+from export.change import answer, choose_rows, measure_change
 from export.contract import describe_layers, make_manifest, metadata_props
 from export.conversion.lowering import LoweredKANLinear, choose_forms, lower_layers
 from export.conversion.nan_guard import add_nan_guard
@@ -20,6 +22,7 @@ from export.conversion.precision import COARSEST
 from export.conversion.simulation import simulate
 from export.conversion.torchscript import write_torchscript
 from export.errors import ConversionError, InputError, ParityError, cause
+from export.expected import compare_expected
 from export.inputs import Inputs
 from export.network import Network, describe_network, example
 from export.options import Options
@@ -33,7 +36,8 @@ from export.report_page.deviation import describe_deviations
 from export.report_page.rendering import Exported, render_page
 from export.report_page.variants import find_variants
 from export.runtimes import Runner, load_eager, load_onnx, load_torchscript
-from export.sparsity import measure_change, prune_network
+from export.scoring import CHECKPOINT, score_file, score_network
+from export.sparsity import prune_network
 from export.triton import render_config
 from kan_bundle.golden import side_by_side, write_golden
 from kan_bundle.integrity import record_file
@@ -46,11 +50,13 @@ from kan_bundle.layout import (
     staging,
 )
 from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, Source, write_manifest
+from kan_bundle.scores import ExpectedRecord, TargetsRecord
 
 
 def write_bundle(
     module: nn.Module,
     inputs: Inputs | None,
+    answers: Answers | None,
     options: Options,
     source: Source | None,
     report: Report,
@@ -60,6 +66,7 @@ def write_bundle(
     Args:
         module: On the CPU, in evaluation mode; nobody else may be using it.
         inputs: What it takes; None for a KAN.
+        answers: What is known about the samples; None for nothing.
         options: What is asked for.
         source: The checkpoint it was read from, if it was.
         report: Receives each stage, the measurements and the warnings.
@@ -75,10 +82,12 @@ def write_bundle(
             f"--precision {options.precision}: it is that of KANLinear layers, and the network has "
             "none; leave it out"
         )
+    expected, targets = _use_answers(network, answers, report)
+    report.warn_if_assumed()
     written, pruning = network, None
     if options.prune is not None:
         with report.stage("leave out edges"):
-            written, pruning = prune_network(network, options.prune)
+            network, written, pruning = prune_network(network, options.prune)
         report.pruned(pruning)
     with report.stage("choose the form of each layer"):
         choices = choose_forms(written)
@@ -127,9 +136,10 @@ def write_bundle(
         with report.stage("replay what the server will replay"):
             for runtime, load in runtimes.items():
                 if runtime.startswith("onnxruntime"):
-                    answers = load()(golden.inputs)
-                    require_tensors(runtime, answers, network.outputs, len(golden.outputs))
-                    require_golden(golden, side_by_side(answers))
+                    found = load()(golden.inputs)
+                    require_tensors(runtime, found, network.outputs, len(golden.outputs))
+                    require_golden(golden, side_by_side(found))
+        targets = _score_files(network, answers, runtimes, targets, report)
         timed: Benchmark | None = None
         if options.benchmark:
             with report.stage("time every runtime"):
@@ -145,6 +155,9 @@ def write_bundle(
             ),
             approximation=approximation,
             torchscript_omitted=omitted,
+            activation_assumed=report.activation is not None and report.activation.assumed,
+            expected=expected,
+            targets=targets,
         )
         with report.stage(f"write {REPORT_FILE}"):
             manifest = _with_page(
@@ -160,18 +173,58 @@ def write_bundle(
                 place.path,
                 report,
             )
+        config = render_config(folder.name, manifest.inputs, manifest.outputs)
+        if place.keeps_config(config, force=options.force):
+            report.warn(
+                f"{folder.path.parent / CONFIG_FILE} differs from what this version needs and is "
+                "kept; compare it before serving this folder with Triton, or rewrite it with "
+                "--force"
+            )
+        if options.strict:
+            report.refuse_warnings()
         with report.stage("publish"):
             write_manifest(manifest, place.path)
             if options.signer is not None:
                 options.signer.sign(place.path)
-            config = render_config(folder.name, manifest.inputs, manifest.outputs)
-            config_kept = place.publish(config, force=options.force)
-    if config_kept:
-        report.warn(
-            f"{folder.path.parent / CONFIG_FILE} differs from what this version needs and was "
-            "kept; compare it before serving this folder with Triton, or rewrite it with --force"
-        )
+            place.publish(config, force=options.force)
     return manifest
+
+
+def _use_answers(
+    network: Network, answers: Answers | None, report: Report
+) -> tuple[ExpectedRecord | None, tuple[TargetsRecord, ...]]:
+    """Compare a network with the answers expected, and score it by targets."""
+    expected: ExpectedRecord | None = None
+    targets: tuple[TargetsRecord, ...] = ()
+    if answers is None:
+        return expected, targets
+    check_answers(answers, network.outputs)
+    if answers.expected:
+        with report.stage("compare with the expected answers", answers.rows) as advance:
+            expected = compare_expected(network, answers, report.activation, advance)
+        report.as_expected(expected)
+    if answers.targets:
+        with report.stage("score the checkpoint", answers.rows) as advance:
+            targets = score_network(network, answers, CHECKPOINT, advance)
+    return expected, targets
+
+
+def _score_files(
+    network: Network,
+    answers: Answers | None,
+    runtimes: Runtimes,
+    targets: tuple[TargetsRecord, ...],
+    report: Report,
+) -> tuple[TargetsRecord, ...]:
+    """Score what was written beside the checkpoint."""
+    if answers is None or not answers.targets:
+        return targets
+    with report.stage("score the files", len(runtimes) * answers.rows) as advance:
+        for runtime, load in runtimes.items():
+            targets = score_file(network, answers, runtime, load(), targets, advance)
+            free_cycles(network)  # of a runtime, before the next one is loaded
+    report.scores(targets)
+    return targets
 
 
 def size_of(path: Path) -> int:
@@ -241,7 +294,8 @@ def _approximate(
     """
     with report.stage(f"simulate {options.precision}"):
         simulated = simulate(written, lowered)
-        change = measure_change(network, simulated)
+        rows, kind = choose_rows(network)
+        change = measure_change(network, answer(network, rows), answer(simulated, rows), kind)
     if change.typical > COARSEST[options.precision] * change.size:
         raise ParityError(
             f"{options.precision} is too coarse for this model, nothing was published: the outputs "

@@ -1,4 +1,4 @@
-"""`python -m export plot BUNDLE|CHECKPOINT -o FILE`: curves of a model as svg, png or pdf."""
+"""`kan-export plot BUNDLE|CHECKPOINT -o FILE`: curves of a model as svg, png or pdf."""
 
 import argparse
 import io
@@ -13,6 +13,7 @@ from export.arguments import parse_known
 from export.errors import InputError
 from export.plots import Curves, Edges, plot_edge, plot_layer, plot_network, read_curves
 from export.report import Report
+from export.spelling import name_of, spell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,22 +24,22 @@ _MOST = Edges.most  # of a layer
 
 _EXAMPLES = """\
 examples:
-  python -m export plot models/m/1 -o kan.svg             the whole network
-  python -m export plot models/m/1 --layer 0 -o l.pdf     its strongest edges
-  python -m export plot m.pt --layer 1 --output 3 -o o.png
-                                                          those of one output
-  python -m export plot m.pt --layer 0 --input 3 --output 5 -o e.svg
-                                                          one edge
+  kan-export plot models/m/1 -o kan.svg             the whole network
+  kan-export plot models/m/1 --layer 0 -o l.pdf     its strongest edges
+  kan-export plot m.pt --layer 1 --output 3 -o o.png
+                                                    those of one output
+  kan-export plot m.pt --layer 0 --input 3 --output 5 -o e.svg
+                                                    one edge
 """
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Read the words behind `plot`; ends the process if they make no sense."""
     parser = argparse.ArgumentParser(
-        prog="python -m export plot",
+        prog=f"{name_of('kan-export')} plot",
         description="Draw the learned curves of a bundle or of a KAN's checkpoint; needs "
         "kanserve's extra plot.",
-        epilog=_EXAMPLES,
+        epilog=spell(_EXAMPLES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

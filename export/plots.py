@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from export.building import warn_of_assumption
+from export.building import note_activation
 from export.curves import LayerCurves, importance, layer_curves
 from export.errors import InputError
 from export.report import Report
@@ -130,7 +130,9 @@ def read_curves(
             "plot its bundle"
         ) from error
     kan = checkpoint.build_kan(stack, make)
-    warn_of_assumption(stack, activation, report or Report.silent())
+    report = report or Report.silent()
+    note_activation(stack, activation, report)
+    report.warn_if_assumed()
     rooms = [room.edges for room in share_room(list(kan.layers))]
     return Curves(
         tuple(

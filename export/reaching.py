@@ -49,5 +49,33 @@ def reaching(network: Network, samples: Sequence[NDArray[np.generic]]) -> Mappin
     return {name: rows[_evenly(len(rows), _MOST_ROWS)] for name, rows in joined.items()}
 
 
+@torch.no_grad()
+def find_constant_inputs(
+    network: Network, samples: Sequence[NDArray[np.generic]]
+) -> Mapping[str, Tensor]:
+    """Find the inputs of the KANLinear layers that have one value over all rows of the samples.
+
+    Args:
+        network: In float32.
+        samples: Rows for each input; all of them are run.
+
+    Returns:
+        Shape (in,) for each layer that is reached.
+    """
+    low: dict[str, Tensor] = {}
+    high: dict[str, Tensor] = {}
+    for start in range(0, len(samples[0]), _BATCH):
+        with watched(network.replaced) as reached:
+            network.call(*(torch.tensor(array[start : start + _BATCH]) for array in samples))
+        for name, given in reached:
+            rows = given.reshape(-1, network.layers[name].in_features).double()
+            finite = rows.isfinite()  # as importance passes over the others
+            least = torch.where(finite, rows, torch.inf).amin(dim=0)
+            largest = torch.where(finite, rows, -torch.inf).amax(dim=0)
+            low[name] = torch.minimum(low[name], least) if name in low else least
+            high[name] = torch.maximum(high[name], largest) if name in high else largest
+    return {name: ~(low[name] < high[name]) for name in low}
+
+
 def _evenly(rows: int, most: int) -> NDArray[np.intp]:
     return np.linspace(0, rows - 1, min(rows, most)).astype(np.intp)

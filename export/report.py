@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NoReturn, Self
 
 from rich.console import Console, RenderableType
@@ -17,11 +18,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 
 from export import tables
-from export.errors import Ended
+from export.errors import Ended, WarningsError
+from export.expected import ChosenActivation
 from export.network import Network
 from export.proof.parity import Measurement
 from export.quiet import own_stderr
+from export.wording import expected_sentence
 from kan_bundle.manifest import LayerRecord, Manifest, Precision, PruningRecord
+from kan_bundle.scores import ExpectedRecord, TargetsRecord
 
 _WIDTH_OF_A_LOG = 120  # which has none of its own; do not fold the table
 _NARROW = 60  # columns of a terminal that has no room for a bar
@@ -40,6 +44,8 @@ class Report:
     Attributes:
         exit_code: What the process is to end with since a signal came; None if none did.
         warnings: What was warned of.
+        activation: The base activation, where the checkpoint does not tell it.
+        strict: Whether warnings are to be refused in the end, and so are no warnings of Python's.
     """
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
@@ -52,9 +58,10 @@ class Report:
         self._quiet = quiet
         self.exit_code: int | None = None
         self._in_python = False
-        self._assumed = False
         self._started = time.perf_counter()
-        self.warnings: list[str] = []  # for report.html
+        self.warnings: list[str] = []  # for report.html, and for --strict
+        self.activation: ChosenActivation | None = None
+        self.strict = False
 
     @classmethod
     def silent(cls) -> Self:
@@ -102,17 +109,32 @@ class Report:
     def warn(self, line: str) -> None:
         """Tell something the user should act on."""
         self.warnings.append(line)
-        if self._in_python:
+        if self._in_python and not self.strict:
             warnings.warn(line, stacklevel=3)
         self._print(Text(f"warning: {line}", style="bold yellow"))
 
-    def assume(self, activation: str) -> None:
-        """Warn that a base activation is assumed, now and again with the result."""
-        self._assumed = True
-        self.warn(
-            f"the file does not say which base activation was trained; {activation} is ASSUMED. "
-            "If it was another, every answer is wrong: name it with --activation"
-        )
+    def warn_if_assumed(self) -> None:
+        """Warn of a base activation that is the default, which the user has not named."""
+        if self.activation is not None and self.activation.assumed:
+            self.warn(
+                "the file does not say which base activation was trained; "
+                f"{self.activation.name} is ASSUMED. If it was another, every answer is wrong: "
+                "name it with --activation"
+            )
+
+    def refuse_warnings(self) -> None:
+        """Turn the warnings, if there are any, into a refusal.
+
+        Raises:
+            WarningsError: With all of them.
+        """
+        if len(self.warnings) == 1:
+            raise WarningsError(f"{self.warnings[0]} (--strict refuses what it would warn of)")
+        if self.warnings:
+            listed = "\n".join(f"  {i}. {line}" for i, line in enumerate(self.warnings, 1))
+            raise WarningsError(
+                f"--strict refuses what there are {len(self.warnings)} warnings of:\n{listed}"
+            )
 
     def fail(self, line: str) -> None:
         """Tell why there is no result."""
@@ -160,6 +182,17 @@ class Report:
             )
         )
 
+    def as_expected(self, expected: ExpectedRecord) -> None:
+        """Tell that answers are as expected, which confirms an assumed activation."""
+        if self.activation is not None:
+            self.activation = replace(self.activation, assumed=False)
+        self.say(expected_sentence(expected))
+
+    def scores(self, targets: Sequence[TargetsRecord]) -> None:
+        """Show how good the checkpoint and the files are by targets."""
+        for record in targets:
+            self._table(*tables.scores(record))
+
     def pruned(self, pruning: PruningRecord) -> None:
         """Show what was left out and what it changes, and warn that it is another function."""
         for line in tables.pruning_lines(pruning):
@@ -179,7 +212,7 @@ class Report:
             following: Commands with what each is for.
         """
         took_s = time.perf_counter() - self._started
-        self._table(tables.result(manifest, path, took_s, assumed=self._assumed))
+        self._table(tables.result(manifest, path, took_s))
         if not self._quiet:  # to be copied, so no line is broken
             self._console.print(tables.following(following), soft_wrap=True)
 

@@ -2,39 +2,43 @@
 
 How much an edge counts is said in curves.py. It is left out at a threshold if its importance is at
 most that share of the largest in its layer: its base weight and its spline weights become zero, and
-with them the mean that it may have had. What that changes of the answers is measured, in float64
-where the network can run in it: on the samples, or else on random rows.
+its mean over the same points is added to the layer's output as a constant. So an edge that is
+constant on the samples changes nothing there when it goes. What is changed of the answers is
+measured, in float64 where the network can run in it: on the samples, or else on random rows.
 
 A pruned network is another function than the one that was trained. Nothing here says that it is
 good enough.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.curves import importance, why_no_curves
-from export.errors import InputError, NetworkError, cause, refused_samples
-from export.narrowing import NarrowKAN, Nodes, can_be_narrowed, edges_of, find_nodes
-from export.network import Arrays, Network, describe_network
-from export.probes import ORDINARY, make_probes
-from export.proof.eager import LARGEST_BATCH, evaluate, in_double
-from export.reaching import reaching
+from export.change import answer, choose_rows, measure_change
+from export.curves import EdgeMoments, measure_edges, why_no_curves
+from export.errors import InputError, refused_samples
+from export.narrowing import (
+    NarrowKAN,
+    Nodes,
+    OffsetLayer,
+    can_be_narrowed,
+    edges_of,
+    find_nodes,
+)
+from export.network import Network, copy_module, describe_network
+from export.parts import replace_modules
+from export.reaching import find_constant_inputs, reaching
 from kan_bundle.manifest import ChangeRecord, PrunedLayer, PruningRecord
+from kan_bundle.scores import TargetsRecord
 from kan_model import KAN
 from kan_model.adoption import adopt
 
 THRESHOLDS = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
 
-_ROWS, _FEWEST_ROWS = 1024, 16
-_NUMBERS = 2**22  # of all rows that are compared, on a network's larger side
-_BATCH = 2**18  # numbers at a time
+_LEAST_SHARE = 1e-300  # of what varies
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class Sparsity:
         nodes_removed: Of a KAN: inputs, nodes of each hidden layer and outputs that can be done
             without; None of another network, or of one that is not narrowed (`can_be_narrowed`).
         change: What it changes of the answers; None if no way from an input to an output is left.
+        targets: Scores of what is left, if there are targets.
     """
 
     threshold: float
     layers: tuple[PrunedLayer, ...]
     nodes_removed: tuple[int, ...] | None
     change: ChangeRecord | None
+    targets: tuple[TargetsRecord, ...] = ()
 
     @property
     def zeroed(self) -> int:
@@ -79,18 +85,23 @@ def check_threshold(threshold: float) -> float:
     return float(threshold)
 
 
-def prune_network(network: Network, threshold: float) -> tuple[Network, PruningRecord]:
-    """Leave out the edges at a threshold, in place, and measure what that changes.
+def prune_network(network: Network, threshold: float) -> tuple[Network, Network, PruningRecord]:
+    """Leave out the edges at a threshold, and measure what that changes.
+
+    Args:
+        network: It is copied, and not changed.
+        threshold: As `check_threshold` takes it.
 
     Returns:
-        A network that computes the same as the pruned one, of a KAN without the nodes that are
-        idle then; and what was done.
+        The pruned network; one that computes the same, of a KAN without the nodes that are idle
+        then, to be written; and what was done.
 
     Raises:
         InputError: The network has no KANLinear layer, or too little would be left of it.
         NetworkError: It fails on the samples.
     """
-    ((found, nodes),) = _steps(network, [check_threshold(threshold)])
+    pruning = _Pruning(network)
+    found, nodes = pruning.leave_out(check_threshold(threshold))
     if found.change is None:
         empty = [layer.name for layer in found.layers if layer.zeroed == layer.edges]
         what = f"of {', '.join(empty)} nothing" if empty else "no way from an input to an output"
@@ -98,43 +109,113 @@ def prune_network(network: Network, threshold: float) -> tuple[Network, PruningR
             f"--prune {threshold:g}: {what} would be left, and every answer would be the same; "
             "choose less ('inspect FILE --sparsity' shows what a threshold leaves)"
         )
-    written = network
-    kan = _kan_to_write(network)
-    if kan is not None and nodes is not None and any(nodes.removed):
-        written = describe_network(NarrowKAN(kan, nodes).eval(), network.inputs)
+    written = pruned = pruning.finish()
+    if pruning.kan is not None and nodes is not None and any(nodes.removed):
+        written = describe_network(NarrowKAN(pruning.kan, nodes).eval(), network.inputs)
     record = PruningRecord(threshold, found.layers, found.nodes_removed, found.change)
-    return written, record
+    return pruned, written, record
 
 
-def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Sparsity]:
-    """Leave out the edges at one threshold after the other, in place.
+def prune_further(
+    network: Network,
+    thresholds: Sequence[float],
+    score: Callable[[Network], tuple[TargetsRecord, ...]] = lambda network: (),
+) -> Iterator[Sparsity]:
+    """Leave out the edges at one threshold after the other.
 
     Args:
-        network: Is changed with every step.
+        network: It is copied, and not changed.
         thresholds: Rising.
+        score: Scores what is left by targets.
 
     Raises:
         InputError: The network has no KANLinear layer, or one whose edges cannot be ranked.
         NetworkError: It fails on the samples.
     """
-    for found, _ in _steps(network, thresholds):
-        yield found
+    pruning = _Pruning(network)
+    for threshold in thresholds:
+        found, _ = pruning.leave_out(threshold)
+        yield replace(found, targets=score(pruning.network))
 
 
-def measure_change(before: Network, after: Network) -> ChangeRecord:
-    """Measure how far the answers of one network are from those of another with the same inputs.
+class _Pruning:
+    """A copy of a network, from which edges are left out.
+
+    Args:
+        network: It is not changed.
+
+    Attributes:
+        network: The copy. Around each of its layers is an `OffsetLayer`, until it is finished.
+        kan: The layers of the copy as a KAN in float32, if it is one whose nodes can be left out
+            one by one.
 
     Raises:
-        NetworkError: One of them fails on the samples.
+        InputError: The network has no KANLinear layer, or one whose edges cannot be ranked.
+        NetworkError: It fails on the samples.
     """
-    rows, kind = _choose_rows(before)
-    return _compare(before, _answers(before, rows), _answers(after, rows), kind)
+
+    def __init__(self, network: Network) -> None:
+        _require_curves(network)
+        copied = describe_network(copy_module(network.exact.module), network.inputs)
+        self.network = replace(copied, notes=network.notes)
+        self._edges, self._shares = _measure(self.network)
+        self._rows, self._kind = choose_rows(self.network)
+        self._before = answer(self.network, self._rows)
+        self._already = {
+            name: int((~edges_of(layer)).sum()) for name, layer in self.network.layers.items()
+        }
+        self.kan = _kan_to_write(self.network)
+        self._modules = list(_in_every_precision(self.network))  # by the names they have now
+        self._offsets = _add_offsets(self.network)
+
+    def leave_out(self, threshold: float) -> tuple[Sparsity, Nodes | None]:
+        """Leave out what lies at a threshold, which is at least that of the last time.
+
+        Returns:
+            What that did, and the nodes that are left.
+        """
+        out = {name: share <= threshold for name, share in self._shares.items()}
+        means = {
+            name: torch.where(out[name], edges.mean, 0.0).sum(dim=1)
+            for name, edges in self._edges.items()
+        }
+        for name, module in self._modules:
+            _set_zero(module, out[name])
+        for name, offset_layer in self._offsets:
+            offset_layer.offset.copy_(means[name])
+        left = {name: edges_of(layer) for name, layer in self.network.layers.items()}
+        layers = tuple(
+            PrunedLayer(name, own.numel(), int((~own).sum()), self._already[name])
+            for name, own in left.items()
+        )
+        nodes = None
+        if self.kan is not None:
+            nodes = find_nodes(self.kan, list(left.values()), list(means.values()))
+        change = None
+        if all(layer.zeroed < layer.edges for layer in layers) and (
+            nodes is None or bool(nodes.varying[-1].any())
+        ):
+            after = answer(self.network, self._rows)
+            change = measure_change(self.network, self._before, after, self._kind)
+        removed = None if nodes is None else nodes.removed
+        return Sparsity(threshold, layers, removed, change), nodes
+
+    def finish(self) -> Network:
+        """Take the `OffsetLayer`s away that add nothing, and give the network."""
+        idle: dict[nn.Module, nn.Module] = {
+            own: own.layer for _, own in self._offsets if not bool(own.offset.any())
+        }
+        for call in (self.network.call, self.network.exact):
+            replace_modules(call, idle)
+        return self.network
 
 
-def _steps(
-    network: Network, thresholds: Sequence[float]
-) -> Iterator[tuple[Sparsity, Nodes | None]]:
-    """Do the above, and give the nodes that are left at each step."""
+def _require_curves(network: Network) -> None:
+    """Refuse a network whose edges cannot be ranked.
+
+    Raises:
+        InputError: It has no KANLinear layer, or the edges of one are no functions of one number.
+    """
     if not network.layers:
         raise InputError(
             "--prune, --sparsity: they are about the edges of KANLinear layers, and the network "
@@ -147,34 +228,58 @@ def _steps(
                 f"--prune, --sparsity: the base activation of {name} {why}, so its edges are no "
                 "functions of one number; leave them out"
             )
+
+
+def _measure(network: Network) -> tuple[Mapping[str, EdgeMoments], Mapping[str, Tensor]]:
+    """Measure the edges of every layer, and express their importance as shares of the largest.
+
+    Where samples do not vary among the rows that are taken of them, all are looked at: an input
+    that varies in a few rows alone is not constant.
+    """
+    samples = network.inputs.samples
     try:  # the rows that report.html tells of
-        samples = network.inputs.samples
         reached = {} if samples is None else reaching(network, samples)
+        measured = {
+            name: measure_edges(layer, reached.get(name)) for name, layer in network.layers.items()
+        }
+        seem_constant = any(
+            bool(((edges.deviation == 0) & edges_of(network.layers[name])).any())
+            for name, edges in measured.items()
+            if name in reached
+        )
+        constant: Mapping[str, Tensor] = {}
+        if samples is not None and seem_constant:
+            constant = find_constant_inputs(network, samples)
     except Exception as error:  # the network's own code may fail in any way
         raise refused_samples(error) from error
-    shares = {
-        name: _share(name, importance(layer, reached.get(name)), sampled=name in reached)
-        for name, layer in network.layers.items()
-    }
-    rows, kind = _choose_rows(network)
-    before = _answers(network, rows)
-    already = {name: int((~edges_of(layer)).sum()) for name, layer in network.layers.items()}
-    for threshold in thresholds:
-        for name, module in _in_every_precision(network):
-            _leave_out(module, shares[name] <= threshold)
-        edges = {name: edges_of(layer) for name, layer in network.layers.items()}
-        layers = tuple(
-            PrunedLayer(name, own.numel(), int((~own).sum()), already[name])
-            for name, own in edges.items()
-        )
-        kan = _kan_to_write(network)
-        nodes = None if kan is None else find_nodes(kan, list(edges.values()))
-        change = None
-        if all(layer.zeroed < layer.edges for layer in layers) and (
-            nodes is None or bool(nodes.varying[-1].any())
-        ):
-            change = _compare(network, before, _answers(network, rows), kind)
-        yield Sparsity(threshold, layers, None if nodes is None else nodes.removed, change), nodes
+    shares = {}
+    for name, edges in measured.items():
+        share = _share(name, edges.deviation, sampled=name in reached)
+        if name in constant:
+            varies = edges_of(network.layers[name]) & ~constant[name]
+            share = torch.where(varies, share.clamp_min(_LEAST_SHARE), share)
+        shares[name] = share
+    return measured, shares
+
+
+def _add_offsets(network: Network) -> list[tuple[str, OffsetLayer]]:
+    """Put an `OffsetLayer` of zeros around every layer, in place; list them by name."""
+    found = []
+    own = {module: name for name, module in network.replaced.items()}
+    around: dict[nn.Module, nn.Module] = {}
+    if network.exact is not network.call:
+        own |= {module: name for name, module in _in_exact(network)}
+    for module, name in own.items():
+        in_call = network.replaced[name] is module
+        dtype = torch.float32 if in_call else torch.float64
+        zeros = torch.zeros(network.layers[name].out_features, dtype=dtype)
+        offset_layer = OffsetLayer(module, zeros)
+        around[module] = offset_layer
+        found.append((name, offset_layer))
+    replace_modules(network.call, around)
+    if network.exact is not network.call:
+        replace_modules(network.exact, around)
+    return found
 
 
 def _share(name: str, found: Tensor, *, sampled: bool) -> Tensor:
@@ -215,15 +320,20 @@ def _in_every_precision(network: Network) -> Iterator[tuple[str, nn.Module]]:
     yield from network.layers.items()
     yield from network.replaced.items()
     if network.exact is not network.call:
-        for name, child in network.exact.module.named_modules():
-            own = name or type(child).__name__
-            if own in network.layers and adopt(child) is not None:
-                yield own, child
+        yield from _in_exact(network)
+
+
+def _in_exact(network: Network) -> Iterator[tuple[str, nn.Module]]:
+    """List the layers of the network in its own precision, by name."""
+    for name, child in network.exact.module.named_modules():
+        own = name or type(child).__name__
+        if own in network.layers and adopt(child) is not None:
+            yield own, child
 
 
 @torch.no_grad()
-def _leave_out(layer: nn.Module, edges: Tensor) -> None:
-    """Make weights zero, in place: the tensors are those of the user's own layer."""
+def _set_zero(layer: nn.Module, edges: Tensor) -> None:
+    """Make weights zero, in place: other layers may hold the same tensors."""
     for weight, mask in (
         (layer.base_weight, edges),
         (layer.spline_weight, edges[..., None]),
@@ -233,66 +343,8 @@ def _leave_out(layer: nn.Module, edges: Tensor) -> None:
 
 
 def _kan_to_write(network: Network) -> KAN | None:
-    """Take the network in float32, if it is a KAN whose nodes can be left out one by one."""
+    """Take the layers in float32, if they are a KAN whose nodes can be left out one by one."""
     module = network.call.module
     if network.kan is not None and isinstance(module, KAN) and can_be_narrowed(module):
-        return module
+        return KAN.from_layers(list(module.layers))
     return None
-
-
-def _choose_rows(network: Network) -> tuple[Arrays, Literal["samples", "grid", "random"]]:
-    """Take rows of the samples, or make some within the grid of the first layer, or just some."""
-    specs = network.inputs.specs
-    numbers = max(sum(math.prod(s.shape[1:]) for s in own) for own in (specs, network.outputs))
-    most = int(np.clip(_NUMBERS // numbers, _FEWEST_ROWS, _ROWS))
-    samples = network.inputs.samples
-    if samples is not None:
-        chosen = np.unique(np.linspace(0, len(samples[0]) - 1, most).astype(int))
-        return tuple(array[chosen] for array in samples), "samples"
-    if network.leading is not None:
-        layer = network.layers[network.leading]
-        k = layer.spline_order
-        low, high = layer.grid[:, k].numpy(), layer.grid[:, k + layer.grid_size].numpy()
-        rng = np.random.default_rng(0)
-        rows = rng.uniform(low, high, (most, layer.in_features)).astype(np.float32)
-        return (rows.reshape(-1, *specs[0].shape[1:]),), "grid"
-    probes = make_probes(network.inputs)
-    return probes.take(np.isin(probes.groups, ORDINARY)).inputs, "random"
-
-
-def _answers(network: Network, rows: Arrays) -> NDArray[np.float64]:
-    """Run the network in float64, or in float32 if it insists on it."""
-    batch = int(np.clip(_BATCH // max(array[0].size for array in rows), 1, LARGEST_BATCH))
-    try:
-        in_single = evaluate(network.call, tuple(rows), batch)
-        try:
-            with in_double(network.exact) as call:
-                return evaluate(call, tuple(rows), batch, torch.float64)
-        except Exception:  # it has run in float32, so it is float64 that it does not take
-            return in_single
-    except Exception as error:  # the network's own code may fail in any way
-        if network.inputs.samples is not None:
-            raise refused_samples(error) from error
-        raise NetworkError(f"the network fails on ordinary rows: {cause(error)}") from error
-
-
-def _compare(
-    network: Network,
-    before: NDArray[np.float64],
-    after: NDArray[np.float64],
-    on: Literal["samples", "grid", "random"],
-) -> ChangeRecord:
-    numbers = np.isfinite(before) & np.isfinite(after)
-    off = np.where(numbers, after - before, 0.0)
-    count = max(1, int(numbers.sum()))
-    same = None
-    if len(network.outputs) == 1 and len(network.outputs[0].shape) == 2 and before.shape[1] > 1:
-        same = float((before.argmax(axis=1) == after.argmax(axis=1)).mean())
-    return ChangeRecord(
-        on=on,
-        rows=len(before),
-        largest=float(np.abs(off).max()),
-        typical=math.sqrt(float((off**2).sum()) / count),
-        size=math.sqrt(float((np.where(numbers, before, 0.0) ** 2).sum()) / count),
-        same_argmax=same,
-    )

@@ -14,8 +14,17 @@ from export.inputs import shown
 from export.network import Network
 from export.proof.parity import Measurement
 from export.sparsity import Sparsity
-from export.wording import ROWS, largest_excess, percent, size
-from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, PruningRecord
+from export.wording import (
+    ROWS,
+    change_sentence,
+    expected_sentence,
+    largest_excess,
+    percent,
+    score_words,
+    size,
+)
+from kan_bundle.manifest import LayerRecord, Manifest, PruningRecord
+from kan_bundle.scores import ScoreRecord, TargetsRecord
 from kan_model.inspection import Inspection, LayerFacts
 from kan_model.stacks import listed, printable
 
@@ -120,31 +129,38 @@ def pruning_lines(pruning: PruningRecord) -> list[str]:
             else "because no hidden one is idle, and at most half of the inputs are"
         )
         lines.append(f"no node is taken out, {why}: it is as large as before and no faster")
-    return [*lines, *_change_lines(pruning.change)]
+    return [*lines, f"that {change_sentence(pruning.change)}"]
 
 
-def _change_lines(change: ChangeRecord) -> list[str]:
-    same = "" if change.same_argmax is None else f", same argmax on {percent(change.same_argmax)}"
-    return [
-        f"change of the outputs on {change.rows:,} {ROWS[change.on]}: at most "
-        f"{change.largest:.3g}, typically {change.typical:.3g}{_of_size(change)}{same}"
-    ]
+def scores(targets: TargetsRecord) -> tuple[RenderableType, ...]:
+    """Show how good the checkpoint and the files are, side by side."""
+    labels = any(score.accuracy is not None for score in targets.scores)
+    output = "" if targets.output == "output" else f" of {targets.output}"
+    title = f"By the targets{output}, on {targets.rows:,} rows of the samples"
+    table = _table()
+    table.add_column("runtime", no_wrap=True)
+    for header in ("accuracy",) if labels else ("RMSE", "MAE"):
+        table.add_column(header, justify="right", no_wrap=True)
+    bad = any(score.not_finite for score in targets.scores)
+    if bad:
+        table.add_column("not finite", justify="right", no_wrap=True)
+    for score in targets.scores:
+        values = (
+            ["" if score.accuracy is None else percent(score.accuracy)]
+            if labels
+            else ["" if v is None else f"{v:.4g}" for v in (score.rmse, score.mae)]
+        )
+        table.add_row(score.runtime, *values, *([f"{score.not_finite:,}"] if bad else []))
+    return Text(title, style="italic"), table
 
 
-def _of_size(change: ChangeRecord) -> str:
-    return f" ({change.typical / change.size:.2%} of their size)" if change.size > 0 else ""
-
-
-def result(
-    manifest: Manifest, path: str, seconds: float, *, assumed: bool = False
-) -> RenderableType:
+def result(manifest: Manifest, path: str, seconds: float) -> RenderableType:
     """Sum up what was made.
 
     Args:
         manifest: Of the bundle.
         path: Of its version folder.
         seconds: That it took.
-        assumed: Whether nobody named the base activation.
     """
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
@@ -157,6 +173,7 @@ def result(
     of = f"the {pruned}network{rounded}"
     activations = ", ".join(dict.fromkeys(layer.base_activation for layer in manifest.layers))
     warning = ", ASSUMED: if it was another, every answer is wrong; name it with --activation"
+    assumed = manifest.activation_assumed
     rows = {
         "model": f"{printable(manifest.name)}, version {manifest.version}",
         "folder": printable(path),
@@ -167,10 +184,15 @@ def result(
         "activation": printable(activations) + (warning if assumed else ""),
         "parity": f"equal to {of} in {runtimes} runtimes, at most {percent(worst)} of what "
         "is allowed",
+        "expected": "" if manifest.expected is None else expected_sentence(manifest.expected),
+        "pruned": "" if manifest.pruning is None else change_sentence(manifest.pruning.change),
+        manifest.precision: ""
+        if manifest.approximation is None
+        else change_sentence(manifest.approximation),
         "time": f"{seconds:.1f} s",
     }
     for key, value in rows.items():
-        if value:  # a network without KAN layers has no activation of theirs
+        if value:  # what there is nothing to say of is left out
             bad = key == "activation" and assumed
             table.add_row(key, Text(value, style="bold yellow" if bad else ""))
     return Padding(table, (1, 0, 0, 2))
@@ -185,8 +207,18 @@ def following(commands: Sequence[tuple[str, str]]) -> Text:
     return text
 
 
-def inspection(found: Inspection, sparsity: Sequence[Sparsity] = ()) -> str:
-    """Show what a file holds, as text for stdout."""
+def inspection(
+    found: Inspection,
+    sparsity: Sequence[Sparsity] = (),
+    targets: Sequence[TargetsRecord] = (),
+) -> str:
+    """Show what a file holds, as text for stdout.
+
+    Args:
+        found: In the file.
+        sparsity: What leaving edges out would do.
+        targets: Scores of the checkpoint, if there are targets.
+    """
     console = Console(file=io.StringIO(), highlight=False, soft_wrap=True, width=200)
     console.print(
         f"{printable(found.file)}: {found.format}, {found.size_bytes:,} bytes", markup=False
@@ -205,7 +237,7 @@ def inspection(found: Inspection, sparsity: Sequence[Sparsity] = ()) -> str:
         console.print(f"\n{len(found.other_tensors)} other tensors: {names}", markup=False)
     if sparsity:
         console.print(_sparsity_table(sparsity))
-        for line in _sparsity_notes(sparsity):
+        for line in (*_sparsity_notes(sparsity), *_score_notes(targets)):
             console.print(f"  {line}", markup=False)
     verdict = "takes it" if found.refused is None else f"REFUSES it: {found.refused}"
     console.print(f"\nexport {verdict}", markup=False)
@@ -240,22 +272,48 @@ def _layer_table(layers: Sequence[LayerFacts]) -> Table:
 
 def _sparsity_table(found: Sequence[Sparsity]) -> Table:
     """Show one threshold a line, in 80 columns."""
-    scores = any(s.change is not None and s.change.same_argmax is not None for s in found)
+    argmax = any(s.change is not None and s.change.same_argmax is not None for s in found)
+    scored = [score for s in found for record in s.targets for score in record.scores]
+    labels = any(score.accuracy is not None for score in scored)
     table = _table(title="\nWhat leaving edges out would change", title_justify="left")
-    headers = ("--prune", "edges", "of all", "nodes", "largest", "typical", "of size")
-    for header in headers if not scores else (*headers, "argmax"):
+    headers = ["--prune", "edges", "of all", "nodes", "largest", "typical", "of size"]
+    headers += ["argmax"] if argmax else []
+    if scored:  # in the place of two shares, for which there is no room
+        headers = [h for h in headers if h not in ("of all", "of size")]
+        for record in found[0].targets:
+            kind = "accuracy" if labels else "RMSE"
+            headers.append(kind if len(found[0].targets) == 1 else f"{kind} {record.output}")
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for s in found:
         nodes = "" if s.nodes_removed is None else f"{sum(s.nodes_removed):,}"
-        left_out = [f"{s.threshold:g}", f"{s.zeroed:,}", f"{s.zeroed / s.edges:.1%}", nodes]
+        cells = {"--prune": f"{s.threshold:g}", "edges": f"{s.zeroed:,}", "nodes": nodes}
+        cells["of all"] = f"{s.zeroed / s.edges:.1%}"
         if s.change is None:
-            table.add_row(*left_out, "nothing is left")
+            table.add_row(*(cells[h] for h in headers if h in cells), "nothing is left")
             continue
         c = s.change
-        share = f"{c.typical / c.size:.2%}" if c.size > 0 else ""
-        same = [] if c.same_argmax is None else [percent(c.same_argmax)]
-        table.add_row(*left_out, f"{c.largest:.3g}", f"{c.typical:.3g}", share, *same)
+        cells |= {"largest": f"{c.largest:.3g}", "typical": f"{c.typical:.3g}"}
+        cells["of size"] = f"{c.typical / c.size:.2%}" if c.size > 0 else ""
+        cells["argmax"] = "" if c.same_argmax is None else percent(c.same_argmax)
+        own = [score for record in s.targets for score in record.scores]
+        table.add_row(*(cells[h] for h in headers if h in cells), *map(_score_cell, own))
     return table
+
+
+def _score_cell(score: ScoreRecord) -> str:
+    if score.accuracy is not None:
+        return percent(score.accuracy)
+    return "" if score.rmse is None else f"{score.rmse:.4g}"
+
+
+def _score_notes(targets: Sequence[TargetsRecord]) -> list[str]:
+    return [
+        f"checkpoint{'' if len(targets) == 1 else f', {record.output}'}, on {record.rows:,} rows "
+        f"of the samples: {score_words(score)}"
+        for record in targets
+        for score in record.scores
+    ]
 
 
 def _sparsity_notes(found: Sequence[Sparsity]) -> list[str]:
@@ -268,7 +326,7 @@ def _sparsity_notes(found: Sequence[Sparsity]) -> list[str]:
     if change is not None:
         lines += [
             f"changes on {change.rows:,} {ROWS[change.on]}; typical is the root mean square,",
-            f"of size: of the outputs' own root mean square, {change.size:.3g}",
+            f"the outputs' own (size) is {change.size:.3g}",
         ]
         if change.on != "samples":
             lines.append("real rows tell more: --samples x.npy")

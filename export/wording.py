@@ -5,7 +5,8 @@ This module knows neither of the two, and draws nothing.
 
 import math
 
-from kan_bundle.manifest import Manifest
+from kan_bundle.manifest import ChangeRecord, Manifest
+from kan_bundle.scores import ExpectedRecord, ScoreRecord
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _LEAST_SHARE = 1e-5  # that is told
@@ -16,6 +17,34 @@ ROWS = {
     "random": "random rows",
 }
 """What a change was measured on, as `ChangeRecord.on` says."""
+
+
+def change_sentence(change: ChangeRecord) -> str:
+    """Say how far the answers of an approximation are from the checkpoint's."""
+    where = "rows" if change.on == "samples" else ROWS[change.on]
+    same = "" if change.same_argmax is None else f"; same argmax on {percent(change.same_argmax)}"
+    size_of_outputs = f"; outputs are {change.size:.3g} in size" if change.size > 0 else ""
+    return (
+        f"changes the outputs on {change.rows:,} {where} by at most {change.largest:.3g}, "
+        f"typically {change.typical:.3g}{same}{size_of_outputs}"
+    )
+
+
+def expected_sentence(expected: ExpectedRecord) -> str:
+    """Say how close answers are to those expected."""
+    return (
+        f"answers as expected on {expected.rows:,} rows, off by at most {expected.largest:.2g} "
+        f"where outputs are up to {expected.size:.3g}"
+    )
+
+
+def score_words(score: ScoreRecord) -> str:
+    """Say how good answers are by targets."""
+    if score.accuracy is not None:
+        return f"accuracy {percent(score.accuracy)}"
+    if score.rmse is None or score.mae is None:
+        return "no row is answered with numbers"
+    return f"RMSE {score.rmse:.4g}, MAE {score.mae:.4g}"
 
 
 def largest_excess(manifest: Manifest) -> tuple[float, int]:

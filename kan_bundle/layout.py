@@ -190,7 +190,20 @@ class Staging:
         self._root = root
         self._target = target
 
-    def publish(self, config: str, *, force: bool) -> bool:
+    def keeps_config(self, config: str, *, force: bool) -> bool:
+        """Tell whether there is a `config.pbtxt` that `publish` keeps, and that differs.
+
+        Args:
+            config: Text of `config.pbtxt`.
+            force: As in `publish`.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        there = self._target.path.parent / CONFIG_FILE
+        return there.exists() and not force and there.read_bytes() != config.encode()
+
+    def publish(self, config: str, *, force: bool) -> None:
         """Move the version into the repository.
 
         An existing `config.pbtxt` is kept, because its owner may have tuned it, unless forced.
@@ -198,9 +211,6 @@ class Staging:
         Args:
             config: Text of `config.pbtxt`.
             force: Whether an existing version and configuration may be replaced.
-
-        Returns:
-            Whether a different `config.pbtxt` was there and kept.
 
         Raises:
             LayoutError: The version exists and `force` is off.
@@ -211,7 +221,6 @@ class Staging:
         config_path = target.parent / CONFIG_FILE
         wanted = config.encode()
         keep = config_path.exists() and not force
-        differs = keep and config_path.read_bytes() != wanted
         staged = self._root / CONFIG_FILE
         staged.write_bytes(wanted)  # before the version is seen: a disk may fill
 
@@ -228,7 +237,6 @@ class Staging:
             raise
         if not keep:
             staged.replace(config_path)
-        return differs
 
     def close(self) -> None:
         """Clear away what was not published, and put back what it was to replace."""

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 
 from kan_bundle.errors import ManifestError
 from kan_bundle.layout import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, open_regular
+from kan_bundle.scores import ExpectedRecord, TargetsRecord
 
 FORMAT: Literal[2] = 2
 """Version of the bundle's format that is written."""
@@ -271,11 +272,13 @@ class Manifest:
         approximation: Distance of the quantised network from the checkpoint; None in fp32. Parity
             is then that with the quantised network.
         activation_assumed: Whether the base activation is a default that neither the file nor its
-            user has named.
+            user has named, and no expected answers have confirmed.
         lossy_operators: Operators of the ONNX file that onnxruntime answers NaN in with numbers, as
             `MaxPool (features.2)`. Rows with NaN are then answered by NaN, by a guard in the graph,
             or must be rejected, as the inputs say.
         torchscript_omitted: Why the bundle has no TorchScript file; None if it has one.
+        expected: The answers that the network was compared with; None if none were given.
+        targets: What checkpoint and files were scored by, an output each.
     """
 
     format: Literal[1, 2]
@@ -297,6 +300,8 @@ class Manifest:
     activation_assumed: bool = False
     lossy_operators: tuple[str, ...] = ()
     torchscript_omitted: str | None = None
+    expected: ExpectedRecord | None = None
+    targets: tuple[TargetsRecord, ...] = ()
 
 
 _ADAPTER = TypeAdapter(Manifest)

@@ -23,7 +23,9 @@ def target(root: Path, version: int = 1) -> BundleFolder:
 def publish(place: BundleFolder, content: str, config: str = "config", force: bool = False) -> bool:
     with staging(place) as stage:
         (stage.path / "file").write_text(content)
-        return stage.publish(config, force=force)
+        keeps = stage.keeps_config(config, force=force)
+        stage.publish(config, force=force)
+        return keeps
 
 
 @pytest.mark.parametrize("name", ["digits", "a", "VGG16-kan_v2.1", "0x"])

@@ -38,7 +38,7 @@ def test_a_pruned_version_is_not_called_the_checkpoint(
 ) -> None:
     torch.manual_seed(0)
     network = describe_network(KAN([4, 6, 2]).eval(), None)
-    written, pruning = prune_network(network, 0.3)
+    network, written, pruning = prune_network(network, 0.3)
     zeroed = sum(layer.zeroed for layer in pruning.layers)
     manifest = read_manifest(repository / UNIFORM.name / "1")
     layers = tuple(replace(manifest.layers[0], name=name) for name in written.layers)

@@ -22,19 +22,19 @@ from kan_model import KAN, KANLinear
 from kan_model.splines import b_spline_basis
 from tests import oracle
 from tests.conftest import GOLDENS, run_module
-from tests.edges import WithKAN, arrays, uneven, within, zeroed
+from tests.edges import WithKAN, arrays, pruned, uneven, within, zeroed
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
 
 
 @pytest.mark.parametrize("threshold", [1e-3, 0.03, 0.1])
-def test_the_files_compute_the_network_with_zeros_for_the_edges_left_out(
+def test_the_files_compute_the_network_with_means_for_the_edges_left_out(
     tmp_path: Path, quiet: Report, threshold: float
 ) -> None:
     kan = uneven([5, 7, 3])
     export_module(kan, name="m", output=tmp_path, prune=threshold, report=quiet)
     x = within(kan)
-    expected = oracle.kan(zeroed(kan, threshold), x, oracle.silu)
+    expected = pruned(kan, threshold, x)
     assert np.abs(expected - oracle.kan(arrays(kan), x, oracle.silu)).max() > 1e-4
     folder = tmp_path / "m" / "1"
     runs = (
@@ -60,12 +60,12 @@ def test_importance_is_measured_on_the_samples_that_reach_a_layer(
     assert [layer.zeroed for layer in done.pruning.layers] == [
         int((state[f"layers.{i}.base_weight"] == 0).sum()) for i in range(2)
     ]
-    expected = oracle.kan(state, samples.numpy(), oracle.silu)
+    expected = pruned(kan, 0.01, samples.numpy(), samples)
     before = oracle.kan(arrays(kan), samples.numpy(), oracle.silu)
     change = done.pruning.change
     assert (change.on, change.rows) == ("samples", 50)
-    assert change.largest == pytest.approx(np.abs(expected - before).max(), rel=1e-9)
-    assert change.typical == pytest.approx(np.sqrt(((expected - before) ** 2).mean()), rel=1e-9)
+    assert change.largest == pytest.approx(np.abs(expected - before).max(), rel=1e-6)
+    assert change.typical == pytest.approx(np.sqrt(((expected - before) ** 2).mean()), rel=1e-6)
     assert change.size == pytest.approx(np.sqrt((before**2).mean()), rel=1e-9)
     same = (expected.argmax(1) == before.argmax(1)).mean()
     assert change.same_argmax == pytest.approx(same)
@@ -156,7 +156,7 @@ def test_fewer_bits_are_compared_with_the_pruned_network(
     export_module(kan, name="m", output=tmp_path, prune=0.1, precision=precision, report=quiet)  # type: ignore[arg-type]
     x = within(kan)
     found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
-    expected = oracle.kan(zeroed(kan, 0.1), x, oracle.silu)
+    expected = pruned(kan, 0.1, x)
     size = np.abs(expected).max(axis=0)
     assert (np.abs(found - expected) <= 0.1 * size).all()
 
@@ -167,7 +167,7 @@ def test_a_float64_checkpoint_is_pruned_in_both_precisions(tmp_path: Path, quiet
     assert done.pruning is not None
     assert done.pruning.layers[0].zeroed > 0
     x = within(kan)
-    expected = oracle.kan(zeroed(kan, 0.05), x, oracle.silu)
+    expected = pruned(kan, 0.05, x)
     found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
     assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
 
@@ -183,8 +183,7 @@ def test_kan_layers_inside_a_network_are_pruned(tmp_path: Path, quiet: Report) -
     assert [layer.name for layer in done.pruning.layers] == ["head.layers.0", "head.layers.1"]
     assert done.pruning.nodes_removed is None
     hidden = torch.tanh(network.before(torch.from_numpy(x))).detach()
-    state = zeroed(network.head, 0.05, hidden)
-    expected = oracle.kan(state, hidden.numpy(), oracle.silu) + 1
+    expected = pruned(network.head, 0.05, hidden.numpy(), hidden) + 1
     found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
     assert (np.abs(found - expected) <= 2e-5 * np.maximum(1, np.abs(expected))).all()
     assert done.pruning.change.largest > 1e-4
@@ -220,7 +219,7 @@ def test_a_layer_whose_weights_are_buffers_is_pruned_too(tmp_path: Path, quiet: 
     assert done.pruning.change.largest > 1e-4
     kan = uneven([4, 3])
     x = within(kan)
-    expected = oracle.kan(zeroed(kan, 0.3), x, oracle.silu)
+    expected = pruned(kan, 0.3, x)
     found = load_onnx(tmp_path / "m" / "1" / "model.onnx")([x])[0]
     assert (np.abs(found - expected) <= 1e-5 * np.maximum(1, np.abs(expected))).all()
 

@@ -14,7 +14,7 @@ from export.sparsity import THRESHOLDS, prune_further, prune_network
 from kan_model.inspection import inspect_checkpoint
 from tests import oracle
 from tests.conftest import GOLDENS, run_module
-from tests.edges import WithKAN, arrays, uneven, within, zeroed
+from tests.edges import WithKAN, arrays, pruned, uneven, within, zeroed
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
 
@@ -29,15 +29,14 @@ def test_the_table_is_what_an_export_would_find() -> None:
         assert step.zeroed == sum(
             int((state[f"layers.{i}.base_weight"] == 0).sum()) for i in range(2)
         )
-        alone = prune_network(describe_network(uneven([5, 7, 3]), None), step.threshold)[1]
+        alone = prune_network(describe_network(uneven([5, 7, 3]), None), step.threshold)[2]
         assert alone.change == step.change
         assert step.change is not None
         assert step.change.on == "grid"
     changes = [step.change.largest for step in found if step.change is not None]
     assert changes == sorted(changes)
     assert changes[0] == 0
-    state = zeroed(kan, THRESHOLDS[-1])
-    off = np.abs(oracle.kan(state, x, oracle.silu) - oracle.kan(arrays(kan), x, oracle.silu))
+    off = np.abs(pruned(kan, THRESHOLDS[-1], x) - oracle.kan(arrays(kan), x, oracle.silu))
     assert off.max() == pytest.approx(changes[-1], rel=0.5)  # on other random rows
 
 
@@ -63,13 +62,13 @@ def test_why_no_node_is_taken_out_is_told() -> None:
         for layer in (kan.layers[0], network.head.layers[1]):
             layer.base_weight[:, 2] = 0
             layer.spline_weight[:, 2] = 0
-    _, stays = prune_network(describe_network(kan, None), 0.0)
+    _, _, stays = prune_network(describe_network(kan, None), 0.0)
     assert stays.nodes_removed == (0, 0, 0)
     told = "\n".join(tables.pruning_lines(stays))
     assert "7 of 56 edges left out" in told
     assert "no hidden one is idle, and at most half of the inputs are" in told
     inputs = read_inputs("3", None)
-    _, inside = prune_network(describe_network(network, inputs), 0.0)
+    _, _, inside = prune_network(describe_network(network, inputs), 0.0)
     told = "\n".join(tables.pruning_lines(inside))
     assert "2 of 36 edges left out" in told
     assert "no node is taken out, because that is done in a KAN alone" in told

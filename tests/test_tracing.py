@@ -16,7 +16,7 @@ from export.conversion.onnx_graph import write_onnx
 from export.conversion.torchscript import write_torchscript
 from export.inputs import read_inputs
 from export.network import describe_network
-from export.parts import restored_attributes
+from export.parts import restored_attributes, swapped
 from kan_model import KANLinear
 from tests.networks import written
 

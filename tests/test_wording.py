@@ -1,15 +1,20 @@
 """What the terminal and the report say of the same numbers."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser
 from rich.console import Console
 
-from export import tables
-from export.wording import percent, seconds, size
-from kan_bundle.manifest import read_manifest
+from export import export_module, tables
+from export.contract import make_manifest
+from export.report import Report
+from export.wording import change_sentence, percent, seconds, size
+from kan_bundle.manifest import ChangeRecord, Manifest, read_manifest
+from kan_model import KAN
 from tests.browsing import shown as opened_page
 from tests.conftest import STATE_DICTS, Golden
 
@@ -89,3 +94,43 @@ def test_the_pages_script_writes_shares_as_the_rest_does(
     with opened_page(browser, repository / STATE_DICTS[0].name / "1" / "report.html") as page:
         for share, words in SHARES:
             assert page.evaluate("percent", share) == words
+
+
+CHANGE = ChangeRecord(
+    on="samples", rows=397, largest=0.01951, typical=0.00652, size=1.25, same_argmax=1.0
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            CHANGE,
+            "changes the outputs on 397 rows by at most 0.0195, typically 0.00652; same argmax on "
+            "100 %; outputs are 1.25 in size",
+        ),
+        (
+            replace(CHANGE, on="grid", rows=1024, same_argmax=None, size=0.0),
+            "changes the outputs on 1,024 random rows within the grid by at most 0.0195, typically "
+            "0.00652",
+        ),
+    ],
+)
+def test_a_change_is_told_in_one_sentence(change: ChangeRecord, words: str) -> None:
+    assert change_sentence(change) == words
+
+
+def test_what_fewer_bits_change_is_told_on_terminal_and_page(
+    tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_change(*given: Any, **named: Any) -> Manifest:
+        return replace(make_manifest(*given, **named), approximation=CHANGE)
+
+    monkeypatch.setattr("export.pipeline.make_manifest", with_change)
+    manifest = export_module(KAN([3, 2]), name="m", output=tmp_path, precision="fp16", report=quiet)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(tables.result(manifest, "models/m/1", 1.0))
+    assert f"fp16        {change_sentence(CHANGE)}" in shown.get()
+    page = (tmp_path / "m" / "1" / "report.html").read_text()
+    assert f"fp16, which {change_sentence(CHANGE)}" in page

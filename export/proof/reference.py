@@ -330,9 +330,8 @@ def _sensitivity(
         return evaluate(call, inputs, rows_at_once, means.dtype)
 
     alike = _group_by_magnitude(probes)
-    numbers: NDArray[np.bool_] = np.isfinite(outputs).any(axis=1)  # NaN has no noise
     some = Probes(probes.inputs, alike).evenly(_ROWS_WITH_NOISE)
-    some = some[numbers[some]]
+    some = some[np.isfinite(outputs[some]).any(axis=1)]  # NaN has no noise
     moved = np.zeros((len(some), outputs.shape[1]))
     if len(some):
         given = probes.take(some).inputs

@@ -36,7 +36,14 @@ from export.report_page.diagram import BOX, Diagram, make_diagram
 from export.report_page.diagram import WIDTH as DIAGRAM_WIDTH
 from export.report_page.distribution import distribute
 from export.report_page.embedding import LayerData, embed, share_room
-from export.wording import ROWS, largest_excess, percent, seconds, size
+from export.wording import (
+    change_sentence,
+    expected_sentence,
+    largest_excess,
+    percent,
+    seconds,
+    size,
+)
 from kan_bundle.layout import MODEL_FILE, WEIGHTS_FILE
 from kan_bundle.manifest import Manifest, PruningRecord
 from kan_model import KANLinear
@@ -55,7 +62,7 @@ class Exported:
         deviations: Of each runtime.
         benchmark: Of each runtime; None if nothing was timed.
         variants: Manifests of the versions of the same checkpoint that are in the repository.
-        warnings: What the user was told to act on.
+        warnings: What the user should act on.
     """
 
     manifest: Manifest
@@ -155,13 +162,10 @@ def _pruned(pruning: PruningRecord | None) -> list[str]:
     """Say what leaving out edges changed, if any were."""
     if pruning is None:
         return []
-    change = pruning.change
     before = f", of which {pruning.already:,} had no weight before" if pruning.already else ""
     return [
         f"{_left_out(pruning)} were left out{before}, of importance up to {pruning.threshold:g} of "
-        f"the largest in their layer: at {change.rows:,} {ROWS[change.on]} the answers change "
-        f"by {change.typical:.2g} (root mean square; at most {change.largest:.2g}), where outputs "
-        f"are {change.size:.2g} in size"
+        f"the largest in their layer: that {change_sentence(pruning.change)}"
     ]
 
 
@@ -241,6 +245,9 @@ def _environment() -> Environment:
         "size": size,
         "seconds": seconds,
         "shape": shown,
+        "four": lambda value: f"{value:.4g}",
+        "expected": expected_sentence,
+        "change": change_sentence,
     }
     return environment
 
