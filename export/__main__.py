@@ -151,6 +151,7 @@ def _export(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
         prune=arguments.prune,
         inline=arguments.inline,
         benchmark=arguments.benchmark,
+        torchscript=arguments.torchscript or "auto",
         sign_key=arguments.sign_key,
         sign_password=_read_password(arguments.sign_password_file),
         force=arguments.force,

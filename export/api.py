@@ -14,7 +14,7 @@ from export.conversion.onnx_graph import DEFAULT_OPSET
 from export.errors import InputError
 from export.inputs import Samples, Shapes, read_inputs
 from export.network import copy_module
-from export.options import check_options
+from export.options import TorchScript, check_options
 from export.pipeline import size_of, write_bundle
 from export.report import Report
 from kan_bundle.integrity import record_file
@@ -39,6 +39,7 @@ def export_checkpoint(
     prune: float | None = None,
     inline: bool = False,
     benchmark: bool = False,
+    torchscript: TorchScript = "auto",
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
@@ -68,6 +69,8 @@ def export_checkpoint(
         inline: Write KANLinear layers as standard operators alone, for runtimes that do not know
             model-local functions.
         benchmark: Time every runtime at several batch sizes, for the report.
+        torchscript: `on` demands a TorchScript file, `off` leaves it out, `auto` writes it unless
+            only TorchScript fails, and then warns with the reason.
         sign_key: PEM file of the private key to sign the bundle with; None leaves it unsigned.
         sign_password: What that file is encrypted with, if it is.
         force: Whether an existing version may be replaced.
@@ -99,6 +102,7 @@ def export_checkpoint(
         prune=prune,
         inline=inline,
         benchmark=benchmark,
+        torchscript=torchscript,
         sign_key=sign_key,
         sign_password=sign_password,
         force=force,
@@ -131,6 +135,7 @@ def export_module(
     prune: float | None = None,
     inline: bool = False,
     benchmark: bool = False,
+    torchscript: TorchScript = "auto",
     sign_key: Path | str | None = None,
     sign_password: str | None = None,
     force: bool = False,
@@ -151,6 +156,7 @@ def export_module(
         prune: As above.
         inline: As above.
         benchmark: As above.
+        torchscript: As above.
         sign_key: As above.
         sign_password: As above.
         force: As above.
@@ -179,6 +185,7 @@ def export_module(
         prune=prune,
         inline=inline,
         benchmark=benchmark,
+        torchscript=torchscript,
         sign_key=sign_key,
         sign_password=sign_password,
         force=force,

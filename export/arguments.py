@@ -49,6 +49,7 @@ for programs and for others:
 
 _EXPORT_ONLY = (
     *("--name", "--version", "--opset", "--precision", "--prune", "--inline", "--benchmark"),
+    "--torchscript",
     *("--output", "--sign-key", "--sign-password-file", "--force", "--quiet"),
 )
 _OTHER_PRECISIONS = {
@@ -238,6 +239,12 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write KAN layers as standard operators alone, for runtimes that do not know "
         "model-local functions; such a file cannot run fused",
+    )
+    group.add_argument(
+        "--torchscript",
+        choices=["auto", "on", "off"],
+        help="on demands a TorchScript file, off leaves it out; auto leaves it out where only "
+        "TorchScript fails, with a warning (default: auto)",
     )
 
 

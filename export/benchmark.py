@@ -9,19 +9,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from export.network import Call
 from export.probes import ORDINARY, Probes
-from export.proof.parity import Runner
+from export.runtimes import Runner
 
 BATCHES = (1, 16, 256, 1024)
 
@@ -78,16 +74,6 @@ def benchmark(runtimes: Mapping[str, Callable[[], Runner]], probes: Probes) -> B
         del run
         gc.collect()  # a runtime's own cycles would keep it beside the next one
     return Benchmark(_machine(), tuple(speeds))
-
-
-def eager_runner(call: Call) -> Runner:
-    """Run a network as its author wrote it, in PyTorch."""
-
-    def run(inputs: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
-        with torch.no_grad():
-            return [y.numpy() for y in call(*map(torch.from_numpy, inputs))]
-
-    return run
 
 
 def _time(runtime: str, rows: int, call: Callable[[], object]) -> Speed:

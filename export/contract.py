@@ -10,10 +10,10 @@ import torch
 
 import kan_ops
 from export.conversion.lowering import Choice, can_be_operator
-from export.conversion.precision import TOLERANCE
 from export.network import Network
+from export.proof.check import Checked
 from export.proof.parity import Measurement
-from export.proof.reference import Reference
+from export.proof.reference import RELATIVE_TOLERANCE
 from kan_bundle import __version__
 from kan_bundle.layout import BundleFolder
 from kan_bundle.manifest import (
@@ -38,8 +38,7 @@ def make_manifest(
     layers: tuple[LayerRecord, ...],
     precision: Precision,
     pruning: PruningRecord | None,
-    reference: Reference,
-    measured: Sequence[Measurement],
+    checked: Checked,
     files: Mapping[str, FileRecord],
 ) -> Manifest:
     """Write down what was exported, and how far each runtime was from the reference."""
@@ -54,11 +53,12 @@ def make_manifest(
         input_range=_input_range(network),
         inputs=network.inputs.specs,
         outputs=network.outputs,
-        reference=reference.precision,
+        reference=checked.reference.precision,
         files=dict(files),
-        parity=tuple(_parity_record(m, precision) for m in measured),
+        parity=tuple(_parity_record(m) for m in checked.measured),
         versions=_versions(),
         pruning=pruning,
+        lossy_operators=checked.lossy,
     )
 
 
@@ -106,13 +106,13 @@ def metadata_props(
     return notes
 
 
-def _parity_record(m: Measurement, precision: Precision) -> ParityRecord:
+def _parity_record(m: Measurement) -> ParityRecord:
     return ParityRecord(
         runtime=m.runtime,
         max_absolute=m.max_absolute,
         max_relative=m.max_relative,
         max_ulp=m.max_ulp,
-        tolerance=TOLERANCE[precision],
+        tolerance=RELATIVE_TOLERANCE,
         excess=m.excess,
         probes=m.rows,
         same_argmax=m.same_argmax,

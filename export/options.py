@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from export.conversion.onnx_graph import check_opset
 from export.conversion.precision import check_precision
+from export.errors import InputError
 from export.signing import Signer, read_signer
 from export.sparsity import check_threshold
 from kan_bundle.layout import BundleFolder, check_name, check_version, next_version, require_place
 from kan_bundle.manifest import Precision
+
+TorchScript = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Options:
         prune: Largest importance of the edges to leave out, as a share; None leaves out none.
         inline: Whether layers are written as standard operators alone.
         benchmark: Whether every runtime is timed.
+        torchscript: Whether a TorchScript file is demanded, left out, or written where it is right.
         signer: Signs the bundle; None leaves it unsigned.
     """
 
@@ -33,6 +38,7 @@ class Options:
     prune: float | None
     inline: bool
     benchmark: bool
+    torchscript: TorchScript
     signer: Signer | None
 
 
@@ -46,6 +52,7 @@ def check_options(
     prune: float | None,
     inline: bool,
     benchmark: bool,
+    torchscript: TorchScript,
     sign_key: Path | str | None,
     sign_password: str | None,
     force: bool,
@@ -72,5 +79,15 @@ def check_options(
         prune=None if prune is None else check_threshold(prune),
         inline=inline,
         benchmark=benchmark,
+        torchscript=_check_torchscript(torchscript),
         signer=signer,
+    )
+
+
+def _check_torchscript(choice: str) -> TorchScript:
+    for known in get_args(TorchScript):
+        if choice == known:
+            return known  # type: ignore[no-any-return]
+    raise InputError(
+        f"--torchscript: expected {', '.join(get_args(TorchScript))}, found {choice!r}"
     )

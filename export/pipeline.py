@@ -4,42 +4,36 @@ Everything is written to a staging folder and compared there, from the files as 
 bundle that passed becomes visible in the repository.
 """
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 import kan_ops
-from export.benchmark import Benchmark, benchmark, eager_runner
+from export.benchmark import Benchmark, benchmark
 from export.contract import describe_layers, make_manifest, metadata_props
-from export.conversion.lowering import Choice, choose_forms, lowered
-from export.conversion.onnx_graph import load_onnx, write_onnx
-from export.conversion.precision import TOLERANCE
-from export.conversion.torchscript import load_torchscript, write_torchscript
-from export.errors import InputError, cause
+from export.conversion.lowering import LoweredKANLinear, choose_forms, lower_layers
+from export.conversion.nan_guard import add_nan_guard
+from export.conversion.onnx_graph import write_onnx
+from export.conversion.precision import COARSEST
+from export.conversion.simulation import simulate
+from export.conversion.torchscript import write_torchscript
+from export.errors import ConversionError, InputError, ParityError, cause
 from export.inputs import Inputs
 from export.network import Network, describe_network, example
 from export.options import Options
-from export.proof.parity import (
-    Measurement,
-    Runner,
-    choose_golden,
-    measure,
-    rows_to_run,
-    run_probes,
-    swallow_nan,
-)
+from export.parts import swapped
+from export.proof.check import ONNXRUNTIME, TORCHSCRIPT, Runtimes, check_files, free_cycles
+from export.proof.parity import choose_golden, require_tensors
 from export.proof.reference import Reference, make_reference
 from export.proof.verdict import require_golden, require_parity
 from export.report import Report
 from export.report_page.deviation import describe_deviations
 from export.report_page.rendering import Exported, render_page
 from export.report_page.variants import find_variants
-from export.sparsity import prune_network
+from export.runtimes import Runner, load_eager, load_onnx, load_torchscript
+from export.sparsity import measure_change, prune_network
 from export.triton import render_config
 from kan_bundle.golden import side_by_side, write_golden
 from kan_bundle.integrity import record_file
@@ -51,12 +45,7 @@ from kan_bundle.layout import (
     TORCHSCRIPT_FILE,
     staging,
 )
-from kan_bundle.manifest import LayerRecord, Manifest, Source, write_manifest
-
-_Runtimes = Mapping[str, Callable[[], Runner]]
-"""What loads each runtime, by its name; one is loaded at a time, where memory is short."""
-
-_LARGE_BYTES = 2**26  # of weights, of which a process can well hold a few
+from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, Source, write_manifest
 
 
 def write_bundle(
@@ -73,7 +62,7 @@ def write_bundle(
         inputs: What it takes; None for a KAN.
         options: What is asked for.
         source: The checkpoint it was read from, if it was.
-        report: Is told each stage, the measurements and the warnings.
+        report: Receives each stage, the measurements and the warnings.
 
     Raises:
         ExportError: As `export_module` says.
@@ -98,12 +87,33 @@ def write_bundle(
     folder = options.folder
     notes = metadata_props(folder.name, source, layers, pruning)
     with staging(folder) as place:
-        layers = _write_files(written, choices, layers, notes, place.path, options, report)
-        _free_cycles(network)  # the converters leave some that hold every weight
+        lowered = lower_layers(written, choices, options.precision)
+        with swapped(written.call, lowered), report.stage(f"write {MODEL_FILE}"):
+            fused = _write_onnx(written, notes, place.path, options)
+        layers = tuple(
+            layer if layer.name in fused else replace(layer, operator=None) for layer in layers
+        )
+        with swapped(written.call, lowered), report.stage(f"write {TORCHSCRIPT_FILE}"):
+            omitted = _write_torchscript(written, notes, place.path, options)
+        approximation: ChangeRecord | None = None
+        if options.precision != "fp32":
+            network, approximation = _approximate(network, written, lowered, options, report)
+        del lowered
+        free_cycles(network)  # the converters leave some that hold every weight
 
         reference = _compute_reference(network, report)
-        runtimes = _list_runtimes(place.path, layers, report)
-        reference, found, measured = _compare(network, runtimes, reference, options, report)
+        runtimes = _list_runtimes(place.path, layers, omitted is None, report)
+        optional = TORCHSCRIPT if options.torchscript == "auto" else None
+        checked = check_files(
+            network, reference, runtimes, place.path / MODEL_FILE, add_nan_guard, report, optional
+        )
+        omitted = checked.dropped.get(TORCHSCRIPT, omitted)
+        if omitted is not None:
+            (place.path / TORCHSCRIPT_FILE).unlink(missing_ok=True)
+            runtimes = {name: load for name, load in runtimes.items() if name != TORCHSCRIPT}
+            if options.torchscript == "auto":
+                report.warn(f"the bundle has no {TORCHSCRIPT_FILE}: {omitted}")
+        network, reference, measured = checked.network, checked.reference, checked.measured
         report.parity(
             measured,
             reference.precision,
@@ -111,24 +121,30 @@ def write_bundle(
             pruned=pruning is not None,
             far=network.leading is not None,
         )
-        require_parity(measured, network, options.precision)
+        require_parity(measured, network)
 
         golden = choose_golden(reference)
         with report.stage("replay what the server will replay"):
             for runtime, load in runtimes.items():
                 if runtime.startswith("onnxruntime"):
-                    require_golden(golden, side_by_side(load()(golden.inputs)))
+                    answers = load()(golden.inputs)
+                    require_tensors(runtime, answers, network.outputs, len(golden.outputs))
+                    require_golden(golden, side_by_side(answers))
         timed: Benchmark | None = None
         if options.benchmark:
             with report.stage("time every runtime"):
-                all_runtimes = {"eager": lambda: eager_runner(network.call), **runtimes}
+                all_runtimes = {"eager": lambda: load_eager(network.call), **runtimes}
                 timed = benchmark(all_runtimes, reference.probes)
         write_golden(golden, place.path / GOLDEN_FILE)
         paths = sorted(place.path.iterdir())
         with report.stage("hash the files", sum(map(size_of, paths))) as advance:
             files = {file.name: record_file(file, advance) for file in paths}
-        manifest = make_manifest(
-            folder, source, network, layers, options.precision, pruning, reference, measured, files
+        manifest = replace(
+            make_manifest(
+                folder, source, network, layers, options.precision, pruning, checked, files
+            ),
+            approximation=approximation,
+            torchscript_omitted=omitted,
         )
         with report.stage(f"write {REPORT_FILE}"):
             manifest = _with_page(
@@ -136,7 +152,7 @@ def write_bundle(
                 lambda: Exported(
                     manifest,
                     network,
-                    describe_deviations(network, reference, found, measured),
+                    describe_deviations(network, reference, checked.found, measured),
                     timed,
                     find_variants(folder, source, options.precision, pruning),
                     report.warnings,
@@ -158,51 +174,82 @@ def write_bundle(
     return manifest
 
 
-def _free_cycles(network: Network) -> None:
-    """Free what cycles hold of a large network. Looking for them takes a quarter of a second."""
-    tensors = (*network.call.parameters(), *network.call.buffers())
-    if sum(tensor.nbytes for tensor in tensors) > _LARGE_BYTES:
-        gc.collect()
-
-
 def size_of(path: Path) -> int:
     """Count the bytes of a file, if it can be read."""
     return path.stat().st_size if path.is_file() else 0
 
 
-def _write_files(
+def _write_onnx(
     network: Network,
-    choices: Mapping[str, Choice],
-    layers: Sequence[LayerRecord],
     notes: Mapping[str, str],
     folder: Path,
     options: Options,
-    report: Report,
-) -> tuple[LayerRecord, ...]:
-    """Write the two artefacts.
+) -> frozenset[str]:
+    """Write the ONNX file of a network whose layers are in their exported form.
 
     Returns:
-        The layers, with no operator for those that the graph does not call.
+        The names of the layers that are nodes of the fused operator.
     """
-    with lowered(network, choices, options.precision) as call:
-        rows = example(network.inputs, 2)
-        with report.stage(f"write {MODEL_FILE}"):
-            fused = write_onnx(
-                call,
-                rows,
-                [spec.name for spec in network.inputs.specs],
-                [spec.name for spec in network.outputs],
-                folder / MODEL_FILE,
-                options.folder.name,
-                notes,
-                options.opset,
-                inline=options.inline,
-            )
-        with report.stage(f"write {TORCHSCRIPT_FILE}"):
-            write_torchscript(call, rows, folder / TORCHSCRIPT_FILE, notes)
-    return tuple(
-        layer if layer.name in fused else replace(layer, operator=None) for layer in layers
+    return write_onnx(
+        network.call,
+        example(network.inputs, 2),
+        [spec.name for spec in network.inputs.specs],
+        [spec.name for spec in network.outputs],
+        folder / MODEL_FILE,
+        options.folder.name,
+        notes,
+        options.opset,
+        inline=options.inline,
     )
+
+
+def _write_torchscript(
+    network: Network, notes: Mapping[str, str], folder: Path, options: Options
+) -> str | None:
+    """Write the TorchScript file of a network whose layers are in their exported form.
+
+    Returns:
+        Why there is none; None if there is one.
+
+    Raises:
+        ConversionError: The network cannot be converted, and TorchScript is demanded.
+    """
+    if options.torchscript == "off":
+        return "--torchscript off"
+    try:
+        write_torchscript(
+            network.call, example(network.inputs, 2), folder / TORCHSCRIPT_FILE, notes
+        )
+    except ConversionError as error:
+        if options.torchscript == "on":
+            raise
+        return str(error)
+    return None
+
+
+def _approximate(
+    network: Network,
+    written: Network,
+    lowered: Mapping[nn.Module, LoweredKANLinear],
+    options: Options,
+    report: Report,
+) -> tuple[Network, ChangeRecord]:
+    """Simulate the network with rounded weights, and measure what rounding changes.
+
+    Raises:
+        ParityError: It changes too much.
+    """
+    with report.stage(f"simulate {options.precision}"):
+        simulated = simulate(written, lowered)
+        change = measure_change(network, simulated)
+    if change.typical > COARSEST[options.precision] * change.size:
+        raise ParityError(
+            f"{options.precision} is too coarse for this model, nothing was published: the outputs "
+            f"change by {change.typical:.3g} (root mean square), where their own size is "
+            f"{change.size:.3g}; expected at most {COARSEST[options.precision]:.1%} of it. Choose "
+            "a --precision of more bits"
+        )
+    return simulated, change
 
 
 def _compute_reference(network: Network, report: Report) -> Reference:
@@ -221,10 +268,12 @@ def _compute_reference(network: Network, report: Report) -> Reference:
     return reference
 
 
-def _list_runtimes(folder: Path, layers: Sequence[LayerRecord], report: Report) -> _Runtimes:
+def _list_runtimes(
+    folder: Path, layers: Sequence[LayerRecord], torchscript: bool, report: Report
+) -> Runtimes:
     """List what the files of a bundle are run by here."""
     model, script = folder / MODEL_FILE, folder / TORCHSCRIPT_FILE
-    runtimes: dict[str, Callable[[], Runner]] = {"onnxruntime cpu": lambda: load_onnx(model)}
+    runtimes: dict[str, Callable[[], Runner]] = {ONNXRUNTIME: lambda: load_onnx(model)}
     if any(layer.operator for layer in layers):
         if kan_ops.library_path() is None:
             report.warn(
@@ -232,41 +281,10 @@ def _list_runtimes(folder: Path, layers: Sequence[LayerRecord], report: Report) 
                 f"operators. {kan_ops.NOT_BUILT}"
             )
         else:
-            runtimes["onnxruntime cpu, fused"] = lambda: load_onnx(model, fused=True)
-    runtimes["torchscript"] = lambda: load_torchscript(script)
+            runtimes[f"{ONNXRUNTIME}, fused"] = lambda: load_onnx(model, fused=True)
+    if torchscript:
+        runtimes[TORCHSCRIPT] = lambda: load_torchscript(script)
     return runtimes
-
-
-def _compare(
-    network: Network, runtimes: _Runtimes, reference: Reference, options: Options, report: Report
-) -> tuple[Reference, Mapping[str, NDArray[np.float64]], Sequence[Measurement]]:
-    """Run every probe in every runtime, and measure the answers.
-
-    Returns:
-        What is right at the probes that can be compared, and of each runtime and of eager the
-        answers to them and how far off they are.
-    """
-    found: Mapping[str, NDArray[np.float64]] = {"eager": reference.eager}
-    total = len(runtimes) * rows_to_run(reference)
-    with report.stage("compare the files as written", total) as advance:
-        for runtime, load in runtimes.items():
-            found = {**found, runtime: run_probes(load(), reference, advance)}
-            _free_cycles(network)  # of a runtime, before the next one is loaded
-    if network.kan is None and (swallowed := swallow_nan(found, reference)).any():
-        report.warn(
-            f"onnxruntime gives numbers for {swallowed.sum()} inputs with NaN that the network "
-            "answers with NaN, because of layers other than KANLinear; they are not compared"
-        )
-        reference = reference.take(~swallowed)
-        found = {runtime: answers[:, ~swallowed] for runtime, answers in found.items()}
-    if options.precision != "fp32":
-        reference = reference.relaxed(TOLERANCE[options.precision])
-    scores = len(network.outputs) == 1 and len(network.outputs[0].shape) == 2
-    measured = [
-        measure(runtime, answers, reference, scores=scores and network.outputs[0].shape[1] > 1)
-        for runtime, answers in found.items()
-    ]
-    return reference, found, measured
 
 
 def _with_page(

@@ -5,6 +5,8 @@ beside it, past the grid where the basis fades, or far away where only the base 
 group here goes to one of those places, in every feature at once and in every feature by itself.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,7 @@ ORDINARY = ("knots", "inside", "margin", "samples", "small", "normal")
 
 _RANDOM_ROWS = 64
 _LONE_ROWS = 16
+_NAN_PLACES = 16  # of each input, in which NaN stands alone
 _FAR = (1.0, 10.0, 1e3, 1e6)  # distance from the outermost knot, in widths of the knots
 
 
@@ -132,14 +135,15 @@ def make_probes(inputs: Inputs, seed: int = 0) -> Probes:
 
     Groups: `samples` as given; `small` (uniform in [-1, 1] and a hundredth of that), `normal`
     (standard normal), `large` (ten times that), `huge` (a hundred times), constants among the small
-    ones, and `nan`. Without floating-point inputs there are the samples only.
+    ones, and `nan` (in one place of one input, or in all of it). Without floating-point inputs there are the samples only.
 
     Args:
         inputs: What the network takes.
         seed: Of the random choices.
     """
     rng = np.random.default_rng(seed)
-    sizes = {"small": 32, "normal": 32, "large": 16, "huge": 16, "nan": 8}
+    nan = _choose_nan(inputs.specs)
+    sizes = {"small": 32, "normal": 32, "large": 16, "huge": 16, "nan": len(nan)}
     if inputs.samples is not None:
         chosen = np.linspace(0, len(inputs.samples[0]) - 1, _RANDOM_ROWS).astype(int)
         chosen = np.unique(chosen)
@@ -152,8 +156,25 @@ def make_probes(inputs: Inputs, seed: int = 0) -> Probes:
         _random(spec, sizes, rng, None if inputs.samples is None else inputs.samples[i])
         for i, spec in enumerate(inputs.specs)
     ]
+    for row, (i, place) in enumerate(nan, start=len(arrays[0]) - len(nan)):
+        arrays[i][row].reshape(-1)[place] = np.nan
     probes = Probes(tuple(arrays), np.repeat(list(sizes), list(sizes.values())))
     return probes if inputs.samples is None else samples.join(probes)
+
+
+def _choose_nan(specs: Sequence[TensorSpec]) -> list[tuple[int, slice]]:
+    """Choose where NaN stands in each row of the group `nan`: an input, and places of its row.
+
+    One place at a time, from the first to the last of each input; then all of an input.
+    """
+    chosen = []
+    for i, spec in enumerate(specs):
+        if spec.datatype == "FP32":
+            size = math.prod(spec.shape[1:])
+            places = np.unique(np.linspace(0, size - 1, _NAN_PLACES).astype(int))
+            chosen += [(i, slice(place, place + 1)) for place in places.tolist()]
+            chosen.append((i, slice(None)))
+    return chosen
 
 
 def _random(
@@ -178,7 +199,4 @@ def _random(
     large = 10 * rng.standard_normal((sizes["large"], *shape))
     huge = 100 * rng.standard_normal((sizes["huge"], *shape))
     nan = rng.standard_normal((sizes["nan"], *shape))
-    flat = nan.reshape(sizes["nan"], -1)
-    flat[:-1, rng.integers(flat.shape[1])] = np.nan
-    flat[-1] = np.nan
     return np.concatenate([small, normal, large, huge, nan]).astype(np.float32)

@@ -149,11 +149,11 @@ class Report:
             far: Whether there are probes far outside of a grid.
         """
         network = "pruned network" if pruned else "network"
+        rounded = "" if precision == "fp32" else f"{precision} "
         self._table(
             *tables.parity(
                 measurements,
-                f"the {network} in {reference}",
-                precision,
+                f"the {rounded}{network} in {reference}",
                 self._console.width,
                 far=far,
             )

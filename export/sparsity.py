@@ -121,6 +121,16 @@ def prune_further(network: Network, thresholds: Sequence[float]) -> Iterator[Spa
         yield found
 
 
+def measure_change(before: Network, after: Network) -> ChangeRecord:
+    """Measure how far the answers of one network are from those of another with the same inputs.
+
+    Raises:
+        NetworkError: One of them fails on the samples.
+    """
+    rows, kind = _choose_rows(before)
+    return _compare(before, _answers(before, rows), _answers(after, rows), kind)
+
+
 def _steps(
     network: Network, thresholds: Sequence[float]
 ) -> Iterator[tuple[Sparsity, Nodes | None]]:
@@ -254,13 +264,12 @@ def _answers(network: Network, rows: Arrays) -> NDArray[np.float64]:
     """Run the network in float64, or in float32 if it insists on it."""
     batch = int(np.clip(_BATCH // max(array[0].size for array in rows), 1, LARGEST_BATCH))
     try:
+        in_single = evaluate(network.call, tuple(rows), batch)
         try:
             with in_double(network.exact) as call:
                 return evaluate(call, tuple(rows), batch, torch.float64)
-        except RuntimeError as error:
-            if "dtype" not in str(error):
-                raise
-            return evaluate(network.call, tuple(rows), batch)
+        except Exception:  # it has run in float32, so it is float64 that it does not take
+            return in_single
     except Exception as error:  # the network's own code may fail in any way
         if network.inputs.samples is not None:
             raise refused_samples(error) from error

@@ -10,13 +10,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from export.conversion.precision import TOLERANCE
 from export.inputs import shown
 from export.network import Network
 from export.proof.parity import Measurement
 from export.sparsity import Sparsity
 from export.wording import ROWS, largest_excess, percent, size
-from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, Precision, PruningRecord
+from kan_bundle.manifest import ChangeRecord, LayerRecord, Manifest, PruningRecord
 from kan_model.inspection import Inspection, LayerFacts
 from kan_model.stacks import listed, printable
 
@@ -48,7 +47,6 @@ def found_lines(network: Network, layers: Sequence[LayerRecord]) -> list[str]:
 def parity(
     measurements: Sequence[Measurement],
     reference: str,
-    precision: Precision,
     width: int,
     *,
     far: bool = False,
@@ -58,11 +56,10 @@ def parity(
     Args:
         measurements: One for each runtime.
         reference: What they were compared with.
-        precision: Of the files.
         width: Columns there are; where they are few, some figures are left to the manifest.
         far: Whether there are probes far outside of a grid.
     """
-    exact, wide = precision == "fp32", width >= _WIDE
+    wide = width >= _WIDE
     runtimes = len(measurements) - 1
     title = f"Distance from {reference}: eager, and {runtimes} runtimes"
     table = _table(title=title, title_justify="left")
@@ -71,10 +68,9 @@ def parity(
         "rows": True,
         "max abs": True,
         "max rel": wide,
-        "max ULP": wide or exact,
+        "max ULP": True,
         "from eager": wide,
         "of allowed": True,
-        "same argmax": not exact,
     }
     for header in (header for header, there in columns.items() if there):
         table.add_column(header, justify="right", no_wrap=True)
@@ -87,30 +83,22 @@ def parity(
             f"{m.max_ulp:.3g}",
             f"{m.max_from_eager:.2e}",
             percent(m.excess) if math.isfinite(m.excess) else "NaN",
-            "" if m.same_argmax is None else percent(m.same_argmax),
         )
-        right = Text("equal" if exact else "close", style="green")
+        right = Text("equal", style="green")
         table.add_row(
             m.runtime,
             *(value for value, there in zip(values, columns.values(), strict=True) if there),
             right if m.passed else Text("DIFFERS", style="bold red"),
         )
     relative = "max rel is |y - y64| / max(1, |y64|); " if wide else ""
-    units = "ULPs are float32's, at y64" if columns["max ULP"] else "max abs is |y - y64|"
-    allowed = (
-        f"allowed is {_share(precision)} of an output's size, or twice float32's noise if that is "
-        "more"
-    )
+    units = "ULPs are float32's, at y64"
+    allowed = "allowed is 1e-5 of an output's size, or twice float32's noise if that is more"
     beyond = (
         "\ninputs lie up to 10^6 widths of the knots away, where outputs are huge, and\n"
         "so are the largest errors; each output is judged by what is allowed for it"
     )
     note = Text(f"{relative}{units}\n{allowed}{beyond if far else ''}", style="dim")
     return table, Padding(note, (0, 0, 0, 2))
-
-
-def _share(precision: Precision) -> str:
-    return f"{TOLERANCE[precision]:g}".replace("e-0", "e-")
 
 
 def pruning_lines(pruning: PruningRecord) -> list[str]:
@@ -164,8 +152,9 @@ def result(
     fused = sum(layer.operator is not None for layer in manifest.layers)
     worst, runtimes = largest_excess(manifest)
     files = [f"{name} {size(file.size_bytes)}" for name, file in manifest.files.items()]
-    verdict = "equal" if manifest.precision == "fp32" else "close"
-    of = "the network" if manifest.pruning is None else "the PRUNED network"
+    pruned = "" if manifest.pruning is None else "PRUNED "
+    rounded = "" if manifest.precision == "fp32" else f" in {manifest.precision}"
+    of = f"the {pruned}network{rounded}"
     activations = ", ".join(dict.fromkeys(layer.base_activation for layer in manifest.layers))
     warning = ", ASSUMED: if it was another, every answer is wrong; name it with --activation"
     rows = {
@@ -176,7 +165,7 @@ def result(
         + (f"{fused} of them one fused node" if fused else "as standard operators")
         + ("" if manifest.precision == "fp32" else _UNFUSED),
         "activation": printable(activations) + (warning if assumed else ""),
-        "parity": f"{verdict} to {of} in {runtimes} runtimes, at most {percent(worst)} of what "
+        "parity": f"equal to {of} in {runtimes} runtimes, at most {percent(worst)} of what "
         "is allowed",
         "time": f"{seconds:.1f} s",
     }

@@ -272,6 +272,9 @@ class Manifest:
             is then that with the quantised network.
         activation_assumed: Whether the base activation is a default that neither the file nor its
             user has named.
+        lossy_operators: Operators of the ONNX file that onnxruntime answers NaN in with numbers, as
+            `MaxPool (features.2)`. Rows with NaN are then answered by NaN, by a guard in the graph,
+            or must be rejected, as the inputs say.
         torchscript_omitted: Why the bundle has no TorchScript file; None if it has one.
     """
 
@@ -292,6 +295,7 @@ class Manifest:
     pruning: PruningRecord | None = None
     approximation: ChangeRecord | None = None
     activation_assumed: bool = False
+    lossy_operators: tuple[str, ...] = ()
     torchscript_omitted: str | None = None
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.conversion.onnx_graph import load_onnx, write_onnx
+from export.conversion.onnx_graph import write_onnx
 from export.network import Call
+from export.runtimes import load_onnx
 from kan_model import KANLinear, load_checkpoint, resolve_activation
 from tests import oracle
 from tests.conftest import Golden

@@ -11,7 +11,7 @@ import torch
 from examples.digits.data import load_split
 from examples.digits.train import train
 from export import export_checkpoint
-from export.conversion.torchscript import load_torchscript
+from export.runtimes import load_torchscript
 from kan_model import load_checkpoint
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import running

@@ -17,10 +17,11 @@ from google.protobuf import text_format
 
 from export import export_checkpoint, export_module
 from export.conversion import onnx_graph
-from export.conversion.torchscript import METADATA_FILE, load_torchscript
+from export.conversion.torchscript import METADATA_FILE
 from export.errors import ParityError
 from export.network import Call
 from export.report import Report
+from export.runtimes import load_torchscript
 from kan_bundle.errors import LayoutError
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest

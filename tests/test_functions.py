@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import kan_ops
 from export import export_checkpoint, export_module
-from export.conversion.onnx_graph import DEFAULT_OPSET, load_onnx
+from export.conversion.onnx_graph import DEFAULT_OPSET
+from export.runtimes import load_onnx
 from kan_bundle.manifest import Manifest
 from kan_model import KAN, KANLinear
 from tests.conftest import GOLDENS, run_module

@@ -16,11 +16,13 @@ from export.conversion.lowering import (
     LoweredKANLinear,
     choose_form,
     choose_forms,
-    lowered,
+    lower_layers,
     probes_within,
 )
-from export.conversion.onnx_graph import load_onnx, write_onnx
+from export.conversion.onnx_graph import write_onnx
 from export.network import Call, describe_network
+from export.parts import swapped
+from export.runtimes import load_onnx
 from kan_bundle.manifest import Form
 from kan_model import KAN, KANLinear
 from tests.layers import answers_of_the_oracle, make_layer, write_and_run
@@ -197,13 +199,14 @@ def test_lowering_leaves_the_network_as_it_was() -> None:
     x = torch.randn(50, 3) * 3
     before, layers = kan(x), list(kan.layers)
     choices = choose_forms(network)
-    with lowered(network, choices) as call:
+    with swapped(network.call, lower_layers(network, choices)):
         assert isinstance(kan.layers[0], LoweredKANLinear)
-        torch.testing.assert_close(call(x)[0], before, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(network.call(x)[0], before, rtol=1e-5, atol=1e-6)
     assert list(kan.layers) == layers
     assert torch.equal(kan(x), before)
-    with pytest.raises(RuntimeError, match="must match"), lowered(network, choices) as call:
-        call(torch.zeros(2, 5))
+    forms = lower_layers(network, choices)
+    with pytest.raises(RuntimeError, match="must match"), swapped(network.call, forms):
+        network.call(torch.zeros(2, 5))
     assert list(kan.layers) == layers
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from export import export_module, narrowing
-from export.conversion.onnx_graph import load_onnx
 from export.narrowing import NarrowKAN, can_be_narrowed, edges_of, find_nodes
 from export.report import Report
+from export.runtimes import load_onnx
 from kan_model import KAN, KANLinear
 from tests import oracle
 

@@ -23,7 +23,7 @@ from export import (
     export_module,
 )
 from export.conversion import onnx_graph
-from export.conversion.torchscript import load_torchscript
+from export.runtimes import load_torchscript
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import TensorSpec
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub

@@ -158,7 +158,15 @@ def test_exact_is_what_float32_can_say_and_nan_is_no_number() -> None:
     third = 1 / 3
     outputs = np.array([[third], [0.5], [0.5], [math.nan], [third]])
     probes = Probes((np.zeros((5, 1), np.float32),), np.full(5, "inside"))
-    reference = Reference(probes, outputs, outputs[None], np.full((5, 1), 1e-3), np.ones((5, 1)))
+    reference = Reference(
+        probes,
+        outputs,
+        outputs[None],
+        np.full((5, 1), 1e-3),
+        np.ones((5, 1)),
+        network.inputs.specs,
+        network.outputs,
+    )
     answers = np.array([[np.float32(third)], [0.5], [0.5 + 2e-4], [math.nan], [third + 2e-6]])[None]
     measured = measure("m", answers, reference, scores=False)
     (found,) = describe_deviations(network, reference, {"m": answers}, [measured])

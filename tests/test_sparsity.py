@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from export import InputError, export_checkpoint, export_module
-from export.conversion.onnx_graph import load_onnx
-from export.conversion.torchscript import load_torchscript
 from export.inputs import read_inputs
 from export.network import describe_network
 from export.report import Report
+from export.runtimes import load_onnx, load_torchscript
 from export.sparsity import prune_further
 from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest

@@ -30,8 +30,8 @@ from export.conversion.basis import CardinalBasis, RecursiveBasis
 from export.conversion.precision import Float32Product, HalfProduct, Int8Product
 from export.conversion.symbolic import kan_linear
 from export.errors import NetworkError, refused_samples
-from export.network import Call, Network
-from export.parts import swapped, watched
+from export.network import Network
+from export.parts import watched
 from export.probes import make_kan_probes
 from export.proof.eager import LARGEST_BATCH, evaluate
 from kan_bundle.manifest import Form, Precision
@@ -116,7 +116,8 @@ class LoweredKANLinear(nn.Module):
             _attributes(layer, self.basis) if can_be_operator(layer, precision) else None
         )
         self.as_operator = False
-        weight = _fold(layer, self.basis)
+        self.order = [function for group in self.basis.functions for function in group]
+        weight = _fold(layer, self.basis, self.order)
         spline, base = weight[: -layer.in_features], weight[-layer.in_features :]
         self.product: nn.Module
         if precision == "fp32":
@@ -203,25 +204,22 @@ def choose_forms(network: Network) -> dict[str, Choice]:
     return choices
 
 
-@contextmanager
-def lowered(
+def lower_layers(
     network: Network, choices: Mapping[str, Choice], precision: Precision = "fp32"
-) -> Iterator[Call]:
-    """Hold a network in the form that is exported; afterwards it is as it was.
+) -> dict[nn.Module, LoweredKANLinear]:
+    """Make the form that is exported of every KANLinear, by the module it stands for.
 
     Raises:
-        NetworkError: It fails on the samples that are to choose the scales of int8.
+        NetworkError: The network fails on the samples that are to choose the scales of int8.
     """
     samples = _inputs_of_layers(network) if precision == "int8" else {}
     with torch.no_grad():
-        forms = {
+        return {
             module: LoweredKANLinear(
                 network.layers[name], choices[name].form, precision, samples.get(name), name
             ).eval()
             for name, module in network.replaced.items()
         }
-    with swapped(network.call, forms):
-        yield network.call
 
 
 def _inputs_of_layers(network: Network) -> Mapping[str, Tensor]:
@@ -318,7 +316,7 @@ def own_tensors(network: nn.Module) -> set[str]:
     }
 
 
-def _fold(layer: KANLinear, basis: CardinalBasis | RecursiveBasis) -> Tensor:
+def _fold(layer: KANLinear, basis: CardinalBasis | RecursiveBasis, order: Sequence[int]) -> Tensor:
     """Lay out all weights of a layer as the product wants them, shape (in * (G + k + 1), out).
 
     In memory each output's weights lie side by side, as in an nn.Linear: only then does torch add
@@ -329,7 +327,6 @@ def _fold(layer: KANLinear, basis: CardinalBasis | RecursiveBasis) -> Tensor:
     weight = torch.empty(layer.out_features, count + 1, layer.in_features).permute(1, 2, 0)
     weight[-1] = layer.base_weight.detach().T
     scaler = layer.spline_scaler.detach() if layer.enable_standalone_scale_spline else None
-    order = [function for group in basis.functions for function in group]
     for row, function in zip(weight[:-1], order, strict=True):  # one at a time, for large layers
         values = layer.spline_weight.detach()[..., function].double() * basis.scale
         row.copy_((values if scaler is None else values * scaler).T)

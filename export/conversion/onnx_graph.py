@@ -7,7 +7,6 @@ the network (graph_names.py).
 
 import io
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +14,9 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir
 import torch
-from numpy.typing import NDArray
 from onnxscript import optimizer, version_converter
 from torch import Tensor
 
@@ -29,9 +26,8 @@ from export.conversion.basis import CardinalBasis
 from export.conversion.functions import WithBodies
 from export.conversion.graph_names import name_after_modules
 from export.conversion.lowering import fusible, own_tensors
-from export.errors import ConversionError, InputError, cause, conversion
+from export.errors import ConversionError, InputError, conversion
 from export.network import Call
-from export.proof.parity import Runner
 from kan_bundle.layout import WEIGHTS_FILE
 
 OLDEST_OPSET, DEFAULT_OPSET = OPSETS
@@ -145,47 +141,6 @@ def write_onnx(
     for value in model.graph.initializers.values():
         value.const_value = None  # onnxscript's rewriter holds on to the graph it saw last
     return fused
-
-
-def load_onnx(path: Path, *, fused: bool = False) -> Runner:
-    """Load a file as it will be served: onnxruntime, CPU, all graph optimisations.
-
-    Args:
-        path: The file.
-        fused: Whether to run KANLinear nodes by the library of kan_ops, which must be there,
-            instead of their bodies.
-
-    Raises:
-        ConversionError: onnxruntime is not installed, or cannot load the file.
-    """
-    # onnxruntime would send usage data home and keep a database in the user's folder.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ConversionError(
-            "onnxruntime is needed to verify the export; "
-            "install kanserve's extra cpu or gpu: pip install '.[cpu]' in its checkout"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    try:
-        if fused:
-            kan_ops.register(options)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of onnxruntime, which has a class for each kind
-        raise ConversionError(
-            f"onnxruntime {onnxruntime.__version__} cannot run the file: {cause(error)}; it may "
-            "not know the newest operators yet: choose a lower --opset"
-        ) from error
-    names = [tensor.name for tensor in session.get_inputs()]
-
-    def run(inputs: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
-        outputs: Sequence[NDArray[np.float32]] = session.run(
-            None, dict(zip(names, inputs, strict=True))
-        )
-        return outputs
-
-    return run
 
 
 def _forget_the_exporting_machine(model: onnx_ir.Model) -> None:

@@ -9,17 +9,14 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.errors import conversion
-from export.proof.parity import Runner
 
 METADATA_FILE = "kanserve.json"
 
@@ -43,7 +40,7 @@ def write_torchscript(
         OSError: There is no room for it.
     """
     extra = {METADATA_FILE: json.dumps(dict(metadata), indent=2)}
-    with _deprecation_accepted(), conversion("TorchScript"), torch.no_grad():
+    with deprecation_accepted(), conversion("TorchScript"), torch.no_grad():
         # check_trace would only compare the trace with itself; parity.py compares the saved file.
         program = torch.jit.trace(_OneIsNoTuple(network), example, check_trace=False)
         _save(program, path, extra)
@@ -79,21 +76,9 @@ class _OneIsNoTuple(nn.Module):
         return outputs[0] if len(outputs) == 1 else outputs
 
 
-def load_torchscript(path: Path) -> Runner:
-    """Load a TorchScript file that this process has just written. It is code: never load others."""
-    with _deprecation_accepted():
-        program = torch.jit.load(path, map_location="cpu")
-
-    @torch.no_grad()
-    def run(inputs: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
-        found = program(*(torch.from_numpy(array) for array in inputs))
-        return [y.numpy() for y in (found if isinstance(found, tuple) else (found,))]
-
-    return run
-
-
 @contextmanager
-def _deprecation_accepted() -> Iterator[None]:
+def deprecation_accepted() -> Iterator[None]:
+    """Silence what torch says of TorchScript: that it is deprecated, and what a trace fixes."""
     with warnings.catch_warnings():
         # What a trace takes for fixed shows in the comparison, which has batches of every size.
         warnings.simplefilter("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]

@@ -4,23 +4,25 @@
 an export.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.errors import ParityError, cause
 from export.probes import ORDINARY
 from export.proof.eager import BATCH_SIZES
-from export.proof.reference import Reference, largest
+from export.proof.reference import Reference, largest, spread_by_size
+from export.runtimes import Runner, Session
 from kan_bundle.golden import Golden, excess, side_by_side
+from kan_bundle.manifest import DATATYPES, TensorSpec
 
+_REPORT = "please report it with the checkpoint"
 _GOLDEN_ROWS_PER_GROUP = 8
 _GOLDEN_BUDGET = 2**19  # numbers of a group, which the server runs in one batch
-
-Runner = Callable[[Sequence[NDArray[Any]]], Sequence[NDArray[Any]]]
-"""Takes one array for each input of a network, (batch, ...); gives one for each output."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,25 @@ class Worst:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Numbers of one output that are wrong at the probes of one group.
+
+    Attributes:
+        output: Name of the output.
+        group: Of the probes.
+        wrong: Numbers that are wrong, over all batch sizes.
+        numbers: Numbers compared.
+        excess: Largest deviation as a multiple of what was allowed there.
+    """
+
+    output: str
+    group: str
+    wrong: int
+    numbers: int
+    excess: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """How far one runtime is from the reference.
 
@@ -62,6 +83,7 @@ class Measurement:
         worst: Where that was.
         same_argmax: Share of the ordinary probes whose largest output is the reference's largest;
             None unless the network has one output of several numbers.
+        failures: Every output and every group of probes in which a number is wrong.
     """
 
     runtime: str
@@ -73,6 +95,7 @@ class Measurement:
     excess: float
     worst: Worst
     same_argmax: float | None
+    failures: tuple[Failure, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -82,35 +105,102 @@ class Measurement:
 
 def rows_to_run(reference: Reference) -> int:
     """Count the rows that `run_probes` runs."""
-    return len(BATCH_SIZES) * len(reference.probes)
+    return sum(len(rows) for rows in reference.rows_by_size)
 
 
 def run_probes(
-    run: Runner, reference: Reference, advance: Callable[[int], None] = lambda rows: None
+    run: Runner,
+    reference: Reference,
+    advance: Callable[[int], None] = lambda rows: None,
+    *,
+    runtime: str = "the runtime",
 ) -> NDArray[np.float64]:
-    """Run every probe in batches of each of `BATCH_SIZES`.
+    """Run the probes in batches of each of `BATCH_SIZES`.
 
     Args:
         run: A runtime.
         reference: From `make_reference`.
-        advance: Is told how many rows have been run, time and again.
+        advance: Receives the number of rows that have been run, time and again.
+        runtime: Its name, for messages.
 
     Returns:
-        Outputs, shape (batch sizes, rows, numbers).
+        Outputs, shape (batch sizes, rows, numbers). Where a row is not run in batches of a size,
+        its answer in the largest batches stands for it.
+
+    Raises:
+        ParityError: The runtime fails, or what it returns has other names, types or shapes than the
+            network's outputs.
     """
     probes = reference.probes
+    _require_names(runtime, run, reference)
 
-    def run_from(start: int, size: int) -> NDArray[Any]:
-        answers = side_by_side(run([array[start : start + size] for array in probes.inputs]))
-        advance(len(answers))
-        return answers
+    def run_rows(rows: NDArray[np.intp], size: int) -> NDArray[np.float64]:
+        found = []
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            try:
+                outputs = run([array[some] for array in probes.inputs])
+            except Exception as error:  # a runtime fails in any way there is
+                raise ParityError(
+                    f"{runtime} fails on {len(some)} rows at once, nothing was published: "
+                    f"{cause(error)}"
+                ) from error
+            require_tensors(runtime, outputs, reference.specs, len(some))
+            found.append(side_by_side(outputs).astype(np.float64))
+            advance(len(some))
+        return np.concatenate(found)
 
-    return np.stack(
-        [
-            np.concatenate([run_from(i, size) for i in range(0, len(probes), size)])
-            for size in BATCH_SIZES
+    runs = [
+        run_rows(rows, size)
+        for size, rows in zip(reversed(BATCH_SIZES), reversed(reference.rows_by_size), strict=True)
+    ]
+    return spread_by_size(list(reversed(runs)), reference.rows_by_size)
+
+
+def _require_names(runtime: str, run: Runner, reference: Reference) -> None:
+    """Compare the names of a file's inputs and outputs with the network's.
+
+    Raises:
+        ParityError: They differ, or stand in another order.
+    """
+    if not isinstance(run, Session):  # TorchScript has none
+        return
+    for kind, found, specs in (
+        ("inputs", run.input_names, reference.inputs),
+        ("outputs", run.output_names, reference.specs),
+    ):
+        expected = tuple(spec.name for spec in specs)
+        if found != expected:
+            raise ParityError(
+                f"{runtime}: expected the {kind} {', '.join(expected)}, found "
+                f"{', '.join(found)}, nothing was published; {_REPORT}"
+            )
+
+
+def require_tensors(
+    runtime: str, outputs: Sequence[NDArray[Any]], specs: Sequence[TensorSpec], rows: int
+) -> None:
+    """Compare the number, types and shapes of a runtime's outputs with the network's.
+
+    Raises:
+        ParityError: Lists every output that differs.
+    """
+    expected = [(np.dtype(DATATYPES[s.datatype]), (rows, *s.shape[1:])) for s in specs]
+    found = [(output.dtype, output.shape) for output in outputs]
+    if found == expected:
+        return
+    if len(found) != len(expected):
+        wrong = [f"expected {len(expected)} outputs, found {len(found)}"]
+    else:
+        wrong = [
+            f"output {spec.name}: expected {e[0]} {e[1]}, found {f[0]} {f[1]}"
+            for spec, e, f in zip(specs, expected, found, strict=True)
+            if e != f
         ]
-    ).astype(np.float64)
+    raise ParityError(
+        f"{runtime} does not return what the network returns, nothing was published: "
+        f"{'; '.join(wrong)}; {_REPORT}"
+    )
 
 
 def measure(
@@ -140,7 +230,7 @@ def measure(
         max_relative=largest(relative),
         max_ulp=largest(off / unit),
         max_from_eager=largest(from_eager),
-        rows=found.shape[0] * found.shape[1],
+        rows=rows_to_run(reference),
         excess=float(ratio.max()),
         worst=Worst(
             group=str(reference.probes.groups[row]),
@@ -152,7 +242,20 @@ def measure(
             allowed=float(reference.tolerance[row, output]),
         ),
         same_argmax=_same_argmax(found, reference) if scores else None,
+        failures=tuple(_list_failures(ratio, reference)),
     )
+
+
+def _list_failures(ratio: NDArray[np.float64], reference: Reference) -> Iterator[Failure]:
+    """Count what is wrong by output and group; `ratio` has shape (batch sizes, rows, numbers)."""
+    end = 0
+    for spec in reference.specs:
+        start, end = end, end + math.prod(spec.shape[1:])
+        for group in dict.fromkeys(reference.probes.groups.tolist()):
+            part = ratio[:, reference.probes.groups == group, start:end]
+            wrong = int((part > 1).sum())
+            if wrong:
+                yield Failure(spec.name, group, wrong, part.size, float(part.max()))
 
 
 def _same_argmax(found: NDArray[np.float64], reference: Reference) -> float | None:
@@ -173,27 +276,3 @@ def choose_golden(reference: Reference) -> Golden:
         outputs=reference.outputs[rows],
         tolerance=reference.tolerance[rows],
     )
-
-
-def swallow_nan(
-    found: Mapping[str, NDArray[np.float64]], reference: Reference
-) -> NDArray[np.bool_]:
-    """Find the probes with NaN that onnxruntime answers with numbers where the network has NaN.
-
-    A KANLinear answers NaN with NaN in every runtime. But onnxruntime's MaxPool and Relu, for two,
-    give numbers where torch's give NaN, and no form of the graph changes that. It is theirs if
-    torch, which runs the same form of the KANLinear layers, keeps the NaN.
-
-    Args:
-        found: Outputs by runtime, from `run_probes`.
-        reference: From `make_reference`.
-
-    Returns:
-        Shape (rows,).
-    """
-    nan = np.isnan(reference.outputs)
-    in_onnx, in_torch = (np.isnan(found[name]) for name in ("onnxruntime cpu", "torchscript"))
-    swallowed = (~in_onnx & nan).any(axis=(0, 2)) & ~(in_onnx & ~nan).any(axis=(0, 2))
-    kept = (in_torch == nan).all(axis=(0, 2))
-    rows: NDArray[np.bool_] = swallowed & kept & (reference.probes.groups == "nan")
-    return rows

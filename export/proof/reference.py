@@ -14,6 +14,7 @@ compared between outputs; elsewhere each output is judged by its own, within bou
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,14 +27,17 @@ from export.network import Call, Network, is_single
 from export.probes import ORDINARY, Probes, make_kan_probes, make_probes
 from export.proof.eager import BATCH_SIZES, LARGEST_BATCH, evaluate, in_double
 from export.proof.rounding import ROUNDING, decidable, longest_sum, rounding_scale, sensitivity
+from kan_bundle.manifest import TensorSpec
 
 RELATIVE_TOLERANCE = 1e-5
 EAGER_FACTOR = 2.0
 _LARGEST = 1e37  # of the terms of a sum; float32 ends at 3.4e38
 _BUDGET = 2**21  # numbers that the probes of a network may hold, on its larger side
-_FEW_ROWS = 2  # at a time, because the float64 form of a large network leaves little room
+_FEWEST_ROWS = 2  # at a time in float64, because a large network leaves little room
+_ROWS_BUDGET = 2**19  # numbers of the rows that run at a time in float64, on the larger side
+_ROWS_OF_A_GROUP = 6  # that a network runs in small batches as well; a KAN runs all
 _LEAST_NOISE, _MOST_NOISE = 4.0, 64.0  # in units of a sensitivity
-_ALONE = 8  # rows that are run by themselves
+_ALONE = 4  # rows that are run by themselves
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ class Reference:
         magnitude: What an output is made of, which may cancel: the sum of the magnitudes of its
             terms, through all layers, shape (rows, numbers).
         precision: Of `outputs`: float64, or float32 if the network cannot run in float64.
+        inputs: What the network takes.
+        specs: What the network returns.
         refused: Groups of probes that the network itself refuses, which were left out.
+        every_size: Whether every row is run in batches of every size, not only in the largest.
     """
 
     probes: Probes
@@ -78,8 +85,16 @@ class Reference:
     eager: NDArray[np.float64]
     tolerance: NDArray[np.float64]
     magnitude: NDArray[np.float64]
+    inputs: tuple[TensorSpec, ...]
+    specs: tuple[TensorSpec, ...]
     precision: Literal["float64", "float32"] = "float64"
     refused: tuple[str, ...] = ()
+    every_size: bool = True
+
+    @property
+    def rows_by_size(self) -> tuple[NDArray[np.intp], ...]:
+        """Rows to run in batches of each of `BATCH_SIZES`, by number."""
+        return _rows_by_size(self.probes, every_size=self.every_size)
 
     def take(self, rows: NDArray[np.bool_]) -> "Reference":
         """Keep some rows."""
@@ -91,24 +106,6 @@ class Reference:
             tolerance=self.tolerance[rows],
             magnitude=self.magnitude[rows],
         )
-
-    def relaxed(self, share: float) -> "Reference":
-        """Allow an approximation more.
-
-        Args:
-            share: Of the size of an output, which is its largest magnitude at ordinary inputs. At
-                other inputs it may be the largest at inputs of the same kind and size, or what the
-                output is made of there: far outside a single rounded weight may show alone.
-        """
-        ordinary = np.isin(self.probes.groups, ORDINARY)
-        size = np.broadcast_to(_size(self.outputs, ordinary), self.outputs.shape).copy()
-        kin = _kindred(self.probes)
-        for group in np.unique(kin[~ordinary]):
-            rows = kin == group
-            beyond = np.maximum(_size(self.outputs, rows), np.nan_to_num(self.magnitude[rows]))
-            size[rows] = np.maximum(size[rows], beyond)
-        allowed = np.maximum(self.tolerance, share * size)
-        return replace(self, tolerance=np.where(np.isfinite(self.outputs), allowed, 0.0))
 
 
 def make_reference(network: Network) -> Reference:
@@ -122,8 +119,13 @@ def make_reference(network: Network) -> Reference:
             other, or answers no ordinary input with a number.
     """
     probes, refused = _choose_probes(network)
-    eager = np.stack([_run(network.call, probes, size) for size in BATCH_SIZES])
     kan = network.kan
+    rows_by_size = _rows_by_size(probes, every_size=kan is not None)
+    runs = [
+        _run(network.call, probes.take(rows), size)
+        for size, rows in zip(BATCH_SIZES, rows_by_size, strict=True)
+    ]
+    eager = spread_by_size(runs, rows_by_size)
     if kan is None:
         return replace(_reference_of_network(network, probes, eager), refused=refused)
     exact = is_single(kan)
@@ -138,7 +140,32 @@ def make_reference(network: Network) -> Reference:
     error = _error(eager, outputs)
     noise = _kan_noise(probes.groups, error, scale, longest_sum(kan))
     tolerance = _tolerance(probes.groups, outputs, error, noise)
-    return Reference(probes, outputs, eager, tolerance, scale)
+    specs = (network.inputs.specs, network.outputs)
+    return Reference(probes, outputs, eager, tolerance, scale, *specs)
+
+
+def spread_by_size(
+    runs: Sequence[NDArray[np.float64]], rows_by_size: Sequence[NDArray[np.intp]]
+) -> NDArray[np.float64]:
+    """Lay the answers of each batch size out alike.
+
+    Args:
+        runs: Answers for each of `BATCH_SIZES`, shape (rows run, numbers); the last of all rows.
+        rows_by_size: Numbers of the rows that were run.
+
+    Returns:
+        Shape (batch sizes, rows, numbers); the largest batch stands in where a row was not run.
+    """
+    found = np.stack([runs[-1]] * len(runs))
+    for own, rows, run in zip(found, rows_by_size, runs, strict=True):
+        own[rows] = run
+    return found
+
+
+def _rows_by_size(probes: Probes, *, every_size: bool) -> tuple[NDArray[np.intp], ...]:
+    every = np.arange(len(probes))
+    some = every if every_size else probes.evenly(_ROWS_OF_A_GROUP)
+    return (*[some] * (len(BATCH_SIZES) - 1), every)
 
 
 def largest(values: NDArray[np.float64]) -> float:
@@ -171,10 +198,7 @@ def _choose_probes(network: Network) -> tuple[Probes, tuple[str, ...]]:
         at_knots = Probes((at_knots.inputs[0].reshape(shape),), at_knots.groups)
         given = probes.take(probes.groups == "samples")
         probes = given.join(at_knots) if network.kan else probes.join(at_knots)
-    sizes = [
-        sum(math.prod(spec.shape[1:]) for spec in specs)
-        for specs in (network.inputs.specs, network.outputs)
-    ]
+    sizes = [sum(math.prod(spec.shape[1:]) for spec in specs) for specs in _sides(network)]
     most = max(1, _BUDGET // max(sizes) // len(np.unique(probes.groups)))
     probes = probes.take(probes.evenly(most))
     try:
@@ -213,18 +237,19 @@ def _reference_of_network(
     network: Network, probes: Probes, eager: NDArray[np.float64]
 ) -> Reference:
     """Compare with the network in float64; with itself in float32 if it has no float64 form."""
+    rows = _rows_at_once(network)
     try:
         with in_double(network.exact) as call:
-            outputs = evaluate(call, probes.inputs, _FEW_ROWS, torch.float64)
+            outputs = evaluate(call, probes.inputs, rows, torch.float64)
             _require_lone_rows(call, probes, _DOUBLE)
-            scale = _sensitivity(call, probes, outputs, _DOUBLE)
+            scale = _sensitivity(call, probes, outputs, _DOUBLE, rows)
         precision: Literal["float64", "float32"] = "float64"
-    except RuntimeError as fault:
-        if "dtype" not in str(fault):  # some module insists on float32; anything else is a fault
-            raise NetworkError(f"the network fails in float64: {cause(fault)}") from fault
+    except NetworkError:
+        raise
+    except Exception:  # it has run in float32, so it is float64 that something in it does not take
         precision, outputs = "float32", eager[-1]
         _require_lone_rows(network.call, probes, _SINGLE)
-        scale = _sensitivity(copy.deepcopy(network.call), probes, outputs, _SINGLE)
+        scale = _sensitivity(copy.deepcopy(network.call), probes, outputs, _SINGLE, rows)
     lost = np.isfinite(outputs) & ~np.isfinite(eager).all(axis=0)
     kept: NDArray[np.bool_] = np.logical_not(lost.any(axis=1))
     probes, outputs, eager, scale = probes.take(kept), outputs[kept], eager[:, kept], scale[kept]
@@ -232,7 +257,22 @@ def _reference_of_network(
     error = _error(eager, outputs)
     noise = _network_noise(_kindred(probes), error, scale)
     tolerance = _tolerance(probes.groups, outputs, error, noise)
-    return Reference(probes, outputs, eager, tolerance, scale / ROUNDING, precision)
+    specs = (network.inputs.specs, network.outputs)
+    return Reference(
+        *(probes, outputs, eager, tolerance, scale / ROUNDING, *specs),
+        precision=precision,
+        every_size=False,
+    )
+
+
+def _rows_at_once(network: Network) -> int:
+    """Choose how many rows run at a time in float64."""
+    numbers = max(sum(math.prod(s.shape[1:]) for s in own) for own in _sides(network))
+    return int(np.clip(_ROWS_BUDGET // numbers, _FEWEST_ROWS, LARGEST_BATCH))
+
+
+def _sides(network: Network) -> tuple[Sequence[TensorSpec], Sequence[TensorSpec]]:
+    return network.inputs.specs, network.outputs
 
 
 def _require_numbers(probes: Probes, outputs: NDArray[np.float64]) -> None:
@@ -271,18 +311,20 @@ def _require_lone_rows(call: Call, probes: Probes, means: _Means) -> None:
 
 
 def _sensitivity(
-    call: Call, probes: Probes, outputs: NDArray[np.float64], means: _Means
+    call: Call, probes: Probes, outputs: NDArray[np.float64], means: _Means, rows_at_once: int
 ) -> NDArray[np.float64]:
-    """Find the noise to be expected, alike for rows that are alike."""
+    """Find the noise to be expected, alike for rows that are alike, shape (rows, numbers)."""
 
     def run(inputs: tuple[NDArray[np.generic], ...]) -> NDArray[np.float64]:
-        return evaluate(call, inputs, _FEW_ROWS, means.dtype)
+        return evaluate(call, inputs, rows_at_once, means.dtype)
 
-    moved = sensitivity(call, probes.inputs, run, outputs, means.noise)
+    scale = np.zeros_like(outputs)
+    some = np.flatnonzero(np.isfinite(outputs).any(axis=1))  # NaN has no noise
+    if len(some):
+        scale[some] = sensitivity(call, probes.take(some).inputs, run, outputs[some], means.noise)
     kin = _kindred(probes)
-    scale = np.empty_like(moved)
     for group in np.unique(kin):
-        scale[kin == group] = np.sqrt((moved[kin == group] ** 2).mean(axis=0))
+        scale[kin == group] = np.sqrt((scale[kin == group] ** 2).mean(axis=0))
     return scale
 
 

@@ -30,6 +30,7 @@ _ACTIVATIONS = (
 )
 _FLAT = 16.0  # beyond it they are flat or straight in float32
 _WEIGHTS = 2**24  # numbers; what is larger is made of weights, which have noise already
+_POOL = 1_048_573  # random numbers, a prime so that no stride of a tensor meets the same ones
 
 
 def rounding_scale(oracle: KAN, inputs: NDArray[np.float32], exact: bool) -> NDArray[np.float64]:
@@ -144,11 +145,7 @@ def sensitivity(
     Returns:
         Root mean square of the moves, scaled to noise of one rounding, shape (rows, numbers).
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(shape: torch.Size) -> Tensor:
-        return noise * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
-
+    factors = _Factors(noise)
     squares = np.zeros_like(outputs)
     for _ in range(_DRAWS):
         with torch.no_grad():
@@ -157,19 +154,43 @@ def sensitivity(
                     rows = tensor if tensor.dim() else tensor.unsqueeze(0)
                     size = max(1, 2**22 // max(1, rows[0].numel()))
                     for part in rows.split(size):  # in place, and never a copy of the whole
-                        part.mul_(1 + draw(part.shape).to(part.dtype))
+                        part.mul_(factors(part.shape).to(part.dtype))
             noisy = [
-                array * (1 + draw(torch.Size(array.shape)).numpy())
+                array * factors(torch.Size(array.shape)).numpy()
                 if array.dtype.kind == "f"
                 else array
                 for array in inputs
             ]
-            with _Noise(draw):
+            with _Noise(factors):
                 moved = evaluate(tuple(noisy))
         with np.errstate(invalid="ignore", over="ignore"):
             squares += (ROUNDING / noise * (moved - outputs)) ** 2
     scale: NDArray[np.float64] = np.sqrt(squares / _DRAWS)
     return np.where(np.isfinite(scale), scale, 0.0)
+
+
+class _Factors:
+    """Random factors near 1 by the million, taken from a pool at random places.
+
+    To draw every one anew takes several times as long as a network's own operations.
+
+    Args:
+        noise: Largest distance from 1; they are uniform.
+    """
+
+    def __init__(self, noise: float) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        pool = torch.rand(_POOL, generator=self._generator, dtype=torch.float64)
+        self._pool = 1 + noise * (2 * pool - 1)
+
+    def __call__(self, shape: torch.Size) -> Tensor:
+        """Take factors for a tensor of a shape."""
+        left = shape.numel()
+        start = int(torch.randint(_POOL, (1,), generator=self._generator))
+        parts = [self._pool[start : start + left]]
+        while (left := left - len(parts[-1])) > 0:
+            parts.append(self._pool[:left])
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(shape)
 
 
 class _Noise(TorchDispatchMode):
@@ -179,9 +200,9 @@ class _Noise(TorchDispatchMode):
     because of what they compute on the way: 1 + erf(x) cancels, exp(x) - 1 does.
     """
 
-    def __init__(self, draw: Callable[[torch.Size], Tensor]) -> None:
+    def __init__(self, factors: Callable[[torch.Size], Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._draw = draw
+        self._factors = factors
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -195,10 +216,11 @@ class _Noise(TorchDispatchMode):
         def add(result: Tensor) -> Tensor:
             if not result.is_floating_point() or result.numel() > _WEIGHTS:
                 return result
-            size = result.abs()
+            factor = self._factors(result.shape).to(result.dtype)
+            noisy = result * factor  # an infinity stays one
             if func.overloadpacket.__name__ in _ACTIVATIONS and given[0].shape == result.shape:
-                size = torch.maximum(size, given[0].abs().clamp_max(_FLAT))
-            noisy: Tensor = result + size * self._draw(result.shape).to(result.dtype)
+                size = given[0].abs().clamp_max(_FLAT)
+                noisy = torch.where(size > result.abs(), result + size * (factor - 1), noisy)
             return noisy
 
         return tree_map_only(Tensor, add, found)

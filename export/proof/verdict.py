@@ -1,5 +1,6 @@
 """What stops an export after all has been written: answers that are not right."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,26 +10,20 @@ from export.errors import ParityError
 from export.network import Network
 from export.proof.parity import Measurement
 from kan_bundle.golden import Golden, excess
-from kan_bundle.manifest import Precision
 
 
-def require_parity(
-    measured: Sequence[Measurement],
-    network: Network,
-    precision: Precision,
-) -> None:
-    """Raise for the runtime that is furthest off, if any is too far.
+def require_parity(measured: Sequence[Measurement], network: Network) -> None:
+    """Raise if any runtime is too far off.
 
     Raises:
-        ParityError: With the worst probe.
+        ParityError: With the worst probe of the runtime that is furthest off, and every output and
+            group of probes in which any runtime is wrong.
     """
     failed = [m for m in measured if not m.passed]
     if failed:
         m = max(failed, key=lambda m: m.excess)
         blame = "please report it with the checkpoint"
-        if precision != "fp32":
-            blame = f"{precision} is too coarse for this model; choose a --precision of more bits"
-        elif network.kan is None:
+        if network.kan is None:
             blame = (
                 "if another layer is to blame (onnxruntime's Elu, LogSigmoid and GRU, for some, "
                 "lose digits that torch keeps), write it another way; else please report it"
@@ -37,8 +32,19 @@ def require_parity(
             f"{m.runtime} does not compute what the network computes, nothing was published: at "
             f"probe {m.worst.row} ({m.worst.group}, batch {m.worst.batch_size}), output "
             f"{network.name_output(m.worst.output)}, expected {m.worst.expected!r} within "
-            f"{m.worst.allowed:.2e}, found {m.worst.found!r}; {blame}"
+            f"{m.worst.allowed:.2e}, found {m.worst.found!r}. All that is wrong: "
+            f"{'; '.join(summarise(m) for m in failed)}. Remedy: {blame}"
         )
+
+
+def summarise(measurement: Measurement) -> str:
+    """List every output and group of probes in which a runtime is wrong."""
+    parts = [
+        f"{f.output} at {f.group} ({f.wrong:,} of {f.numbers:,} numbers, up to "
+        f"{f'{f.excess:.3g} times what is allowed' if math.isfinite(f.excess) else 'NaN'})"
+        for f in measurement.failures
+    ]
+    return f"{measurement.runtime}: {', '.join(parts)}"
 
 
 def require_golden(golden: Golden, answers: NDArray[np.float64]) -> None:

@@ -17,7 +17,6 @@ from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from export.benchmark import Benchmark
-from export.conversion.precision import TOLERANCE
 from export.curves import Array, attribution, importance, layer_curves, why_no_curves
 from export.inputs import shown
 from export.network import Network
@@ -192,14 +191,8 @@ def _verdict(manifest: Manifest) -> tuple[str, str]:
         f"at {rows:,} inputs the largest error in any of {runtimes} runtimes is "
         f"{percent(largest)} of what is allowed"
     )
-    if manifest.precision == "fp32":
-        return "Equal", f"{name} computes what {what} computes{without}: {error}."
-    same = [r.same_argmax for r in records if r.same_argmax is not None]
-    also = f", and the largest output is the same at {percent(min(same))} of them" if same else ""
-    return "Close", (
-        f"{name} computes nearly what {what} computes{without}, in {manifest.precision}: {error}, "
-        f"{TOLERANCE[manifest.precision]:g} of an output's size{also}."
-    )
+    rounded = "" if manifest.precision == "fp32" else f" with weights in {manifest.precision}"
+    return "Equal", f"{name} computes what {what} computes{without}{rounded}: {error}."
 
 
 def _table_of_speeds(
