@@ -112,6 +112,7 @@ def _error(path: Path, network: nn.Module, rows: Arrays) -> float:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(None, dict(rows))
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in rows.items()}
+    network = network.float()
     with torch.no_grad():
         try:
             answers = network(**tensors)

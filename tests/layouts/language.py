@@ -190,11 +190,11 @@ def _bert_rows(rng: np.random.Generator) -> Arrays:
 class _EncoderClassifier(nn.Module):
     """nn.TransformerEncoder with batch_first and padding mask, KAN head (hoangthangta/ThangKAN)."""
 
-    def __init__(self) -> None:
+    def __init__(self, nested: bool = True) -> None:
         super().__init__()
         self.embed = nn.Embedding(_VOCABULARY, 8, padding_idx=0)
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")
-        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
         self.head = KAN([8, 6, 3])
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -209,7 +209,11 @@ def encoder_classifier() -> nn.Module:
 
 
 class _Tagger(_EncoderClassifier):
-    """A label for every token, padding included (ThangKAN's sequence labelling)."""
+    """A label for every token, padding included (sequence labelling).
+
+    In evaluation mode torch's nested tensors answer 0 at padded positions, in training and where it
+    is traced they do not.
+    """
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.encoder(self.embed(tokens), src_key_padding_mask=tokens == 0))
@@ -217,6 +221,10 @@ class _Tagger(_EncoderClassifier):
 
 def encoder_tagger() -> nn.Module:
     return seeded(_Tagger)
+
+
+def encoder_tagger_without_nested_tensors() -> nn.Module:
+    return seeded(lambda: _Tagger(nested=False))
 
 
 def _padded(rng: np.random.Generator) -> Arrays:
@@ -291,7 +299,13 @@ LAYOUTS = (
     Layout(rotary_decoder, 4, samples=_tokens("tokens")),
     Layout(bert, 4, samples=_bert_rows),
     Layout(encoder_classifier, 2, samples=_padded),
-    Layout(encoder_tagger, 2, samples=_padded),
+    Layout(
+        encoder_tagger,
+        2,
+        samples=_padded,
+        refusal="enable_nested_tensor=False",
+        remedy=Layout(encoder_tagger_without_nested_tensors, 2, samples=_padded),
+    ),
     Layout(bag_of_words, 2, samples=_tokens("tokens")),
     Layout(text_cnn, 1, samples=_tokens("tokens")),
     Layout(kansformer, 7, samples=lambda rng: {"x": normal(rng, 16, _LENGTH, 8)}),

@@ -98,7 +98,8 @@ def double_trained() -> nn.Module:
 
 def bfloat16_saved() -> nn.Module:
     """Cast to bfloat16 to be saved, its grids too."""
-    return seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), KAN([6, 5, 2])))
+    network = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), KAN([6, 5, 2])))
+    return network.bfloat16().float()
 
 
 def autocast_inside() -> nn.Module:
@@ -276,6 +277,10 @@ def varargs() -> nn.Module:
     return seeded(_Varargs)
 
 
+def varargs_with_own_names() -> nn.Module:
+    return seeded(_Varargs)
+
+
 def _as_bfloat16(network: nn.Module) -> Any:
     return {name: tensor.bfloat16() for name, tensor in network.state_dict().items()}
 
@@ -319,6 +324,14 @@ LAYOUTS = (
         refusal="no branch on values",
         remedy=Layout(debugged, 2, shape=4),
     ),
-    Layout(varargs, 1, shape={"net": (4, 5, 5), "a": (2, 5, 5), "b": (3, 5, 5)}),
+    Layout(
+        varargs,
+        1,
+        shape={"net": (4, 5, 5), "a": (2, 5, 5), "b": (3, 5, 5)},
+        refusal="names of your own for every input",
+        remedy=Layout(
+            varargs_with_own_names, 1, shape={"state": (4, 5, 5), "a": (2, 5, 5), "b": (3, 5, 5)}
+        ),
+    ),
     Layout(lightning, 2, shape=4, save=_lightning),
 )

@@ -123,17 +123,27 @@ def sparse_experts() -> nn.Module:
 class _Siamese(nn.Module):
     """One tower for two inputs, cosine and distance (siamese KANs)."""
 
-    def __init__(self) -> None:
+    def __init__(self, cdist: bool) -> None:
         super().__init__()
+        self.cdist = cdist
         self.tower = nn.Sequential(KANLinear(8, 6), nn.LayerNorm(6), KANLinear(6, 4))
 
     def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         a, b = (functional.normalize(self.tower(x), dim=-1) for x in (left, right))
-        return functional.cosine_similarity(a, b), torch.cdist(a[:, None], b[:, None]).view(-1, 1)
+        if self.cdist:
+            distance = torch.cdist(a[:, None], b[:, None]).view(-1, 1)
+        else:
+            distance = (a - b).pow(2).sum(-1, keepdim=True).sqrt()
+        return functional.cosine_similarity(a, b), distance
 
 
 def siamese() -> nn.Module:
-    return seeded(_Siamese)
+    return seeded(lambda: _Siamese(cdist=True))
+
+
+def siamese_written_out() -> nn.Module:
+    """The distance in elementary operations."""
+    return seeded(lambda: _Siamese(cdist=False))
 
 
 class _TwoTowers(nn.Module):
@@ -284,18 +294,26 @@ def tabnet() -> nn.Module:
 class _Survival(nn.Module):
     """Hazards to a survival curve by cumprod, a where on a flag column (KAN survival models)."""
 
-    def __init__(self) -> None:
+    def __init__(self, cumprod: bool) -> None:
         super().__init__()
+        self.cumprod = cumprod
         self.treated, self.control = KAN([4, 6, 5]), KAN([4, 6, 5])
 
     def forward(self, x: Tensor) -> Tensor:
         flag, rest = x[:, :1] > 0, x[:, 1:]
         hazard = torch.where(flag, self.treated(rest), self.control(rest)).sigmoid()
-        return torch.cumprod(1 - hazard, dim=1)
+        if self.cumprod:
+            return torch.cumprod(1 - hazard, dim=1)
+        return torch.log1p(-hazard).cumsum(dim=1).exp()
 
 
 def survival() -> nn.Module:
-    return seeded(_Survival)
+    return seeded(lambda: _Survival(cumprod=True))
+
+
+def survival_by_cumsum() -> nn.Module:
+    """The same product as the exponential of a sum of logarithms."""
+    return seeded(lambda: _Survival(cumprod=False))
 
 
 LAYOUTS = (
@@ -314,7 +332,13 @@ LAYOUTS = (
         refusal="no branch on values",
         remedy=Layout(dense_experts, 9, shape=6),
     ),
-    Layout(siamese, 2, shape={"left": 8, "right": 8}),
+    Layout(
+        siamese,
+        2,
+        shape={"left": 8, "right": 8},
+        refusal="_cdist_forward",
+        remedy=Layout(siamese_written_out, 2, shape={"left": 8, "right": 8}),
+    ),
     Layout(
         two_towers,
         2,
@@ -333,5 +357,11 @@ LAYOUTS = (
         remedy=Layout(greedy_actor_as_float, 3, shape=4),
     ),
     Layout(tabnet, 4, shape=6),
-    Layout(survival, 4, shape=5),
+    Layout(
+        survival,
+        4,
+        shape=5,
+        refusal="prod",
+        remedy=Layout(survival_by_cumsum, 4, shape=5),
+    ),
 )
