@@ -48,14 +48,14 @@ def export_layout(layout: Layout, folder: Path) -> Outcome:
     Raises:
         Exception: The export ended in another way than with a bundle or one of its own errors.
     """
-    network = layout.build()
     report = Report(Console(file=io.StringIO()), quiet=True)
     given: dict[str, Any] = {"name": layout.name, "output": folder, "input_shape": layout.shape}
     given |= {"samples": layout.rows(), "report": report, **dict(layout.options)}
     manifest, refusal = None, None
-    started = time.process_time()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        network = layout.build()
+        started = time.process_time()
         try:
             if layout.save is None:
                 manifest = export_module(network, **given)

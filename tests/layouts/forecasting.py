@@ -363,7 +363,7 @@ LAYOUTS = (
         periods,
         2,
         samples=_WINDOWS,
-        refusal="",
+        refusal="numpy",
         remedy=Layout(fixed_periods, 2, samples=_WINDOWS),
     ),
     Layout(nbeats_quantiles, 5, samples=lambda rng: {"insample_y": normal(rng, 16, _WINDOW)}),
