@@ -24,7 +24,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="keep the bundles here")
     arguments = parser.parse_args()
     chosen = [layout for layout in LAYOUTS if layout.name in (arguments.names or [layout.name])]
-    table = Table("network", "verdict", "CPU s", "layers", "error", "warnings", "refusal, remedy")
+    table = Table(
+        "network", "verdict", "CPU s", "layers", "error", "warnings", "leaked", "refusal, remedy"
+    )
     console, progress = Console(width=200), Console(stderr=True)
     faults = 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -52,12 +54,12 @@ def _add(table: Table, progress: Console, layout: Layout, folder: Path) -> bool:
     except Exception as error:  # what must not happen is what is looked for
         progress.print(f"TRACEBACK {type(error).__name__}: {error}", markup=False)
         lines = "".join(traceback.format_exc().splitlines(keepends=True)[-12:])
-        table.add_row(layout.name, "[red]traceback", "", "", "", "", lines)
+        table.add_row(layout.name, "[red]traceback", "", "", "", "", "", lines)
         return True
     fault = check(layout, outcome)
     verdict = "exported" if outcome.manifest else "refused"
     progress.print(f"{verdict} in {outcome.cpu_s:.1f} s {fault or ''}", markup=False)
-    for line in (*outcome.warnings, outcome.refusal or ""):
+    for line in (*outcome.warnings, *sorted({*outcome.leaked}), outcome.refusal or ""):
         progress.print(f"    {line}", markup=False, style="dim") if line else None
     layers = len(outcome.manifest.layers) if outcome.manifest else 0
     table.add_row(
@@ -67,6 +69,7 @@ def _add(table: Table, progress: Console, layout: Layout, folder: Path) -> bool:
         f"{layers}/{layout.layers}",
         f"{outcome.error:.1e}",
         str(len(outcome.warnings)),
+        str(len(outcome.leaked)),
         outcome.refusal or "",
     )
     return fault is not None

@@ -4,7 +4,8 @@ import io
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class Outcome:
         manifest: Of the bundle; None if the export was refused.
         refusal: Why it was; None if it was not.
         cpu_s: CPU time of this process, in seconds.
-        warnings: What the export warned of, also through Python's own warnings.
+        warnings: What the export warned of.
+        leaked: What torch, or another library, warned of or wrote to stdout or stderr.
         error: Largest error of the ONNX file beside the eager network on rows that the export has
             not seen, as a share of the largest output; NaN if the export was refused.
     """
@@ -39,6 +41,7 @@ class Outcome:
     refusal: str | None
     cpu_s: float
     warnings: tuple[str, ...]
+    leaked: tuple[str, ...]
     error: float = float("nan")
 
 
@@ -52,9 +55,15 @@ def export_layout(layout: Layout, folder: Path) -> Outcome:
     given: dict[str, Any] = {"name": layout.name, "output": folder, "input_shape": layout.shape}
     given |= {"samples": layout.rows(), "report": report, **dict(layout.options)}
     manifest, refusal = None, None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    terminal = io.StringIO()
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        redirect_stdout(terminal),
+        redirect_stderr(terminal),
+    ):
+        warnings.simplefilter("ignore")
         network = layout.build()
+        warnings.simplefilter("always")
         started = time.process_time()
         try:
             if layout.save is None:
@@ -66,11 +75,13 @@ def export_layout(layout: Layout, folder: Path) -> Outcome:
         except (ExportError, KanModelError) as error:
             refusal = f"{type(error).__name__}: {error}"
     cpu_s = time.process_time() - started
-    heard = (*report.warnings, *(str(warning.message) for warning in caught))
+    leaked = (*(str(warning.message) for warning in caught), *terminal.getvalue().splitlines())
+    outcome = Outcome(manifest, refusal, cpu_s, tuple(report.warnings), leaked)
     if manifest is None:
-        return Outcome(None, refusal, cpu_s, heard)
+        assert not (folder / layout.name).exists(), "a refused export leaves files"
+        return outcome
     path = folder / layout.name / str(manifest.version) / "model.onnx"
-    return Outcome(manifest, None, cpu_s, heard, _error(path, network, _unseen(layout, manifest)))
+    return replace(outcome, error=_error(path, network, _unseen(layout, manifest)))
 
 
 def check(layout: Layout, outcome: Outcome) -> str | None:

@@ -44,7 +44,7 @@ def vae() -> nn.Module:
 
 
 def vae_that_draws() -> nn.Module:
-    """Draws in evaluation mode as well, as most tutorials have it."""
+    """Draws in evaluation mode as well, as tutorials have it."""
     return seeded(lambda: _VAE(draws=True))
 
 
