@@ -19,6 +19,7 @@ ORDINARY = ("knots", "inside", "margin", "samples", "small", "normal")
 """Groups of probes that a network was made for; for a KAN, those within the outermost knots."""
 
 _RANDOM_ROWS = 64
+_SAMPLE_ROWS = 1024
 _LONE_ROWS = 16
 _NAN_PLACES = 16  # of each input, in which NaN stands alone
 _FAR = (1.0, 10.0, 1e3, 1e6)  # distance from the outermost knot, in widths of the knots
@@ -135,7 +136,8 @@ def make_probes(inputs: Inputs, seed: int = 0) -> Probes:
 
     Groups: `samples` as given; `small` (uniform in [-1, 1] and a hundredth of that), `normal`
     (standard normal), `large` (ten times that), `huge` (a hundred times), constants among the small
-    ones, and `nan` (in one place of one input, or in all of it). Without floating-point inputs there are the samples only.
+    ones, and `nan` (in one place of one input, or in all of it). Without floating-point inputs
+    there are the samples only.
 
     Args:
         inputs: What the network takes.
@@ -145,7 +147,7 @@ def make_probes(inputs: Inputs, seed: int = 0) -> Probes:
     nan = _choose_nan(inputs.specs)
     sizes = {"small": 32, "normal": 32, "large": 16, "huge": 16, "nan": len(nan)}
     if inputs.samples is not None:
-        chosen = np.linspace(0, len(inputs.samples[0]) - 1, _RANDOM_ROWS).astype(int)
+        chosen = np.linspace(0, len(inputs.samples[0]) - 1, _SAMPLE_ROWS).astype(int)
         chosen = np.unique(chosen)
         samples = Probes(
             tuple(array[chosen] for array in inputs.samples), np.repeat("samples", len(chosen))

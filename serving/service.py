@@ -203,6 +203,8 @@ class InferenceService:
     ) -> None:
         wishes = read_wishes(request)
         inputs = decode_inputs(request, model.manifest.inputs)
+        if model.value_rules is not None:
+            model.value_rules.check(inputs)
         chosen = choose_outputs(request, model.manifest.outputs)
         rows = len(inputs[0])
         parse_s = time.perf_counter() - started

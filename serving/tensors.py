@@ -60,7 +60,7 @@ def decode_inputs(request: ModelInferRequest, expected: Sequence[TensorSpec]) ->
     for spec in expected:
         place = names.index(spec.name)
         tensor = tensors[place]
-        shape = _checked_shape(tensor, spec)
+        shape = _checked_shape(tensor, spec, raw[place] if raw else None)
         if not raw:
             arrays.append(_from_contents(tensor.contents, shape, spec))
         elif tensor.HasField("contents"):
@@ -134,7 +134,16 @@ def row_bytes(spec: TensorSpec) -> int:
     return _WIRE[spec.datatype].itemsize * math.prod(spec.shape[1:])
 
 
-def _checked_shape(tensor: ModelInferRequest.InferInputTensor, spec: TensorSpec) -> tuple[int, ...]:
+def _checked_shape(
+    tensor: ModelInferRequest.InferInputTensor, spec: TensorSpec, raw: bytes | None
+) -> tuple[int, ...]:
+    """Check the type and the shape of a tensor.
+
+    Args:
+        tensor: As received.
+        spec: What the model takes.
+        raw: Its bytes; None if it has typed contents.
+    """
     refuse_parameters("input", tensor.parameters)
     if tensor.datatype != spec.datatype:
         raise InvalidRequest(
@@ -145,9 +154,32 @@ def _checked_shape(tensor: ModelInferRequest.InferInputTensor, spec: TensorSpec)
     if not shape or shape[0] < 0 or shape[1:] != spec.shape[1:]:  # the first one is the rows
         raise InvalidRequest(
             f"input {spec.name!r}: expected shape {list(spec.shape)} (-1 is any number of rows), "
-            f"found {_shown(list(shape))}"
+            f"found {_shown(list(shape))}{_shape_remedy(tensor, spec, raw)}"
         )
     return shape
+
+
+def _shape_remedy(
+    tensor: ModelInferRequest.InferInputTensor, spec: TensorSpec, raw: bytes | None
+) -> str:
+    """Say which shape to send, if it can be known what was meant."""
+    shape, row_shape = tuple(tensor.shape), spec.shape[1:]
+    if shape == row_shape and shape:
+        return f"; one row is sent with shape {[1, *row_shape]}"
+    if min(shape, default=0) >= 0 or len(shape) != len(spec.shape):
+        return ""
+    if any(0 <= size != wanted for size, wanted in zip(shape[1:], row_shape, strict=True)):
+        return ""
+    rows = shape[0]
+    if rows < 0:
+        if raw is None:
+            numbers = len(getattr(tensor.contents, _CONTENTS_FIELD[spec.datatype]))
+            rows, rest = divmod(numbers, max(1, math.prod(row_shape)))
+        else:
+            rows, rest = divmod(len(raw), max(1, row_bytes(spec)))
+        if rest or not rows:
+            return "; a request says how many rows it has, in place of -1"
+    return f"; a request says every size: send {[rows, *row_shape]}"
 
 
 def _from_raw(content: bytes, shape: tuple[int, ...], spec: TensorSpec) -> NDArray[Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serving.client import AsyncKanClient, ClientError, KanClient, aio, sync
+from serving.client import AsyncKanClient, ClientError, KanClient, Tls, aio, sync
 from serving.server import Server
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S
@@ -42,16 +42,24 @@ def infers(server: Server) -> float:
 
 
 def both_ways(
-    address: str, method: str, *arguments: Any, timeout_s: float = WAIT_S, **keywords: Any
+    address: str,
+    method: str,
+    *arguments: Any,
+    timeout_s: float = WAIT_S,
+    tls: Tls | None = None,
+    token: str | None = None,
+    **keywords: Any,
 ) -> list[Any]:
     """What a method gives or raises, of either client."""
+    settings: dict[str, Any] = {"timeout_s": timeout_s, "rows_per_message": 7}
+    settings |= {"tls": tls, "token": token}
 
     async def ask() -> Any:
-        async with AsyncKanClient(address, timeout_s=timeout_s, rows_per_message=7) as client:
+        async with AsyncKanClient(address, **settings) as client:
             return await getattr(client, method)(*arguments, **keywords)
 
     found: list[Any] = []
-    with KanClient(address, timeout_s=timeout_s, rows_per_message=7) as client:
+    with KanClient(address, **settings) as client:
         calls: tuple[Callable[[], Any], ...] = (
             lambda: getattr(client, method)(*arguments, **keywords),
             lambda: asyncio.run(ask()),

@@ -85,7 +85,7 @@ def test_a_server_without_tls_is_told_from_one_that_is_away(server: Server, ask:
     assert code == 1
     assert error == (
         f"error: {server.address}: the server does not speak TLS; leave out --tls and the "
-        "certificates, or give the address of one that does\n"
+        "certificates (tls=None), or give the address of one that does\n"
     )
 
 

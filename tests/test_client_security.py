@@ -1,8 +1,12 @@
 """TLS and tokens against a server that insists on them."""
 
 import asyncio
+import socket
+import ssl
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from serving.client import (
 )
 from serving.client.__main__ import main
 from tests.bare import A, Bare, N, answering
-from tests.clients import told_why
+from tests.clients import both_ways, told_why
 from tests.servers import WAIT_S
 
 __all__ = ["told_why"]
@@ -57,6 +61,14 @@ class Files:
     def key(self) -> Path:
         return self.folder / "client.key"
 
+    @property
+    def stranger(self) -> Path:
+        return self.folder / "stranger.pem"
+
+    @property
+    def stranger_key(self) -> Path:
+        return self.folder / "stranger.key"
+
 
 @dataclass(frozen=True)
 class World:
@@ -66,6 +78,7 @@ class World:
     server: grpc.ServerCredentials
     strict: grpc.ServerCredentials
     elsewhere: grpc.ServerCredentials
+    expired: grpc.ServerCredentials
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +91,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     client.cert_chain_pems[0].write_to_path(str(files.cert))
     client.private_key_pem.write_to_path(str(files.key))
 
-    def pair(*names: str) -> list[tuple[bytes, bytes]]:
-        issued = ca.issue_cert(*names)
+    stranger = other.issue_cert("stranger@kan.example")
+    stranger.cert_chain_pems[0].write_to_path(str(files.stranger))
+    stranger.private_key_pem.write_to_path(str(files.stranger_key))
+
+    def pair(*names: str, end: datetime | None = None) -> list[tuple[bytes, bytes]]:
+        issued = ca.issue_cert(*names, not_before=datetime(2001, 1, 1), not_after=end)
         return [(issued.private_key_pem.bytes(), issued.cert_chain_pems[0].bytes())]
 
     here, there = pair("127.0.0.1", "localhost"), pair("kan.example")
@@ -88,6 +105,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         grpc.ssl_server_credentials(here),
         grpc.ssl_server_credentials(here, ca.cert_pem.bytes(), require_client_auth=True),
         grpc.ssl_server_credentials(there),
+        grpc.ssl_server_credentials(pair("127.0.0.1", "localhost", end=datetime(2001, 2, 3))),
     )
 
 
@@ -133,9 +151,103 @@ def test_a_server_without_tls_is_told_from_one_that_is_away() -> None:
     with answering(Bare()) as port:
         told = refused_by(f"127.0.0.1:{port}", Tls())
     assert told.endswith(
-        f"127.0.0.1:{port}: the server does not speak TLS; leave out --tls and the certificates, "
-        "or give the address of one that does"
+        f"127.0.0.1:{port}: the server does not speak TLS; leave out --tls and the certificates "
+        "(tls=None), or give the address of one that does"
     )
+
+
+# Of `localhost` gRPC tries [::1], too, and reports the connection that is refused there.
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_why_tls_fails_is_told_with_the_certificate_and_what_to_do(world: World, host: str) -> None:
+    files = world.files
+    by_the_same = "signed by 'trustme v"
+    with answering(Bare(), world.server) as port:
+        address = f"{host}:{port}"
+        for tls, authority in ((Tls(files.other_ca), str(files.other_ca)), (Tls(), "a public")):
+            told = refused_by(address, tls)
+            assert f"in time: {address}: TLS: expected the server's certificate to be sig" in told
+            assert authority in told
+            assert f"found one for '127.0.0.1', 'localhost' {by_the_same}" in told
+            assert "(--ca FILE, Tls(ca=...))" in told
+        told = refused_by(address, None)
+        assert f"{address}: the server speaks TLS, the client does not; give the cert" in told
+        assert "(--ca FILE, tls=Tls(ca=...))" in told
+    with answering(Bare(), world.elsewhere) as port:
+        told = refused_by(f"{host}:{port}", Tls(files.ca))
+        assert f"certificate to be for '{host}', found one for 'kan.example'; give" in told
+        assert "(--server-name NAME, Tls(server_name=...))" in told
+        told = refused_by(f"{host}:{port}", Tls(files.ca, server_name="other.example"))
+        assert "certificate to be for 'other.example', found one for 'kan.example'" in told
+    with answering(Bare(), world.expired) as port:
+        told = refused_by(f"{host}:{port}", Tls(files.ca))
+        assert "valid now, found one for '127.0.0.1', 'localhost', valid from Jan  1" in told
+        assert "to Feb  3 00:00:00 2001 GMT (certificate has expired); have it renewed" in told
+    with answering(Bare(), world.strict) as port:
+        told = refused_by(f"{host}:{port}", Tls(files.ca))
+        assert "the server expects a certificate of the client: none was given" in told
+        assert "(--cert FILE --key FILE, Tls(certificate=..., key=...))" in told
+        told = refused_by(f"{host}:{port}", Tls(files.ca, files.stranger, files.stranger_key))
+        assert f"does not accept the client's certificate {files.stranger}" in told
+    with answering(Bare()) as port:
+        told = refused_by(f"{host}:{port}", Tls(files.ca))
+        assert f"{host}:{port}: the server does not speak TLS; leave out --tls" in told
+
+
+def test_of_several_servers_the_one_with_the_fault_is_named(world: World, port: int) -> None:
+    with socket.socket() as taken:  # and does not listen
+        taken.bind(("127.0.0.1", 0))
+        away = f"127.0.0.1:{taken.getsockname()[1]}"
+        told = refused_by(f"{away},127.0.0.1:{port}", Tls(world.files.other_ca))
+    assert f"in time: 127.0.0.1:{port}: TLS: expected" in told
+
+
+def test_a_port_of_another_protocol_over_tls_is_told(world: World) -> None:
+    issued = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    issued.issue_cert("127.0.0.1").configure_cert(context)
+    roots = world.files.folder / "web.pem"
+    issued.cert_pem.write_to_path(str(roots))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def greet() -> None:
+            while True:
+                try:
+                    context.wrap_socket(listening.accept()[0], server_side=True).close()
+                except ssl.SSLError:
+                    pass
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        told = refused_by(f"127.0.0.1:{listening.getsockname()[1]}", Tls(roots))
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert "speaks TLS, but does not offer HTTP/2 (ALPN h2), which gRPC needs" in told
+
+
+def test_health_tells_why_tls_fails_too(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(Bare(), world.server) as port:
+        command = ["health", "--address", f"localhost:{port}", "--timeout-s", str(WAIT_S)]
+        assert main([*command, "--ca", str(world.files.other_ca)]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: localhost:{port}: TLS: expected the server's certificate")
+        assert main(command) == 1
+        assert "the server speaks TLS, the client does not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("over_tls", [True, False])
+def test_a_missing_token_is_told_from_a_wrong_one(world: World, over_tls: bool) -> None:
+    tls = Tls(world.files.ca) if over_tls else None
+    with answering(Bare(tokens={"first"}), world.server if over_tls else None) as port:
+        for token, told in (
+            (None, "no token was sent; give one (token, token_file, --token-file)"),
+            ("second", "the server does not know the token that was sent; give a token that the"),
+        ):
+            for found in both_ways(f"127.0.0.1:{port}", "metadata", "pair", tls=tls, token=token):
+                assert isinstance(found, Refused)
+                assert told in str(found)
+                assert "second" not in str(found)
 
 
 def test_the_certificates_name_is_the_addresss_or_the_one_that_is_given(world: World) -> None:
@@ -233,7 +345,7 @@ def test_the_command_takes_the_same_files(
         assert capsys.readouterr().out.startswith("3,-4\n")
         token.write_text("second\n")
         assert main([*command, *flags]) == 1
-        told = "error: localhost:{}: model 'pair': the token is not one of ours; give a token"
+        told = "error: localhost:{}: model 'pair': the token is not one of ours; the server does"
         assert capsys.readouterr().err.startswith(told.format(port))
         for missing in (flags[:2], ["--tls"], []):  # no certificate, no CA, no TLS
             assert main([*command, *missing, "--timeout-s", str(SHORT_S)]) == 1

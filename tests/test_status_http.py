@@ -242,6 +242,7 @@ def test_metrics_tell_what_a_version_is_and_how_exact_it_was_at_export(
         "sha256": manifest.files["model.onnx"].sha256,
         "report": f"/reports/{NAME}/2",
         "prune_threshold": "",
+        "accepts": "",
     }
     told = {s.labels["runtime"]: s.value for s in samples if s.name == "kanserve_model_parity"}
     assert told == {record.runtime: record.excess for record in manifest.parity}

@@ -112,6 +112,14 @@ def test_a_version_that_was_pruned_says_so_where_its_layers_are(shown: Shown) ->
     expect(cells).to_have_text(["2 fusedpruned at 0.01", "2 fused"])
 
 
+def test_a_version_with_rules_for_its_inputs_says_which_values_it_accepts(shown: Shown) -> None:
+    info = 'kanserve_model_info{accepts="%s",model="digits",sha256="",version="%d"} 1\n'
+    rules = "tokens in 0..49; x without NaN"
+    shown.open(READY + state(2, "READY") + info % ("", 1) + info % (rules, 2))
+    cells = shown.page.locator("td[data-title='State']")
+    expect(cells).to_have_text([f"Readyaccepts {rules}", "Ready"])
+
+
 def test_text_from_models_is_never_taken_for_html_and_links_stay_here(shown: Shown) -> None:
     trap = "<img src=x onerror=document.title=1><script>document.title=2</script>"
     info = 'kanserve_model_info{model="%s",report="%s",sha256="",version="1"} 1\n'

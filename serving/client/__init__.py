@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from serving.client.errors import (
         ClientError,
         Closed,
+        Forked,
         InvalidRequest,
         ModelNotFound,
         Overloaded,
@@ -37,6 +38,7 @@ __all__ = [
     "AsyncKanClient",
     "ClientError",
     "Closed",
+    "Forked",
     "InvalidRequest",
     "KanClient",
     "Model",

@@ -1,12 +1,13 @@
 """`AsyncKanClient`: what sync.py has, for an event loop. Here are only the calls."""
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import grpc
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client.batches import Answer, Batch, Wanted
-from serving.client.channel import connection_to
+from serving.client.channel import close_aio, connection_to
 from serving.client.credentials import Tls
 from serving.client.errors import (
     ClientError,
@@ -23,16 +24,26 @@ from serving.client.errors import (
     Refused,
     ServerFault,
     TimedOut,
-    never_reached,
-    translated,
+    WrongSetting,
 )
 from serving.client.models import Model, ModelVersion, read_index, read_model
 from serving.client.sync import IN_FLIGHT, LOOK_S, TIMEOUT_S, Progress, limit
 from serving.client.tensors import Inputs
 
 
+class _Opened(NamedTuple):
+    """A channel in one event loop of one process."""
+
+    process: int
+    channel: grpc.aio.Channel
+    stub: GRPCInferenceServiceStub
+
+
 class AsyncKanClient:
-    """`KanClient` for an event loop: to be made where the loop runs, and used in it alone.
+    """`KanClient` for event loops. It may be made before a loop runs, and used in several.
+
+    It connects at the first call in each loop. `close` is awaited in a loop that it is used in,
+    before that ends; what it has in loops that have ended is let go of.
 
     Args:
         addresses: See `KanClient`, as for everything else.
@@ -65,8 +76,7 @@ class AsyncKanClient:
         self._models: dict[tuple[str, str], Model] = {}
         self._met = False
         self._closed = False
-        self._channel = self._connection.open_aio()
-        self._stub = GRPCInferenceServiceStub(self._channel)
+        self._opened: dict[asyncio.AbstractEventLoop, _Opened] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,7 +87,15 @@ class AsyncKanClient:
     async def close(self) -> None:
         """End every call and let the connections go."""
         self._closed = True
-        await self._channel.close()
+        here, opened = asyncio.get_running_loop(), self._opened
+        self._opened = {}
+        for loop, (process, channel, _) in opened.items():
+            if process != os.getpid():
+                continue
+            if loop is here:
+                await close_aio(channel)
+            elif loop.is_running():
+                asyncio.run_coroutine_threadsafe(close_aio(channel), loop)
 
     async def infer(
         self,
@@ -138,8 +156,39 @@ class AsyncKanClient:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 return False
-            raise translated(error, self._connection.where, model) from error
+            raise self._connection.translated(error, model) from error
         return bool(found.ready)
+
+    @property
+    def _stub(self) -> GRPCInferenceServiceStub:
+        """The calls, for the event loop that runs now; at the first a channel is opened for it.
+
+        Raises:
+            Closed: The client was closed.
+            Forked: It, or another, was open when this process was forked.
+            WrongSetting: No event loop of asyncio runs.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError as error:
+            raise WrongSetting(
+                f"{self._connection.where}: expected a running event loop of asyncio, found none; "
+                "await the call within asyncio.run, or use KanClient, which needs none"
+            ) from error
+        opened = self._opened.get(loop)
+        if opened is None or opened.process != os.getpid():
+            opened = self._open(loop)
+        return opened.stub
+
+    def _open(self, loop: asyncio.AbstractEventLoop) -> "_Opened":
+        if self._closed:
+            raise Closed(self._connection.where)
+        for ended in [each for each in list(self._opened) if each.is_closed()]:
+            del self._opened[ended]
+        channel = self._connection.open_aio()
+        opened = _Opened(os.getpid(), channel, GRPCInferenceServiceStub(channel))
+        self._opened[loop] = opened
+        return opened
 
     async def _infer(
         self,
@@ -245,7 +294,7 @@ class AsyncKanClient:
 
     async def _told(self, error: grpc.RpcError, model: str) -> ClientError:
         """Say what a call has ended with; who waits for a server in vain is told why."""
-        told = translated(error, self._connection.where, model)
+        told = self._connection.translated(error, model)
         if self._met or not isinstance(told, TimedOut):
             return told
         method, request = self._stub.ServerLive, pb.ServerLiveRequest()
@@ -254,7 +303,8 @@ class AsyncKanClient:
             with self._closing():
                 await method(request, timeout=LOOK_S, metadata=metadata, wait_for_ready=False)
         except grpc.RpcError as reason:
-            return never_reached(told, reason, self._connection.where)
+            connection = self._connection
+            return await asyncio.to_thread(connection.never_reached, told, reason, LOOK_S)
         return told
 
 

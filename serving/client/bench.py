@@ -46,7 +46,7 @@ class Load:
 
 
 def draw_inputs(model: Model, rows: int, seed: int) -> dict[str, NDArray[Any]]:
-    """Draw rows: floats from -1 to 1, whole numbers and booleans from 0 and 1.
+    """Draw rows: floats from -1 to 1, whole numbers that the model accepts, else from 0 and 1.
 
     Raises:
         InvalidRequest: The model takes something that cannot be drawn.
@@ -58,10 +58,15 @@ def draw_inputs(model: Model, rows: int, seed: int) -> dict[str, NDArray[Any]]:
             raise InvalidRequest(f"input {spec.name!r}: {spec.datatype} cannot be drawn at random")
         shape = (rows, *(abs(n) for n in spec.shape[1:]))  # of what may have any size, one
         dtype = DTYPES[spec.datatype]
-        if dtype.kind == "f":
+        if dtype.kind == "f" and spec.allowed is None:
             found[spec.name] = generator.uniform(-1, 1, shape).astype(dtype)
         else:
-            found[spec.name] = generator.integers(0, 2, shape).astype(dtype)
+            low, high = spec.allowed or (0, 1)
+            if dtype.kind in "iu":
+                low, high = max(low, np.iinfo(dtype).min), min(high, np.iinfo(dtype).max)
+            drawn_as = dtype if dtype.kind in "iu" else np.dtype(np.int64)
+            drawn = generator.integers(low, high, shape, drawn_as, endpoint=True)
+            found[spec.name] = drawn.astype(dtype)
     return found
 
 

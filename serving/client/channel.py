@@ -2,24 +2,32 @@
 
 Requests are spread over every address and sent to those that say they are ready; what one of them
 leaves unanswered (UNAVAILABLE, CANCELLED) is asked of another; calls wait for a server that is not
-up yet, as long as they may. gRPC does all of it, as `service_config` says. Nothing here connects.
+up yet, as long as they may. gRPC does all of it, as `service_config` says. Nothing here connects,
+but for finding out why no server has answered.
+
+gRPC does not survive a fork. Channels that are open in a process stay untouched in its children,
+because they share its connections; a child opens channels of its own, with connections of its own.
 """
 
 import ipaddress
 import json
+import os
 import re
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
 
 from protos import inference_pb2 as pb
 from serving.client.credentials import Bearer, Tls, Token
-from serving.client.errors import WrongSetting
+from serving.client.errors import ClientError, Forked, TimedOut, WrongSetting, never_reached
+from serving.client.errors import translated as translated_error
+from serving.client.handshake import Endpoint, find_tls_fault
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 INFER = f"/{SERVICE}/ModelInfer"
@@ -73,6 +81,9 @@ class Connection:
     Args:
         target: As gRPC names it.
         where: As the caller named it, for messages.
+        endpoints: Hosts and ports in it, where it has some.
+        tls: How the servers are recognised; None without TLS.
+        name: What their certificates must be for, if that is not the host.
         credentials: Of TLS, with the token; None without TLS.
         options: Of the channel.
         token: What goes with every call.
@@ -80,6 +91,9 @@ class Connection:
 
     target: str
     where: str
+    endpoints: tuple[Endpoint, ...]
+    tls: Tls | None
+    name: str | None
     credentials: grpc.ChannelCredentials | None
     options: tuple[tuple[str, Any], ...]
     token: Token | None
@@ -90,16 +104,51 @@ class Connection:
         Args:
             alone: Whether it is to have connections of its own; others share theirs.
         """
-        options = self.options + (_OWN_CONNECTION if alone else ())
+        options = self.options + (_OWN_CONNECTION if alone or _is_forked() else ())
         if self.credentials is None:
-            return grpc.insecure_channel(self.target, options)
-        return grpc.secure_channel(self.target, self.credentials, options)
+            channel = grpc.insecure_channel(self.target, options)
+        else:
+            channel = grpc.secure_channel(self.target, self.credentials, options)
+        _channels.add(channel)
+        return channel
 
     def open_aio(self) -> grpc.aio.Channel:
-        """Make a channel for the event loop that runs now."""
+        """Make a channel for the event loop that runs now. `close_aio` closes it.
+
+        Raises:
+            Forked: Another was open in the process that this one was forked from.
+        """
+        if _lost:
+            raise Forked(
+                f"{self.where}: an AsyncKanClient was open when this process was forked, which "
+                "gRPC's event loops do not survive; close it before the fork, use KanClient here, "
+                "or start the process with multiprocessing's 'spawn'"
+            )
+        options = self.options + (_OWN_CONNECTION if _is_forked() else ())
         if self.credentials is None:
-            return grpc.aio.insecure_channel(self.target, self.options)
-        return grpc.aio.secure_channel(self.target, self.credentials, self.options)
+            channel = grpc.aio.insecure_channel(self.target, options)
+        else:
+            channel = grpc.aio.secure_channel(self.target, self.credentials, options)
+        _aio_channels.add(channel)
+        return channel
+
+    def translated(self, error: grpc.RpcError, model: str = "") -> ClientError:
+        """Describe what a call has ended with; see errors.py."""
+        return translated_error(error, self.where, model, has_token=self.token is not None)
+
+    def never_reached(self, error: TimedOut, reason: grpc.RpcError, timeout_s: float) -> TimedOut:
+        """Describe why no server has ever answered. This connects, and waits.
+
+        Args:
+            error: What is known without it.
+            reason: What a call has ended with that did not wait.
+            timeout_s: Time for one connection, in seconds.
+        """
+        return never_reached(error, self.translated(reason), self.tls_fault(timeout_s))
+
+    def tls_fault(self, timeout_s: float) -> str | None:
+        """Find the reason why TLS, or its absence, keeps the client from a server."""
+        return find_tls_fault(self.endpoints, self.tls, self.name, timeout_s)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Give what goes with the next call beside what gRPC sends itself.
@@ -109,6 +158,34 @@ class Connection:
         """
         found = self.token.metadata() if self.token is not None else ()
         return found if self.credentials is None else ()
+
+
+_channels: WeakSet[grpc.Channel] = WeakSet()
+_aio_channels: WeakSet[grpc.aio.Channel] = WeakSet()
+_importer = os.getpid()
+_inherited: list[object] = []
+_lost = False
+
+
+async def close_aio(channel: grpc.aio.Channel) -> None:
+    """Close a channel of `Connection.open_aio`, in its event loop."""
+    await channel.close()
+    _aio_channels.discard(channel)
+
+
+def _is_forked() -> bool:
+    """Whether this process may share memory with another that has used gRPC."""
+    return os.getpid() != _importer
+
+
+def _keep_inherited() -> None:
+    """Keep a parent's channels, because to let go of one may end the parent's connections."""
+    global _lost
+    _inherited.extend([*_channels, *_aio_channels])
+    _lost = _lost or bool(_aio_channels)
+
+
+os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def connection_to(
@@ -149,15 +226,16 @@ def connection_to(
     options = _OPTIONS
     if only_ready:
         options += (("grpc.service_config", json.dumps(service_config())),)
-    if tls is not None:
-        name = tls.server_name or _common_name(places)
-        if name is not None:
-            options += (("grpc.ssl_target_name_override", name),)
+    name = (tls.server_name or _common_name(places)) if tls is not None else None
+    if name is not None:
+        options += (("grpc.ssl_target_name_override", name),)
     credentials = tls.channel_credentials() if tls is not None else None
     if credentials is not None and shown is not None:
         bearer = grpc.metadata_call_credentials(Bearer(shown))
         credentials = grpc.composite_channel_credentials(credentials, bearer)
-    return Connection(places.target, places.where, credentials, options, shown)
+    return Connection(
+        places.target, places.where, places.endpoints, tls, name, credentials, options, shown
+    )
 
 
 def each_of(addresses: str) -> list[str]:
@@ -177,6 +255,7 @@ class _Places:
     target: str
     where: str
     hosts: tuple[str, ...]
+    endpoints: tuple[Endpoint, ...]
 
 
 def _places(addresses: str | Sequence[str]) -> _Places:
@@ -184,9 +263,11 @@ def _places(addresses: str | Sequence[str]) -> _Places:
         uri = _as_target(addresses)
         if uri:
             if uri["scheme"].startswith("unix"):
-                return _Places(addresses, addresses, ())
+                return _Places(addresses, addresses, (), ())
             hosts = tuple(place.rpartition(":")[0] for place in uri["path"].split(","))
-            return _Places(addresses, addresses, hosts)
+            with_ports = map(_HOST_PORT.fullmatch, uri["path"].split(","))
+            endpoints = tuple(_endpoint(each) for each in with_ports if each)
+            return _Places(addresses, addresses, hosts, endpoints)
         addresses = addresses.split(",")
     given: Any = addresses  # not everybody's types are checked
     listed = [_host_port(each) for each in (given if isinstance(given, Iterable) else [given])]
@@ -194,8 +275,9 @@ def _places(addresses: str | Sequence[str]) -> _Places:
         raise WrongSetting("expected at least one address, found none; give host:port")
     where = ",".join(f"{host}:{port}" for host, port in listed)
     hosts = tuple(host for host, _ in listed)
+    endpoints = tuple((host.strip("[]"), port) for host, port in listed)
     if len(listed) == 1 and _numeric(hosts[0]) is None:
-        return _Places(f"dns:///{where}", where, hosts)
+        return _Places(f"dns:///{where}", where, hosts, endpoints)
     found = [(_looked_up(host), port) for host, port in listed]
     versions = {address.version for address, _ in found}
     if len(versions) > 1:
@@ -204,8 +286,14 @@ def _places(addresses: str | Sequence[str]) -> _Places:
             "stands for all of them, as dns:///name:port"
         )
     if versions == {4}:
-        return _Places("ipv4:" + ",".join(f"{ip}:{port}" for ip, port in found), where, hosts)
-    return _Places("ipv6:" + ",".join(f"[{ip}]:{port}" for ip, port in found), where, hosts)
+        target = "ipv4:" + ",".join(f"{ip}:{port}" for ip, port in found)
+    else:
+        target = "ipv6:" + ",".join(f"[{ip}]:{port}" for ip, port in found)
+    return _Places(target, where, hosts, endpoints)
+
+
+def _endpoint(found: re.Match[str]) -> Endpoint:
+    return found["host"].strip("[]"), int(found["port"])
 
 
 def _host_port(address: object) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from serving.client.channel import connection_to
 from serving.client.errors import ClientError, Unavailable
 from serving.client.flags import reached_by
 from serving.client.load import OK, Opened
-from serving.client.models import ModelVersion
+from serving.client.models import ModelVersion, Tensor
 from serving.client.sync import KanClient
 from serving.client.tensors import count_nan_rows
 
@@ -70,8 +70,8 @@ def models(arguments: Namespace) -> None:
             one["name"],
             one["version"],
             one["state"],
-            ", ".join(_tensor(spec) for spec in one["inputs"]),
-            ", ".join(_tensor(spec) for spec in one["outputs"]),
+            ", ".join(str(Tensor(**spec)) for spec in one["inputs"]),
+            ", ".join(str(Tensor(**spec)) for spec in one["outputs"]),
             one["reason"],
         )
     _console().print(table)
@@ -159,13 +159,15 @@ def _described(client: KanClient, version: ModelVersion) -> dict[str, Any]:
         except ClientError:
             pass  # it was served a moment ago
     return asdict(version) | {
-        "inputs": [asdict(spec) for spec in inputs],
-        "outputs": [asdict(spec) for spec in outputs],
+        "inputs": [_tensor(spec) for spec in inputs],
+        "outputs": [_tensor(spec) for spec in outputs],
     }
 
 
-def _tensor(spec: dict[str, Any]) -> str:
-    return f"{spec['name']} {spec['datatype']} {list(spec['shape'])}"
+def _tensor(spec: Tensor) -> dict[str, Any]:
+    """Describe a tensor, and of the rules for its values those that it has."""
+    rules = ("allowed", "rejects_nan")
+    return {key: value for key, value in asdict(spec).items() if key not in rules or value}
 
 
 def _offered(one: Opened, rate: float) -> str:

@@ -14,8 +14,8 @@ import grpc
 from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc as pb_grpc
 
-from serving.client.channel import SERVICE, connection_to, each_of
-from serving.client.errors import ClientError, Refused, translated
+from serving.client.channel import SERVICE, Connection, connection_to, each_of
+from serving.client.errors import ClientError, Refused, Unavailable
 from serving.client.flags import reached_by
 
 
@@ -43,31 +43,35 @@ def health(arguments: Namespace) -> int:
             for place in places
         ]
         found = [
-            _print_status(answer, place.where, arguments.service)
+            _print_status(answer, place, arguments)
             for answer, place in zip(answers, places, strict=True)
         ]
     return 0 if all(found) else 1
 
 
-def _print_status(answer: Any, where: str, service: str) -> bool:
+def _print_status(answer: Any, place: Connection, arguments: Namespace) -> bool:
     """Wait for an answer, print it, and tell whether it is SERVING."""
     try:
         status = answer.result().status
     except grpc.RpcError as error:
-        print(f"error: {_told(error, where, service)}", file=sys.stderr)
+        print(f"error: {_described(error, place, arguments)}", file=sys.stderr)
         return False
     names = {value: name for name, value in pb.HealthCheckResponse.ServingStatus.items()}
-    print(f"{where} {names.get(status, status)}")  # of a newer protocol, a number
+    print(f"{place.where} {names.get(status, status)}")  # of a newer protocol, a number
     return bool(status == pb.HealthCheckResponse.SERVING)
 
 
-def _told(error: Any, where: str, service: str) -> ClientError:
+def _described(error: Any, place: Connection, arguments: Namespace) -> ClientError:
     """Say why there is no status."""
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return Refused(
-            f"{where}: expected a service whose health the server knows, found {service!r}; leave "
-            "--service out to ask whether the server takes requests, or ask our server for "
-            f"{SERVICE}, which is the same, or live, whether its process answers; `kan-client "
-            "models` tells whether a model is served"
+            f"{place.where}: expected a service whose health the server knows, found "
+            f"{arguments.service!r}; leave --service out to ask whether the server takes requests, "
+            f"or ask our server for {SERVICE}, which is the same, or live, whether its process "
+            "answers; `kan-client models` tells whether a model is served"
         )
-    return translated(error, where)
+    found = place.translated(error)
+    if type(found) is Unavailable:
+        fault = place.tls_fault(arguments.timeout_s)
+        return found if fault is None else Unavailable(fault, found.code)
+    return found

@@ -1,5 +1,6 @@
 """What servers say of their models, as plain values."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """The protocol's names of types that every element takes the same bytes of, as on the wire."""
 
 
+_RANGE = re.compile(r"(?P<low>-?[0-9]{1,20})\.\.(?P<high>-?[0-9]{1,20})")
+
+
 @dataclass(frozen=True)
 class Tensor:
     """An input or an output.
@@ -33,14 +37,21 @@ class Tensor:
         name: Its name.
         datatype: The protocol's name of its type, such as FP32.
         shape: Its shape; the rows come first, and -1 is any number.
+        allowed: Smallest and largest whole number that the model accepts in this input; None if
+            all, or if the server does not say.
+        rejects_nan: Whether the model accepts no row with NaN in this input.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    allowed: tuple[int, int] | None = None
+    rejects_nan: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} {self.datatype} {list(self.shape)}"
+        rules = f" {self.allowed[0]}..{self.allowed[1]}" if self.allowed else ""
+        rules += " without NaN" if self.rejects_nan else ""
+        return f"{self.name} {self.datatype} {list(self.shape)}{rules}"
 
 
 @dataclass(frozen=True)
@@ -94,8 +105,8 @@ def read_model(found: pb.ModelMetadataResponse, max_rows: int | None) -> Model:
         found.name,
         tuple(found.versions),
         found.platform,
-        tuple(_tensor(each) for each in found.inputs),
-        tuple(_tensor(each) for each in found.outputs),
+        tuple(_input(each, found.properties) for each in found.inputs),
+        tuple(Tensor(each.name, each.datatype, tuple(each.shape)) for each in found.outputs),
         dict(found.properties),
         max_rows,
     )
@@ -108,5 +119,13 @@ def read_index(found: pb.RepositoryIndexResponse) -> tuple[ModelVersion, ...]:
     )
 
 
-def _tensor(found: pb.ModelMetadataResponse.TensorMetadata) -> Tensor:
-    return Tensor(found.name, found.datatype, tuple(found.shape))
+def _input(found: pb.ModelMetadataResponse.TensorMetadata, properties: Mapping[str, str]) -> Tensor:
+    """Read what a server says of an input; other servers' properties state no rules."""
+    allowed = _RANGE.fullmatch(properties.get(f"input.{found.name}.allowed", ""))
+    return Tensor(
+        found.name,
+        found.datatype,
+        tuple(found.shape),
+        (int(allowed["low"]), int(allowed["high"])) if allowed else None,
+        properties.get(f"input.{found.name}.rejects_nan") == "true",
+    )

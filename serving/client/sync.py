@@ -1,6 +1,7 @@
 """`KanClient`: arrays in, arrays out, from one server or several. Here are only the calls."""
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,11 @@ from serving.client.credentials import Tls
 from serving.client.errors import (
     ClientError,
     Closed,
+    Forked,
     InvalidRequest,
     Refused,
     ServerFault,
     TimedOut,
-    never_reached,
-    translated,
 )
 from serving.client.models import Model, ModelVersion, read_index, read_model
 from serving.client.tensors import Inputs
@@ -45,7 +45,9 @@ class KanClient:
     """A client of one server or several. Threads may share it.
 
     Calls wait for a server that is not up yet, go to those that are ready, and are asked again of
-    another where one has ended. What goes wrong is a `ClientError` (see errors.py).
+    another where one has ended. What goes wrong is a `ClientError` (see errors.py). It connects at
+    the first call, so a client may be made before a fork and used after it, but not used on both
+    sides: gRPC does not survive that.
 
     Args:
         addresses: `host:port`, several of them in a list, or `dns:///name:port` for every address
@@ -80,8 +82,7 @@ class KanClient:
         self._models: dict[tuple[str, str], Model] = {}
         self._met = False
         self._closed = False
-        self._channel = self._connection.open()
-        self._stub = GRPCInferenceServiceStub(self._channel)
+        self._opened: dict[int, tuple[grpc.Channel, GRPCInferenceServiceStub]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -92,7 +93,9 @@ class KanClient:
     def close(self) -> None:
         """End every call and let the connections go."""
         self._closed = True
-        self._channel.close()
+        channel, _ = self._opened.get(os.getpid(), (None, None))
+        if channel is not None:
+            channel.close()
 
     def infer(
         self,
@@ -173,8 +176,36 @@ class KanClient:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 return False
-            raise translated(error, self._connection.where, model) from error
+            raise self._connection.translated(error, model) from error
         return bool(found.ready)
+
+    @property
+    def _stub(self) -> GRPCInferenceServiceStub:
+        """The calls; at the first of them a channel is opened, in the process that makes it.
+
+        Raises:
+            Closed: The client was closed.
+            Forked: It was used before this process was forked.
+        """
+        found = self._opened.get(os.getpid()) or self._open()
+        return found[1]
+
+    def _open(self) -> tuple[grpc.Channel, GRPCInferenceServiceStub]:
+        where, process = self._connection.where, os.getpid()
+        if any(each != process for each in list(self._opened)):
+            raise Forked(
+                f"{where}: the client was used before this process was forked, which gRPC does not "
+                "survive; make a client in this process, or use this one only after the fork, or "
+                "start the process with multiprocessing's 'spawn'"
+            )
+        channel = self._connection.open()
+        opened = channel, GRPCInferenceServiceStub(channel)
+        kept = self._opened.setdefault(process, opened)
+        if self._closed or kept is not opened:  # another thread was first
+            channel.close()
+        if self._closed:
+            raise Closed(where)
+        return kept
 
     def _infer(
         self,
@@ -289,7 +320,7 @@ class KanClient:
 
     def _told(self, error: grpc.RpcError, model: str) -> ClientError:
         """Say what a call has ended with; who waits for a server in vain is told why."""
-        told = translated(error, self._connection.where, model)
+        told = self._connection.translated(error, model)
         if self._met or not isinstance(told, TimedOut):
             return told
         try:
@@ -299,7 +330,7 @@ class KanClient:
                     request, timeout=LOOK_S, metadata=metadata, wait_for_ready=False
                 )
         except grpc.RpcError as reason:
-            return never_reached(told, reason, self._connection.where)
+            return self._connection.never_reached(told, reason, LOOK_S)
         return told
 
 

@@ -8,7 +8,7 @@ array looks just like that.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from protos import inference_pb2 as pb
 from serving.client.errors import InvalidRequest, ServerFault
 from serving.client.models import DTYPES, Model, Tensor
+from serving.client.value_rules import check_values
 
 DETAILS = "kanserve_details"
 """The request parameter that asks how an answer came about."""
@@ -25,6 +26,8 @@ Inputs = ArrayLike | Mapping[str, ArrayLike]
 """An array for a model with one input; names to arrays for any."""
 
 _LOOKED_AT = 2**14  # rows
+_MAX_DEPTH = 8  # of lists in lists
+_MAX_DETAILS = 300  # characters of another program's message
 _MAY_BECOME = {"f": "fiub", "i": "iub", "u": "iub", "b": "b"}
 _KINDS = {"f": "floats or whole numbers", "i": "whole numbers", "u": "whole numbers", "b": "bools"}
 
@@ -37,7 +40,8 @@ def checked(inputs: Inputs, model: Model) -> dict[str, NDArray[Any]]:
         model: What takes them.
 
     Raises:
-        InvalidRequest: A name, a type, a shape or a number of rows is not what the model takes.
+        InvalidRequest: A name, a type, a shape, a number of rows or a value is not what the model
+            takes.
     """
     names = [spec.name for spec in model.inputs]
     if not isinstance(inputs, Mapping):
@@ -55,18 +59,22 @@ def checked(inputs: Inputs, model: Model) -> dict[str, NDArray[Any]]:
     rows = {name: len(array) for name, array in arrays.items()}
     if len(set(rows.values())) > 1:
         raise InvalidRequest(f"expected the same number of rows in every input, found {rows}")
+    for spec in model.inputs:
+        check_values(arrays[spec.name], spec)
     return arrays
 
 
 def _fitting(value: ArrayLike, spec: Tensor) -> NDArray[Any]:
-    try:
-        array = np.asarray(value)
-    except ValueError as error:  # lists of different lengths
-        raise InvalidRequest(f"input {spec.name!r}: expected an array: {error}") from error
+    array = _as_array(value, spec)
     dtype = DTYPES.get(spec.datatype)
     if dtype is None:
         raise InvalidRequest(
             f"input {spec.name!r}: its type is {spec.datatype}, which this client cannot send"
+        )
+    if array.dtype == object:
+        raise InvalidRequest(
+            f"input {spec.name!r}: expected an array of numbers, found {_type_name(value)}, which "
+            f"numpy makes Python objects of; convert it yourself, as by np.asarray(x, {dtype})"
         )
     if array.dtype.kind not in _MAY_BECOME[dtype.kind]:
         raise InvalidRequest(
@@ -83,6 +91,42 @@ def _fitting(value: ArrayLike, spec: Tensor) -> NDArray[Any]:
             f"found {list(array.shape)}{remedy}"
         )
     return array
+
+
+def _as_array(value: ArrayLike, spec: Tensor) -> NDArray[Any]:
+    """Make an array of what a caller gave.
+
+    Raises:
+        InvalidRequest: It cannot be made one. Conversion is the caller's own code (`__array__`),
+            so it may fail in any way.
+    """
+    try:
+        return np.asarray(value)
+    except Exception as error:
+        details = " ".join(str(error).split())[:_MAX_DETAILS] or type(error).__name__
+        remedy = "pass numbers, or an array of them"
+        if any(hasattr(each, "detach") for each in _first_elements(value)):  # a tensor of torch
+            remedy = (
+                "pass x.detach().cpu().numpy(), and x.float() in place of x if numpy has no such "
+                "type"
+            )
+        raise InvalidRequest(
+            f"input {spec.name!r}: expected an array, found {_type_name(value)}, which cannot be "
+            f"made one: {details}; {remedy}"
+        ) from error
+
+
+def _first_elements(value: object) -> Iterator[object]:
+    """Give a value, and what is first in it where it is a list or a tuple, and so on."""
+    for _ in range(_MAX_DEPTH):
+        yield value
+        if not isinstance(value, list | tuple) or not value:
+            return
+        value = value[0]
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def converted(array: NDArray[Any], spec: Tensor) -> NDArray[Any]:

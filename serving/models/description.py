@@ -98,6 +98,7 @@ def _properties(model: LoadedModel) -> dict[str, str]:
         "fused_layers": str(model.engine.fused_layers),
         "nodes": ", ".join(f"{count} {name}" for name, count in model.engine.placement.items()),
         **_pruning(manifest.pruning),
+        **(model.value_rules.properties() if model.value_rules else {}),
     }
 
 

@@ -30,6 +30,7 @@ from serving.engine import Engine
 from serving.grid import Grid
 from serving.models.graph import check_graph
 from serving.observability.statistics import Statistics
+from serving.value_rules import ValueRules, value_rules
 
 _SWITCH_S = 1e-4
 _BREATH_S = 2e-3  # longer than a request takes
@@ -67,6 +68,7 @@ class LoadedModel:
         engine: What runs it.
         lane: Where its requests wait.
         grid: Where it was trained; None if that cannot be told from its inputs.
+        value_rules: Which values its inputs accept; None if all.
         count: Told of every row that is run.
         folder: Where it was loaded from. What lies there may have changed since.
         statistics: Of what it has answered.
@@ -76,6 +78,7 @@ class LoadedModel:
     engine: Engine
     lane: Lane[Request]
     grid: Grid | None
+    value_rules: ValueRules | None
     count: Count
     folder: Path
     statistics: Statistics
@@ -183,7 +186,8 @@ def _load(
         )
     grid = Grid(manifest.input_range) if manifest.input_range else None
     statistics = Statistics(manifest.name, manifest.version)
-    return LoadedModel(manifest, engine, Lane(limits), grid, count, folder.path, statistics)
+    rules = value_rules(manifest.inputs)
+    return LoadedModel(manifest, engine, Lane(limits), grid, rules, count, folder.path, statistics)
 
 
 def _require_sizes(folder: Path, manifest: Manifest, most: int) -> None:

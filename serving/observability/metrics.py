@@ -223,9 +223,9 @@ class ModelCollector(Collector):
         infos = GaugeMetricFamily(
             "kanserve_model_info",
             "1 for a model version that is served, by the SHA-256 of its model.onnx, the path of "
-            "its report on this port, empty if it has none, and the threshold that it was pruned "
-            "with, empty if it was not.",
-            labels=["model", "version", "sha256", "report", "prune_threshold"],
+            "its report on this port, empty if it has none, the threshold that it was pruned with, "
+            "empty if it was not, and the values that its inputs accept, empty if all.",
+            labels=["model", "version", "sha256", "report", "prune_threshold", "accepts"],
         )
         parity = GaugeMetricFamily(
             "kanserve_model_parity",
@@ -242,7 +242,8 @@ class ModelCollector(Collector):
                     manifest = version.model.manifest
                     sha256 = manifest.files[MODEL_FILE].sha256
                     threshold = str(manifest.pruning.threshold) if manifest.pruning else ""
-                    labels = [name, str(number), sha256, report_path(manifest), threshold]
+                    accepts = str(version.model.value_rules or "")
+                    labels = [name, str(number), sha256, report_path(manifest), threshold, accepts]
                     infos.add_metric(labels, 1)
                     for record in manifest.parity:
                         parity.add_metric([name, str(number), record.runtime], record.excess)

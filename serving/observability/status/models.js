@@ -13,7 +13,7 @@ const REPORT = /^\/reports\/[A-Za-z0-9._-]+\/[0-9]+$/; // never another site, ne
 /**
  * Read what a scrape says of models.
  * @returns {Map<string, Array>} By name, in order: versions, newest first, as {model, version,
- *   states, executions, providers, parity, sha256, report, threshold}. `states` are {state, reason, workers}.
+ *   states, executions, providers, parity, sha256, report, threshold, accepts}. `states` are {state, reason, workers}.
  */
 export function readModels({ samples }) {
   const models = new Map();
@@ -39,6 +39,7 @@ export function readModels({ samples }) {
     } else if (name === "kanserve_model_info") {
       version.sha256 = labels.get("sha256") ?? "";
       version.threshold = labels.get("prune_threshold") ?? "";
+      version.accepts = labels.get("accepts") ?? "";
       version.report = REPORT.test(labels.get("report")) ? labels.get("report") : "";
     }
   }
@@ -59,6 +60,7 @@ function emptyVersion(model, version) {
     sha256: "",
     report: "",
     threshold: "",
+    accepts: "",
   };
 }
 
@@ -262,8 +264,8 @@ const STATES = {
   UNAVAILABLE: ["failed", "Not served"],
 };
 
-function stateCell({ states }) {
-  return states.map(({ state, reason, workers }) => {
+function stateCell({ states, accepts }) {
+  const cell = states.map(({ state, reason, workers }) => {
     const [kind, words] = STATES[state] ?? ["unknown", state];
     const node = element("span", "version-state");
     const lamp = element("span", `lamp ${kind}`);
@@ -274,6 +276,12 @@ function stateCell({ states }) {
     node.append(lamp, text);
     return node;
   });
+  if (accepts) {
+    const rules = element("span", "reason", `accepts ${accepts}`);
+    rules.title = "A request with other values is invalid: a runtime would answer it wrongly.";
+    cell.push(rules);
+  }
+  return cell;
 }
 
 function layersCell({ executions, threshold }) {
