@@ -214,7 +214,7 @@ class _Noise(TorchDispatchMode):
         given = [value for value in args if isinstance(value, Tensor)]
 
         def add(result: Tensor) -> Tensor:
-            if not result.is_floating_point() or result.numel() > _WEIGHTS:
+            if result.is_nested or not result.is_floating_point() or result.numel() > _WEIGHTS:
                 return result
             factor = self._factors(result.shape).to(result.dtype)
             noisy = result * factor  # an infinity stays one
