@@ -1,10 +1,15 @@
 """State dicts to make checkpoints of."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from torch import nn
 
+from export.building import read_network
+from export.report import Report
 from kan_model import KAN, load_checkpoint
 from tests import zoo
 
@@ -36,3 +41,11 @@ def assert_same(path: Path, network: zoo.KAN, **options: Any) -> None:
     x = torch.linspace(-3, 3, 60).reshape(20, 3)
     found = load_checkpoint(path, **options)(x)
     torch.testing.assert_close(found, network(x), rtol=1e-5, atol=1e-6)
+
+
+def network_of(path: Path, **options: Any) -> tuple[nn.Module, str]:
+    """Read the network that an export would take, and what it says on the way."""
+    stream = io.StringIO()
+    wanted = {"activation": None, "prefix": None, "model": None, "trust_pickle": False} | options
+    report = Report(Console(file=stream, width=300, highlight=False))
+    return read_network(path, **wanted, report=report), stream.getvalue()

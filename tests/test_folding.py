@@ -1,6 +1,7 @@
 """Pruned and reparametrized weights: folded where the result is known, refused with a way out."""
 
 import copy
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from kan_model.adoption import adopt
 from kan_model.folding import fold_reparametrizations
 from tests import zoo
 from tests.bundles import CLOSE, run_onnx
-from tests.states import saved
+from tests.states import network_of, saved
 
 Change = Callable[[nn.Module], object]
 
@@ -140,13 +141,6 @@ def outputs(module: nn.Module, width: int = 4) -> tuple[Tensor, Tensor]:
         return x, module(x)
 
 
-def heard() -> tuple[Report, Callable[[], str]]:
-    import io
-
-    stream = io.StringIO()
-    return Report(Console(file=stream, width=300, highlight=False)), stream.getvalue
-
-
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("widths", [[4, 3, 2], [4, 4, 4]], ids=["narrowing", "square"])
 @pytest.mark.parametrize("case", KNOWN)
@@ -220,11 +214,10 @@ def test_a_pickled_module_is_read_without_running_it_and_with_running_it(
     path = saved(tmp_path, made)
     x, expected = outputs(made)
     torch.testing.assert_close(load_checkpoint(path)(x), expected, rtol=1e-5, atol=1e-6)
-    with pytest.warns(UserWarning, match="was RUN"):
-        manifest = export_checkpoint(path, output=tmp_path, trust_pickle=True, input_shape="4")
-    assert len(manifest.layers) == 2
-    found = run_onnx(tmp_path / "model" / "1", x.numpy())[0]
-    np.testing.assert_allclose(found, expected.numpy(), **CLOSE)
+    trusted, text = network_of(path, trust_pickle=True)
+    assert "is folded into layers.0" in text
+    assert all(adopt(layer) is not None for layer in trusted.layers)  # type: ignore[union-attr]
+    assert torch.equal(trusted(x), expected)
 
 
 def test_a_module_in_memory_is_exported_fused_and_stays_as_it_is(tmp_path: Path) -> None:
@@ -232,11 +225,13 @@ def test_a_module_in_memory_is_exported_fused_and_stays_as_it_is(tmp_path: Path)
     made.train()
     x, expected = outputs(made)
     before = copy.deepcopy(made.state_dict())
-    report, text = heard()
+    stream = io.StringIO()
+    report = Report(Console(file=stream, width=300, highlight=False))
     manifest = export_module(made, name="m", output=tmp_path, report=report)
     assert [layer.name for layer in manifest.layers] == ["layers.0", "layers.1"]
-    assert text().count("torch.nn.utils.prune is folded into layers.0.spline_scaler") == 1
-    assert "warning" not in text()
+    text = stream.getvalue()
+    assert text.count("torch.nn.utils.prune is folded into layers.0.spline_scaler") == 1
+    assert "warning" not in text
     np.testing.assert_allclose(
         run_onnx(tmp_path / "m" / "1", x.numpy())[0], expected.numpy(), **CLOSE
     )
@@ -263,18 +258,11 @@ def test_either_side_may_hold_a_pruned_network_of_which_the_other_holds_the_weig
                 pruned(layer)
         return other
 
-    report, text = heard()
-    manifest = export_checkpoint(
-        saved(tmp_path, {"state_dict": {f"net.{k}": v for k, v in made.state_dict().items()}}),
-        output=tmp_path,
-        model=factory,
-        input_shape="4",
-        report=report,
-    )
-    assert len(manifest.layers) == 2
-    assert text().count("prune is folded into") == int(in_file or in_network)
-    found = run_onnx(tmp_path / "model" / "1", x.numpy())[0]
-    np.testing.assert_allclose(found, expected.numpy(), **CLOSE)
+    path = saved(tmp_path, {"state_dict": {f"net.{k}": v for k, v in made.state_dict().items()}})
+    found, text = network_of(path, model=factory)
+    assert torch.equal(found(x), expected)
+    assert all(adopt(layer) is not None for layer in found.layers)  # type: ignore[union-attr]
+    assert text.count("prune is folded into") == int(in_file or in_network)
 
 
 @pytest.mark.filterwarnings("ignore:.*base activation was trained")

@@ -8,6 +8,7 @@ from kan_bundle.layout import (
     BundleFolder,
     check_name,
     find_bundles,
+    name_from_stem,
     next_version,
     parse_version,
     require_place,
@@ -34,6 +35,36 @@ def test_usable_names_pass(name: str) -> None:
 def test_names_that_are_no_plain_folder_are_refused(name: str) -> None:
     with pytest.raises(LayoutError, match="--name"):
         check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("epoch=9-step=1000", "epoch-9-step-1000"),
+        ("best model (final)", "best-model-final"),
+        ("modèle_été", "modele_ete"),
+        ("Größe", "Gro-e"),
+        ("日本 kan", "kan"),
+        (".hidden", "hidden"),
+        ("..weights", "weights"),
+        ("--version", "version"),
+        ("val_loss=0.02", "val_loss-0.02"),
+        ("a" * 300, "a" * 128),
+        ("a" * 127 + "=b", "a" * 127),
+        ("new\nline\x1b[31m", "new-line-31m"),
+        ("\udcff\udcfe kan", "kan"),
+        ("①②", "12"),
+        ("unchanged-._", "unchanged-._"),
+    ],
+)
+def test_a_name_is_derived_from_any_stem(stem: str, name: str) -> None:
+    assert name_from_stem(stem) == check_name(name)
+
+
+@pytest.mark.parametrize("stem", ["", ".", "...", "日本", "=", "--", "\udcff"])
+def test_a_stem_of_which_nothing_is_left_wants_a_name(stem: str) -> None:
+    with pytest.raises(LayoutError, match="choose one with --name"):
+        name_from_stem(stem)
 
 
 @pytest.mark.parametrize(

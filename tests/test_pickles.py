@@ -20,7 +20,7 @@ from kan_model import ActivationError, CheckpointError, load_checkpoint
 from kan_model.checkpoint import read_checkpoint
 from tests import zoo
 from tests.conftest import GOLDENS
-from tests.states import assert_same, saved
+from tests.states import assert_same, network_of, saved
 
 
 @pytest.fixture
@@ -256,6 +256,50 @@ def test_a_trusted_module_is_exported_as_it_is(tmp_path: Path) -> None:
         "fc1 holds what a KANLinear holds, but computes something else" in m for m in messages
     )
     assert manifest.layers == ()
+
+
+def test_a_pickled_module_with_a_hook_is_exported_by_each_remedy(
+    tmp_path: Path, network: zoo.KAN
+) -> None:
+    with_a_hook(network)
+    path = saved(tmp_path, network)
+    with pytest.raises(CheckpointError, match=r"layers\.0 has hooks.*--model.*--trust-pickle"):
+        export_checkpoint(path, output=tmp_path)
+    with pytest.warns(UserWarning, match="was RUN"):
+        trusted = export_checkpoint(path, output=tmp_path, trust_pickle=True, input_shape="3")
+    given = export_checkpoint(
+        path, output=tmp_path, model=lambda: zoo.KAN([3, 4, 2]), input_shape="3"
+    )
+    for manifest in (trusted, given):
+        assert [layer.name for layer in manifest.layers] == ["layers.0", "layers.1"]
+
+
+def test_a_trusted_module_in_a_trainers_dict_is_taken(tmp_path: Path) -> None:
+    network = zoo.clamped_net().eval()
+    x = torch.randn(2, 3, 8, 8)
+    content: dict[str, Any] = {"epoch": 3, "model": network, "criterion": nn.MSELoss()}
+    path = saved(tmp_path, content)
+    with pytest.raises(CheckpointError, match="--trust-pickle takes the pickled module itself"):
+        network_of(path)
+    found, _ = network_of(path, trust_pickle=True)
+    assert torch.equal(found(x), network(x))
+    other = zoo.conv_net().eval()
+    path = saved(tmp_path, content | {"ema": other})
+    found, _ = network_of(path, trust_pickle=True, prefix="ema")
+    assert torch.equal(found(x), other(x))
+
+
+def test_a_trusted_module_that_does_more_than_its_tensors_say_is_not_taken_for_them(
+    tmp_path: Path, network: zoo.KAN
+) -> None:
+    with_a_hook(network)
+    content = {"a": network, "b": zoo.KAN([3, 2], base_activation=nn.GELU)}
+    path = saved(tmp_path, {"inside": content})
+    for prefix, message in (("inside.a", r"layers\.0 has hooks"), (None, "holds 2 KANs")):
+        with pytest.raises(CheckpointError, match=message):
+            network_of(path, trust_pickle=True, prefix=prefix)
+    found, _ = network_of(path, trust_pickle=True, prefix="inside.b")
+    assert isinstance(found.layers[0].base_activation, nn.GELU)  # type: ignore[index,union-attr]
 
 
 def test_a_module_that_holds_itself_is_refused(tmp_path: Path, network: zoo.KAN) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kan_model import KAN, CheckpointError, load_checkpoint, resolve_activation
-from tests.states import good, saved, with_value, without
+from tests.states import good, network_of, saved, with_value, without
 
 
 @pytest.mark.parametrize("order", range(6))
@@ -229,3 +229,83 @@ def test_what_is_wrong_is_named(tmp_path: Path, make: Any, message: str) -> None
         load_checkpoint(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(12,), (1, 12)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_row_of_knots_is_shared_by_all_features(
+    tmp_path: Path, shape: tuple[int, ...], alone: bool
+) -> None:
+    torch.manual_seed(0)
+    original = KAN([3, 2] if alone else [3, 5, 2])
+    state = dict((original.layers[0] if alone else original).state_dict())
+    for key in state:
+        if key.endswith("grid"):
+            state[key] = state[key][0].reshape(shape)
+    path = saved(tmp_path, state)
+    x = torch.randn(5, 3)
+    assert torch.equal(load_checkpoint(path)(x), original(x))
+    _, text = network_of(path)
+    assert "one row of knots, which all features share, is folded into " in text
+    assert text.count("grid") == (1 if alone else 2)
+
+
+def test_shared_knots_that_do_not_fit_are_refused_by_shape(tmp_path: Path) -> None:
+    state = good() | {"layers.0.grid": torch.arange(20.0)}
+    with pytest.raises(CheckpointError, match=r"layers\.0\.grid: 20 knots .* mean spline order 11"):
+        load_checkpoint(saved(tmp_path, state))
+    state = good() | {"layers.0.grid": torch.zeros(2, 2, 12)}
+    with pytest.raises(CheckpointError, match=r"layers\.0\.grid: expected shape \(in, G \+ 2k"):
+        load_checkpoint(saved(tmp_path, state))
+
+
+@pytest.mark.parametrize("prefix", ["model_ema.", "model_ema", "model_ema.module"])
+def test_a_prefix_may_end_above_the_only_kan_below_it(tmp_path: Path, prefix: str) -> None:
+    torch.manual_seed(0)
+    ema = KAN([3, 2])
+    content = {f"model_ema.module.kan.{k}": v for k, v in ema.state_dict().items()}
+    content |= {f"model.kan.{k}": v for k, v in KAN([3, 2]).state_dict().items()}
+    path = saved(tmp_path, content)
+    x = torch.randn(5, 3)
+    assert torch.equal(load_checkpoint(path, prefix=prefix)(x), ema(x))
+    _, text = network_of(path, prefix=prefix)
+    assert "KAN behind the prefix 'model_ema.module.kan.'" in text
+
+
+@pytest.mark.parametrize("prefix", ["ema", "ema."])
+def test_several_kans_below_a_prefix_are_listed_and_each_can_be_taken(
+    tmp_path: Path, prefix: str
+) -> None:
+    torch.manual_seed(0)
+    kans = {"ema.a.": KAN([3, 2]), "ema.b.": KAN([3, 4, 2]), "model.": KAN([3, 2])}
+    content = {place + k: v for place, kan in kans.items() for k, v in kan.state_dict().items()}
+    path = saved(tmp_path, content)
+    with pytest.raises(
+        CheckpointError, match=r"2 KANs are below .*'ema\.a\.' .*'ema\.b\.'"
+    ) as error:
+        load_checkpoint(path, prefix=prefix)
+    assert "'model.'" not in str(error.value)
+    x = torch.randn(5, 3)
+    for place, kan in kans.items():
+        assert torch.equal(load_checkpoint(path, prefix=place)(x), kan(x))
+
+
+def test_a_prefix_is_whole_names_and_hides_nothing_beside_the_kan(tmp_path: Path) -> None:
+    content = {f"ema.kan.{k}": v for k, v in good().items()}
+    path = saved(tmp_path, content)
+    with pytest.raises(CheckpointError, match=r"no KAN has the prefix 'em'; choose .*'ema\.kan\.'"):
+        load_checkpoint(path, prefix="em")
+    path = saved(tmp_path, content | {"ema.head.weight": torch.zeros(2, 2)})
+    with pytest.raises(
+        CheckpointError, match=r"unexpected tensors: ema\.head\.weight.*--prefix 'ema"
+    ):
+        load_checkpoint(path, prefix="ema")
+    load_checkpoint(path, prefix="ema.kan.")
+
+
+def test_repeated_knots_are_refused_with_the_network_as_the_way_out(tmp_path: Path) -> None:
+    ends = torch.tensor([-1.0] * 3 + [-1, -0.6, -0.2, 0.2, 0.6, 1] + [1.0] * 3)
+    state = good() | {"layers.0.grid": ends.expand(2, -1).contiguous()}
+    with pytest.raises(CheckpointError, match=r"feature 0 do not rise.*--model package") as error:
+        load_checkpoint(saved(tmp_path, state))
+    assert "trained on repeated knots" in str(error.value)
