@@ -181,7 +181,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help=f"the model repository (default: {DEFAULT_OUTPUT})",
     )
-    group.add_argument("--name", help="model name (default: the file's stem)")
+    group.add_argument("--name", help="model name (default: derived from the file's)")
     group.add_argument(
         "--version",
         type=_version,

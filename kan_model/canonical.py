@@ -66,7 +66,7 @@ def repeat_knots(stem: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     )
     if base is None or spline is None or grid is None:
         return None
-    if any(t.is_nested or t.layout is not torch.strided for t in (base, spline, grid)):
+    if any(t.layout is not torch.strided for t in (base, spline, grid)):
         return None
     if base.dim() != 2 or spline.dim() != 3 or grid.dim() not in (1, 2):
         return None

@@ -23,11 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kan_model import pickles
-from kan_model.activations import as_module, named_in_file
-from kan_model.adoption import read_attribute
+from kan_model.activations import named_in_file
 from kan_model.canonical import canonical_state
+from kan_model.contents import explain_no_tensors, find_modules, find_states, refuse_nested
 from kan_model.errors import ActivationError, CheckpointError
-from kan_model.folding import is_foldable_hook
 from kan_model.model import KAN
 from kan_model.stacks import (
     RESAVE,
@@ -43,7 +42,6 @@ from kan_model.state_dict import build_network
 
 Format = Literal["torch", "safetensors"]
 
-_DEEPEST = 100  # dicts within dicts
 _OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j"  # its magic number, pickled
 _SHOULD_BE = re.compile(r"Can only (?P<opcode>SETITEMS?|append|extend).*<stand-in (?P<name>[^>]*)>")
 _MAPPED = 2**28  # bytes; larger files are mapped into memory, not copied
@@ -176,12 +174,13 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
         return Checkpoint(path, size, "safetensors", (_read_safetensors(path),))
     content = _unpickle_trusted(path) if trust_pickle else _unpickle_inert(path, size, head)
     try:
-        states = tuple(_find_states(content))
+        states = tuple(find_states(content))
+        refuse_nested(states)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not states:
-        raise CheckpointError(f"{path}: {_explain_no_tensors(content)}; {RESAVE}")
-    return Checkpoint(path, size, "torch", states, _find_modules(content))
+        raise CheckpointError(f"{path}: {explain_no_tensors(content)}; {RESAVE}")
+    return Checkpoint(path, size, "torch", states, find_modules(content))
 
 
 def check_storage(name: str, tensor: Tensor, file_size: int) -> None:
@@ -192,7 +191,6 @@ def check_storage(name: str, tensor: Tensor, file_size: int) -> None:
     """
     where = listed([name])
     kinds = {
-        "nested": tensor.is_nested,
         "quantized": tensor.is_quantized,
         "valueless": tensor.is_meta,
         "sparse": tensor.layout is not torch.strided,
@@ -355,105 +353,3 @@ def _explain_unreadable(path: Path, head: bytes) -> str:
             f".pt2 and .npz files are others); {RESAVE}"
         )
     return f"is not a checkpoint written by torch.save, or is truncated; {RESAVE}"
-
-
-def _find_states(content: Any) -> Iterator[StateDict]:
-    """Find every state dict in what a file holds, from the outside in, each object once."""
-    seen: set[int] = set()
-    open_ends: list[tuple[Any, str, int]] = [(content, "", 0)]
-    while open_ends:
-        value, place, depth = open_ends.pop()
-        if id(value) in seen or depth > _DEEPEST:
-            continue
-        inside: list[tuple[object, Any]] = []
-        if pickles.is_module(value):
-            yield _state_of_record(value, place)
-        elif isinstance(value, nn.Module):  # only where the pickle was trusted
-            yield _state_of_module(value, place)
-        elif isinstance(value, pickles.Record):
-            inside = [*enumerate(value.arguments), *value.state.items()]
-        elif isinstance(value, dict):
-            inside = list(dict.items(value))
-            tensors = {
-                # What a pickle has hung on a tensor does not come along.
-                clean_name(key): Tensor.detach(tensor)
-                for key, tensor in inside
-                if isinstance(key, str) and isinstance(tensor, Tensor)
-            }
-            if tensors:
-                yield StateDict(place, tensors)
-        elif isinstance(value, list | tuple):
-            inside = list(enumerate(value))
-        else:
-            continue
-        seen.add(id(value))
-        open_ends += [
-            (part, f"{place}{key}.", depth + 1)
-            for key, part in reversed(inside)
-            if isinstance(key, str | int)
-        ]
-
-
-def _find_modules(content: Any) -> dict[str, nn.Module]:
-    """Find the modules with weights that a trusted file holds, at its top or one dict below."""
-    inside = list(dict.items(content)) if isinstance(content, dict) else [("", content)]
-    return {
-        f"{key}." if key != "" else "": value
-        for key, value in inside
-        if isinstance(key, str)
-        and isinstance(value, nn.Module)
-        and any(True for _ in (*value.parameters(), *value.buffers()))
-    }
-
-
-def _state_of_record(record: pickles.Record, place: str) -> StateDict:
-    return StateDict(
-        place,
-        {clean_name(key): Tensor.detach(t) for key, t in pickles.tensors_of(record).items()},
-        {clean_name(name): found for name, found in pickles.activations_of(record).items()},
-        {name: module.class_name for name, module in pickles.walk(record)},
-        pickles.oddities(record),
-    )
-
-
-def _state_of_module(module: nn.Module, place: str) -> StateDict:
-    parts = dict(module.named_modules())
-    activations = {
-        name: found
-        for name, part in parts.items()
-        if callable(found := read_attribute(part, "base_activation"))
-    }
-    return StateDict(
-        place,
-        {
-            clean_name(key): tensor
-            for key, tensor in module.state_dict().items()
-            if isinstance(tensor, Tensor)
-        },
-        {
-            name: found if isinstance(found, nn.Module) else as_module(found)
-            for name, found in activations.items()
-        },
-        {
-            name: f"{type(part).__module__}.{type(part).__qualname__}"
-            for name, part in parts.items()
-        },
-        {
-            name: "hooks or a forward of its own"
-            for name, part in parts.items()
-            if part._forward_hooks
-            or "forward" in vars(part)
-            or not all(map(_is_foldable, part._forward_pre_hooks.values()))
-        },
-    )
-
-
-def _is_foldable(hook: object) -> bool:
-    return is_foldable_hook(f"{type(hook).__module__}.{type(hook).__qualname__}")
-
-
-def _explain_no_tensors(content: Any) -> str:
-    if isinstance(content, Mapping) and not content:
-        return "the state dict is empty"
-    kind = content.class_name if isinstance(content, pickles.Record) else type(content).__name__
-    return f"expected a state dict (names to tensors), found a {kind} without any"

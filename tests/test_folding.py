@@ -79,7 +79,7 @@ def weight_norm(layer: nn.Module) -> None:
 
 
 def weight_norm_without_dimension(layer: nn.Module) -> None:
-    parametrizations.weight_norm(layer, "base_weight", dim=None)
+    parametrizations.weight_norm(layer, "base_weight", dim=None)  # type: ignore[arg-type]
 
 
 def spectral_norm(dim: int) -> Change:
@@ -93,7 +93,7 @@ def pruned_and_normed(layer: nn.Module) -> None:
 
 def parametrized_and_pruned(layer: nn.Module) -> None:
     parametrizations.weight_norm(layer, "spline_weight")
-    prune.l1_unstructured(layer.parametrizations.spline_weight, "original1", amount=0.3)  # type: ignore[arg-type,union-attr]
+    prune.l1_unstructured(layer.parametrizations.spline_weight, "original1", amount=0.3)  # type: ignore[union-attr]
 
 
 def halved(layer: nn.Module) -> None:
@@ -186,7 +186,7 @@ def test_a_parameter_that_another_layer_shares_keeps_its_values_there(change: Ch
     both = nn.Sequential(first, second).eval()
     change(first)
     if hasattr(first, "base_weight_mask"):
-        first.base_weight_mask[0] = 0  # type: ignore[index,operator]
+        first.base_weight_mask[0] = 0  # type: ignore[operator]
     both(torch.zeros(1, 4))
     x, expected = outputs(both)
     fold_reparametrizations(both)

@@ -251,7 +251,8 @@ class Versioned(nn.Module):
         assert state == {"version": 3}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kan(x)
+        y: Tensor = self.kan(x)
+        return y
 
 
 def test_a_state_that_is_no_tensor_is_left_as_the_network_has_it(tmp_path: Path) -> None:
