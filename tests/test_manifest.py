@@ -85,9 +85,7 @@ def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param(
-            {"format": 3}, "bundle format 3, this version .* reads formats 1 and 2", id="format"
-        ),
+        pytest.param({"format": 3}, "bundle format 3, this version .* reads formats 1 and 2", id="format"),
         pytest.param({"version": 0}, "version: .* greater than or equal to 1", id="version"),
         pytest.param({"version": "1"}, "version: .* valid integer", id="type"),
         pytest.param({"extra": 1}, "extra", id="unknown field"),
