@@ -18,6 +18,12 @@ from kan_bundle.manifest import TensorSpec
 Run = Callable[[tuple[Tensor, ...]], object]
 """Runs a network, which may raise anything."""
 
+_ONE_ROW = (
+    "as the nodes of a graph, make one row of them: export a module around the network that takes "
+    "(batch, nodes, features), and gives it x.flatten(0, 1) and "
+    "(edge_index[:, None] + nodes * torch.arange(batch)[:, None]).reshape(2, -1)"
+)
+_MAX_ROWS = 1024  # of the samples, that are tried together
 _MAX_TRIED = 4  # inputs of which every selection is tried
 
 
@@ -76,9 +82,7 @@ def explain_coupled_rows(module: nn.Module) -> str:
     """Say what to write instead, where the rows of a batch influence each other."""
     return find_coupled_rows(module) or (
         "look for a softmax, mean or norm over dimension 0, and take another dimension; where rows "
-        "belong together, as the nodes of a graph, make one row of them: export a module around "
-        "it that takes (batch, nodes, features), and gives the network x.flatten(0, 1) and "
-        "(edge_index[:, None] + nodes * torch.arange(batch)[:, None]).reshape(2, -1)"
+        f"belong together, {_ONE_ROW}"
     )
 
 
@@ -116,6 +120,9 @@ def _find_remedy(
             turned = [names[i] if by_name else needed[i] for i in chosen]
             return _write_transposed(turned, needed)
     if inputs.samples is not None:
+        count = len(inputs.samples[0])
+        if count <= _MAX_ROWS and _accepts(run, make(count)):
+            return f"it takes all {count} rows of the samples, and not some: {_ONE_ROW}"
         return "give rows that it takes with --samples"
     floating = [i for i, spec in enumerate(inputs.specs) if spec.datatype == "FP32"]
     for chosen in _selections(floating):
@@ -141,7 +148,7 @@ def _find_remedy(
 def _write_transposed(names: Sequence[str], needed: Sequence[str]) -> str:
     """Write the module around a network of which the batch comes second."""
     takes = ", ".join(needed)
-    passes = ", ".join(f"{n}.transpose(0, 1)" if n in names else n for n in needed)
+    passes = ", ".join(f"{n}.transpose(0, 1).contiguous()" if n in names else n for n in needed)
     return (
         f"in {', '.join(names)} the network has the batch second, and it must come first in every "
         f"input and output: export a module around it, with def forward(self, {takes}): found = "

@@ -334,8 +334,9 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--input-shape",
         action="append",
         metavar="[NAME=]SIZES",
-        help="sizes of one row of an input, without the batch: 3,224,224 or image=3,224,224; once "
-        "for each input, in the order of forward",
+        help="sizes of one row of an input, without the batch: 3,224,224 or image=3,224,224 or "
+        "tokens:INT64=128, or t:INT64= for one number a row; once for each input, in the order of "
+        "forward",
     )
 
 

@@ -89,7 +89,8 @@ def read_inputs(input_shape: Shapes | None, samples: Samples | None) -> Inputs |
 
     Args:
         input_shape: Sizes of one row, as `3,224,224` or (3, 224, 224); for several inputs, in the
-            network's order, `["image=3,224,224", "age=1"]` or {"image": (3, 224, 224), "age": [1]}.
+            network's order, `["image=3,224,224", "age=1"]` or {"image": (3, 224, 224), "age": [1]};
+            {"t:INT64": ()} is one whole number a row.
         samples: Rows of data: an .npy file or an array; for several inputs an .npz file,
             `["image=x.npy", "age=y.npy"]` or {"image": x, "age": y}.
 

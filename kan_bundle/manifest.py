@@ -269,8 +269,8 @@ class Manifest:
         versions: Versions of the programs that took part, by name.
         pruning: What was left out of the source; None if nothing was. Parity is then that with the
             pruned network.
-        approximation: Distance of the quantised network from the one in float32, which is the pruned
-            one if edges were left out; None in fp32. Parity is then that with the quantised network.
+        approximation: Distance of the quantised network from the one in float32 (the pruned one, if
+            edges were left out); None in fp32. Parity is then that with the quantised network.
         activation_assumed: Whether the base activation is a default that neither the file nor its
             user has named, and no expected answers have confirmed.
         lossy_operators: Operators of the ONNX file that onnxruntime answers NaN in with numbers, as

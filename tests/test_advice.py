@@ -73,7 +73,7 @@ class BatchFirst(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Any:
-        found = self.network(x, h.transpose(0, 1), c.transpose(0, 1))
+        found = self.network(x, h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous())
         return found[0], found[1][0].transpose(0, 1), found[1][1].transpose(0, 1)
 
 
@@ -82,7 +82,8 @@ def test_a_batch_that_comes_second_is_named_with_the_module_to_write(tmp_path: P
     for names in (["x=5,3", "h=2,4", "c=2,4"], ["a=5,3", "b=2,4", "d=2,4"]):
         message = refusal(Stateful(), names)
         assert "in h, c the network has the batch second" in message
-        assert "self.network(x, h.transpose(0, 1), c.transpose(0, 1))" in message
+        h, c = (f"{name}.transpose(0, 1).contiguous()" for name in "hc")
+        assert f"self.network(x, {h}, {c})" in message
 
     class Returning(nn.Module):
         def __init__(self) -> None:

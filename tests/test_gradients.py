@@ -78,6 +78,7 @@ def test_gradients_are_exported_for_any_number_of_rows(tmp_path: Path, form: Any
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:the network has no KANLinear")
 def test_gradients_row_by_row_are_refused_with_a_remedy(tmp_path: Path) -> None:
     with (
         pytest.raises(ConversionError, match=r"all rows at once in place of torch\.func\.vmap"),

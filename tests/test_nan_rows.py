@@ -158,8 +158,14 @@ def test_a_file_that_loses_nan_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda y: [y[0].astype(np.float64)], r"output: expected float32 \(1, 3, 4\), found float64"),
-        (lambda y: [y[0].reshape(len(y[0]), 12)], r"output: .*\(1, 3, 4\), found float32 \(1, 12\)"),
+        (
+            lambda y: [y[0].astype(np.float64)],
+            r"output: expected float32 \(1, 3, 4\), found float64",
+        ),
+        (
+            lambda y: [y[0].reshape(len(y[0]), 12)],
+            r"output: .*\(1, 3, 4\), found float32 \(1, 12\)",
+        ),
         (lambda y: [y[0].astype(np.float64).reshape(len(y[0]), 12)], "found float64"),
         (lambda y: [*y, *y], "expected 1 outputs, found 2"),
         (lambda y: [], "expected 1 outputs, found 0"),

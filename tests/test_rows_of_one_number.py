@@ -22,7 +22,7 @@ from tests.bundles import CLOSE
 from tests.wire import infer_request, raw_output
 
 
-@pytest.mark.parametrize("shape", ["t:INT64=", "t:INT64=batch", {"t:INT64": ()}, ["t:int64 = "]])
+@pytest.mark.parametrize("shape", ["t:INT64=", "t:INT64=batch", {"t:INT64": ()}, ["t:int64="]])
 def test_an_empty_size_is_one_number_a_row(shape: object) -> None:
     found = read_inputs(shape, None)  # type: ignore[arg-type]
     assert found is not None

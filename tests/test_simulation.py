@@ -59,7 +59,10 @@ def test_the_simulation_of_int8_is_the_rounded_sum() -> None:
     x = np.random.default_rng(0).uniform(-2, 2, (40, 4))
     knots = network.layers["layers.0"].grid.double().numpy()
     values = np.array(
-        [[[basis_function(row[i], knots[i], n, 3) for n in range(8)] for i in range(4)] for row in x]
+        [
+            [[basis_function(row[i], knots[i], n, 3) for n in range(8)] for i in range(4)]
+            for row in x
+        ]
     )
     levels = np.round(values / (product.step * form.basis.scale))  # (rows, in, n)
     spline = np.empty((8, 4, 3))
@@ -102,7 +105,10 @@ def test_a_scale_that_is_off_by_one_level_is_refused(
     )
     with pytest.raises(ParityError, match="onnxruntime cpu does not compute"):
         export_module(
-            KAN([8, 6, 3]), name="m", output=tmp_path / "models", precision=precision,
+            KAN([8, 6, 3]),
+            name="m",
+            output=tmp_path / "models",
+            precision=precision,
             torchscript="off",
         )
     assert not (tmp_path / "models").exists()
@@ -119,7 +125,10 @@ def test_an_integer_that_is_off_by_one_is_refused(
     change_weights(monkeypatch, "layers.0.product.spline", change)
     with pytest.raises(ParityError, match="does not compute"):
         export_module(
-            KAN([8, 6, 3]), name="m", output=tmp_path / "models", precision="int8",
+            KAN([8, 6, 3]),
+            name="m",
+            output=tmp_path / "models",
+            precision="int8",
             torchscript="off",
         )
 

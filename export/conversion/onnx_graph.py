@@ -157,8 +157,8 @@ def _trace(
         if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
             raise ConversionError(
                 "the network cannot be written as ONNX for any number of rows: traced with "
-                f"{value.shape[0]}, it is fixed to that; take sizes from its input, and compute on "
-                "all rows at once in place of torch.func.vmap"
+                f"{value.shape[0]}, it is fixed to that; take sizes from x.shape[0], not from "
+                "len(x), and compute on all rows at once in place of torch.func.vmap"
             )
     return program.model
 
