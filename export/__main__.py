@@ -232,6 +232,7 @@ def _measure_sparsity(arguments: argparse.Namespace, report: "Report") -> "list[
     from export.inputs import read_inputs
     from export.network import describe_network
     from export.sparsity import THRESHOLDS, prune_further
+    from export.torch_state import standard_torch_state
 
     inputs = read_inputs(arguments.input_shape, arguments.samples)
     with report.stage("read the network"):
@@ -243,10 +244,14 @@ def _measure_sparsity(arguments: argparse.Namespace, report: "Report") -> "list[
             trust_pickle=arguments.trust_pickle,
             report=report,
         )
-        network = describe_network(module, inputs)
+        with standard_torch_state():
+            network = describe_network(module, inputs)
     for note in network.notes:
         report.warn(note)
-    with report.stage("leave out more and more edges", len(THRESHOLDS)) as advance:
+    with (
+        standard_torch_state(),
+        report.stage("leave out more and more edges", len(THRESHOLDS)) as advance,
+    ):
         found = []
         for step in prune_further(network, THRESHOLDS):
             found.append(step)
