@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from export.advice import refused_inputs, write_flags
 from export.errors import InputError, NetworkError, cause
-from export.inputs import DEFAULT_INPUT, Inputs, check_name, odd_samples, shown
+from export.inputs import DEFAULT_INPUT, Inputs, check_name, notes_on_numbers, odd_samples, shown
 from export.layers import find_layers, leave_needed_hooks
 from export.narrowing import OffsetLayer
 from export.outputs import name_outputs, shape_of_row
@@ -160,10 +160,11 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     outputs = _describe_outputs(call, inputs, examples)
     leave_needed_hooks(single, found, call.run, examples[1])
     leading = _find_leading(call, found.originals, inputs, examples[1])
-    notes = (*found.notes, *odd_samples(inputs), *_notes_on_numbers(inputs))
+    notes = (*found.notes, *odd_samples(inputs), *notes_on_numbers(inputs))
     return Network(call, exact, found.ours, found.originals, inputs, outputs, leading, notes)
 
 
+<<<<<<< HEAD
 def _notes_on_numbers(inputs: Inputs) -> list[str]:
     """Report whole-number inputs that are only known to take 0 and 1."""
     if inputs.samples is not None:
@@ -177,6 +178,9 @@ def _notes_on_numbers(inputs: Inputs) -> list[str]:
 
 
 def copy_module(module: nn.Module, *, require_values: bool = True) -> nn.Module:
+=======
+def copy_module(module: nn.Module) -> nn.Module:
+>>>>>>> shapes
     """Copy a network, with the activations that it may have stored but not their history.
 
     Args:
