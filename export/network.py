@@ -164,23 +164,7 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     return Network(call, exact, found.ours, found.originals, inputs, outputs, leading, notes)
 
 
-<<<<<<< HEAD
-def _notes_on_numbers(inputs: Inputs) -> list[str]:
-    """Report whole-number inputs that are only known to take 0 and 1."""
-    if inputs.samples is not None:
-        return []
-    return [
-        f"input {spec.name}: no range of whole numbers that it must lie in was found; the network "
-        "is compared at 0 and 1 alone, as for a mask; for others give rows of data with --samples"
-        for spec in inputs.specs
-        if spec.datatype in ("INT64", "INT32") and spec.allowed is None
-    ]
-
-
 def copy_module(module: nn.Module, *, require_values: bool = True) -> nn.Module:
-=======
-def copy_module(module: nn.Module) -> nn.Module:
->>>>>>> shapes
     """Copy a network, with the activations that it may have stored but not their history.
 
     Args:
