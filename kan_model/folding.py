@@ -285,6 +285,9 @@ def _remove_parametrization(module: nn.Module, own: str) -> bool:
             if not torch.equal(first.nan_to_num(), second.nan_to_num()):
                 return False
             _unshare(parts, "original")
+            # A property of the class goes with them, and copies of a module share their class.
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             parametrize.remove_parametrizations(module, own, leave_parametrized=True)
     except Exception:  # the user's own function may fail in any way
         return False

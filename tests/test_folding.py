@@ -193,6 +193,18 @@ def test_a_parameter_that_another_layer_shares_keeps_its_values_there(change: Ch
     assert torch.equal(both(x), expected)
 
 
+def test_a_module_of_which_a_copy_is_folded_still_has_its_parametrizations() -> None:
+    network = nn.Linear(4, 3)
+    parametrizations.weight_norm(network)
+    parametrize.register_parametrization(network, "bias", Halved())
+    x = torch.randn(5, 4)
+    expected = network(x)
+    folded = copy.deepcopy(network)
+    assert set(fold_reparametrizations(folded)) == {"weight", "bias"}
+    torch.testing.assert_close(network(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(folded(x), expected, rtol=0, atol=0)
+
+
 def test_frozen_weights_stay_parameters() -> None:
     layer = zoo.KANLinear(4, 3).eval()
     weight_norm(layer)
