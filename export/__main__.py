@@ -275,6 +275,7 @@ def _measure_sparsity(
     from export.network import Network, describe_network
     from export.scoring import CHECKPOINT, score_network
     from export.sparsity import THRESHOLDS, prune_further
+    from export.torch_state import standard_torch_state
     from kan_bundle.scores import TargetsRecord
 
     inputs = read_inputs(arguments.input_shape, arguments.samples)
@@ -288,7 +289,8 @@ def _measure_sparsity(
             trust_pickle=arguments.trust_pickle,
             report=report,
         )
-        network = describe_network(module, inputs)
+        with standard_torch_state():
+            network = describe_network(module, inputs)
     report.warn_if_assumed()
     for note in network.notes:
         report.warn(note)
@@ -298,8 +300,12 @@ def _measure_sparsity(
     def score(pruned: Network, runtime: str = "pruned") -> tuple[TargetsRecord, ...]:
         return () if answers is None else score_network(pruned, answers, runtime)
 
-    targets = score(network, CHECKPOINT)
-    with report.stage("leave out more and more edges", len(THRESHOLDS)) as advance:
+    with standard_torch_state():
+        targets = score(network, CHECKPOINT)
+    with (
+        standard_torch_state(),
+        report.stage("leave out more and more edges", len(THRESHOLDS)) as advance,
+    ):
         found = []
         for step in prune_further(network, THRESHOLDS, score):
             found.append(step)

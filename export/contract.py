@@ -13,7 +13,7 @@ from export.conversion.lowering import Choice, can_be_operator
 from export.network import Network
 from export.proof.check import Checked
 from export.proof.parity import Measurement
-from export.proof.reference import RELATIVE_TOLERANCE
+from export.proof.tolerance import RELATIVE_TOLERANCE
 from kan_bundle import __version__
 from kan_bundle.layout import BundleFolder
 from kan_bundle.manifest import (

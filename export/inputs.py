@@ -282,6 +282,18 @@ def odd_samples(inputs: Inputs) -> list[str]:
     return found
 
 
+def notes_on_numbers(inputs: Inputs) -> list[str]:
+    """Report whole-number inputs that are only known to take 0 and 1."""
+    if inputs.samples is not None:
+        return []
+    return [
+        f"input {spec.name}: no range of whole numbers that it must lie in was found; the network "
+        "is compared at 0 and 1 alone, as for a mask; for others give rows of data with --samples"
+        for spec in inputs.specs
+        if spec.datatype in ("INT64", "INT32") and spec.allowed is None
+    ]
+
+
 def shown(shape: Sequence[int]) -> str:
     """Show a shape with its batch by name, as [batch, 3, 224, 224]."""
     return "[" + ", ".join("batch" if size == -1 else str(size) for size in shape) + "]"

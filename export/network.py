@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from export.advice import refused_inputs, write_flags
 from export.errors import InputError, NetworkError, cause
-from export.inputs import DEFAULT_INPUT, Inputs, check_name, odd_samples, shown
+from export.inputs import DEFAULT_INPUT, Inputs, check_name, notes_on_numbers, odd_samples, shown
 from export.layers import find_layers, leave_needed_hooks
 from export.narrowing import OffsetLayer
 from export.outputs import name_outputs, shape_of_row
@@ -163,20 +163,8 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     outputs = _describe_outputs(call, inputs, examples)
     leave_needed_hooks(single, found, call.run, examples[1])
     leading = _find_leading(call, found.originals, inputs, examples[1])
-    notes = (*found.notes, *odd_samples(inputs), *_notes_on_numbers(inputs))
+    notes = (*found.notes, *odd_samples(inputs), *notes_on_numbers(inputs))
     return Network(call, exact, found.ours, found.originals, inputs, outputs, leading, notes)
-
-
-def _notes_on_numbers(inputs: Inputs) -> list[str]:
-    """Report whole-number inputs that are only known to take 0 and 1."""
-    if inputs.samples is not None:
-        return []
-    return [
-        f"input {spec.name}: no range of whole numbers that it must lie in was found; the network "
-        "is compared at 0 and 1 alone, as for a mask; for others give rows of data with --samples"
-        for spec in inputs.specs
-        if spec.datatype in ("INT64", "INT32") and spec.allowed is None
-    ]
 
 
 def copy_module(module: nn.Module, *, require_values: bool = True) -> nn.Module:

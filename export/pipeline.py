@@ -104,7 +104,7 @@ def write_bundle(
         )
         with swapped(written.call, lowered), report.stage(f"write {TORCHSCRIPT_FILE}"):
             omitted = _write_torchscript(written, notes, place.path, options)
-        approximation: ChangeRecord | None = None
+        exact, approximation = network, None
         if options.precision != "fp32":
             network, approximation = _approximate(network, written, lowered, options, report)
         del lowered
@@ -164,7 +164,7 @@ def write_bundle(
                 manifest,
                 lambda: Exported(
                     manifest,
-                    network,
+                    exact,
                     describe_deviations(network, reference, checked.found, measured),
                     timed,
                     find_variants(folder, source, options.precision, pruning),

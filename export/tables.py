@@ -101,7 +101,7 @@ def parity(
         )
     relative = "max rel is |y - y64| / max(1, |y64|); " if wide else ""
     units = "ULPs are float32's, at y64"
-    allowed = "allowed is 1e-5 of an output's size, or twice float32's noise if that is more"
+    allowed = "allowed is what float32's noise explains, and seldom over 1e-5 of an output's size"
     beyond = (
         "\ninputs lie up to 10^6 widths of the knots away, where outputs are huge, and\n"
         "so are the largest errors; each output is judged by what is allowed for it"

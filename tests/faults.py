@@ -28,6 +28,7 @@ from export import ExportError, export_module
 from export.proof import check
 from export.proof.check import Checked
 from export.proof.reference import Reference
+from export.proof.tolerance import KAN_FACTOR, NETWORK_FACTOR
 from export.proof.verdict import require_parity
 from export.report import Report
 from export.runtimes import load_onnx
@@ -57,8 +58,9 @@ class Outcome:
     Attributes:
         subject: The network and precision.
         fault: What was made wrong.
-        effect: Largest change of an answer to a sample, in units of the float32 noise there;
-            infinite for NaN, and where there is no answer to compare.
+        effect: Largest change of an answer to a sample, in units of what float32 noise explains
+            there, which is half of `KAN_FACTOR` or `NETWORK_FACTOR` times the noise that is
+            estimated; infinite for NaN, and where there is no answer to compare.
         refused: The message; None if the file would be published.
     """
 
@@ -370,7 +372,8 @@ def try_faults(subject: str, precision: Precision, most: int | None = None) -> I
         right = check.check_files(network, reference, runtimes, model, *rest)
         content = model.read_bytes()
         samples = reference.probes.groups == "samples"
-        noise = np.maximum(reference.noise[samples], np.finfo(np.float32).tiny)
+        factor = (NETWORK_FACTOR if network.kan is None else KAN_FACTOR) / 2
+        noise = np.maximum(factor * reference.noise[samples], np.finfo(np.float32).tiny)
         expected = reference.outputs[samples]
         given = [array[samples] for array in reference.probes.inputs]
         faults = list(list_faults(onnx.load_from_string(content)))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import max_pool1d
 
 from export import ParityError, export_module
 from export.runtimes import Arrays, Runner, Session, load_onnx
@@ -21,7 +22,7 @@ from tests import zoo
 class Forecaster(nn.Module):
     """A recurrent network over windows, of which onnxruntime's kernel answers NaN with numbers."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
         super().__init__()
         self.rnn, self.head = kind(3, 6, batch_first=True), KANLinear(6, 2)
 
@@ -30,27 +31,27 @@ class Forecaster(nn.Module):
         return y
 
 
-class TokenWise(nn.Module):
-    """Answers each step by itself, so that NaN in one leaves the others as they are."""
+class StepByStep(nn.Module):
+    """Answers every step, so that NaN in one leaves the steps before it as they are."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = KANLinear(3, 4), KANLinear(4, 2)
+        self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), KANLinear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(self.first(x).relu())
+        y: Tensor = self.head(self.rnn(x)[0])
         return y
 
 
 class TwoInputs(nn.Module):
-    """One of its inputs goes through a ReLU, and one answer does not see it."""
+    """One of its inputs goes through a pooling, and one answer does not see it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right = KANLinear(3, 2), KANLinear(2, 2)
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return self.left(a), self.right(b.relu())
+        return self.left(a), self.right(max_pool1d(b.unsqueeze(1), 2).squeeze(1))
 
 
 def export(network: nn.Module, folder: Path, **given: object) -> Manifest:
@@ -72,7 +73,7 @@ def windows() -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_a_window_with_nan_is_answered_by_nan(tmp_path: Path, kind: type[nn.RNNBase]) -> None:
+def test_a_window_with_nan_is_answered_by_nan(tmp_path: Path, kind: type[nn.Module]) -> None:
     network = Forecaster(kind).eval()
     manifest = export(network, tmp_path, input_shape=(7, 3))
     assert manifest.lossy_operators
@@ -107,7 +108,7 @@ def test_where_nothing_loses_nan_there_is_no_guard(tmp_path: Path, network: nn.M
 
 @pytest.mark.filterwarnings("ignore:rows with NaN in")
 def test_where_the_network_answers_part_of_a_row_the_input_rejects_nan(tmp_path: Path) -> None:
-    manifest = export(TokenWise(), tmp_path, input_shape=(5, 3))
+    manifest = export(StepByStep(), tmp_path, input_shape=(5, 3))
     assert manifest.inputs[0].rejects_nan
     assert nodes_of_guard(tmp_path) == []
     with np.load(tmp_path / "m" / "1" / "golden.npz") as golden:
@@ -116,7 +117,7 @@ def test_where_the_network_answers_part_of_a_row_the_input_rejects_nan(tmp_path:
 
 @pytest.mark.filterwarnings("ignore:rows with NaN in")
 def test_only_the_inputs_in_which_nan_is_lost_reject_it(tmp_path: Path) -> None:
-    manifest = export(TwoInputs(), tmp_path, input_shape={"a": 3, "b": 2})
+    manifest = export(TwoInputs(), tmp_path, input_shape={"a": 3, "b": 4})
     assert [spec.rejects_nan for spec in manifest.inputs] == [False, True]
 
 
@@ -160,11 +161,11 @@ def test_a_file_that_loses_nan_is_refused(
     [
         (
             lambda y: [y[0].astype(np.float64)],
-            r"output: expected float32 \(1, 3, 4\), found float64",
+            r"expected float32 \(\d+, 3, 4\), found float64",
         ),
         (
             lambda y: [y[0].reshape(len(y[0]), 12)],
-            r"output: .*\(1, 3, 4\), found float32 \(1, 12\)",
+            r"\(\d+, 3, 4\), found float32 \(\d+, 12\)",
         ),
         (lambda y: [y[0].astype(np.float64).reshape(len(y[0]), 12)], "found float64"),
         (lambda y: [*y, *y], "expected 1 outputs, found 2"),

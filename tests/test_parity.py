@@ -11,7 +11,8 @@ from export.network import Call, describe_network
 from export.probes import make_kan_probes
 from export.proof.eager import BATCH_SIZES, evaluate
 from export.proof.parity import Measurement, choose_golden, measure, run_probes
-from export.proof.reference import RELATIVE_TOLERANCE, Reference, make_reference
+from export.proof.reference import Reference, make_reference
+from export.proof.tolerance import RELATIVE_TOLERANCE
 from kan_bundle.golden import excess
 from kan_model import KAN, load_checkpoint
 from tests.conftest import Golden

@@ -129,10 +129,10 @@ def test_the_verdict_and_the_tables_need_no_script(browser: Browser, sampled: Pa
         expect(page.locator(".diagram .edge")).to_have_count(16 + 16)
 
 
-def test_an_approximation_is_called_close(browser: Browser, sampled: Path) -> None:
+def test_an_approximation_says_what_it_is_equal_to(browser: Browser, sampled: Path) -> None:
     with shown(browser, sampled / "1" / "report.html") as page:
-        expect(page.locator(".word")).to_have_text("Close")
-        expect(page.locator(".verdict")).to_contain_text("in int8")
+        expect(page.locator(".word")).to_have_text("Equal")
+        expect(page.locator(".verdict")).to_contain_text("with weights in int8")
         expect(page.locator("#speed + .card")).to_contain_text("--benchmark")
 
 

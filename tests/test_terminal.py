@@ -109,10 +109,11 @@ def test_a_log_has_no_codes_that_move(tmp_path: Path, environment: dict[str, str
 
 
 class Talking(nn.Module):
-    """Prints while it runs, as some networks do."""
+    """Prints when it is built and while it runs, as some networks do."""
 
     def __init__(self) -> None:
         super().__init__()
+        print("BUILT")
         self.layer = nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,13 +123,16 @@ class Talking(nn.Module):
 
 
 @pytest.mark.parametrize("stdout_too", [False, True])
-def test_what_a_network_prints_does_not_get_into_stdout(tmp_path: Path, stdout_too: bool) -> None:
+def test_what_a_factory_prints_is_shown_on_stderr_and_what_a_network_prints_is_not(
+    tmp_path: Path, stdout_too: bool
+) -> None:
     torch.save(Talking().state_dict(), tmp_path / "m.pt")
     network = ("--model", "tests.test_terminal:Talking", "--input-shape", "4", "--json")
     options = ("--output", str(tmp_path / "models"))
     shown = on_terminal("export", str(tmp_path / "m.pt"), *network, *options, stdout_too=stdout_too)
     assert shown.code == 0, shown.raw
-    assert "TALK" in shown.raw
+    assert "BUILT" in shown.raw
+    assert "TALK" not in shown.raw
     last = shown.lines[-2] if stdout_too else shown.stdout
     assert json.loads(last)["path"] == f"{tmp_path}/models/m/1"
 

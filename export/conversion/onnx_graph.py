@@ -1,4 +1,4 @@
-"""A network to ONNX, and such a file to something that runs.
+"""A network to ONNX.
 
 The batch is the only dynamic dimension; it is named `batch`. The weights are inside the file, or,
 where they do not fit, in the one file beside it. Nodes and tensors are named after the modules of

@@ -1,4 +1,4 @@
-"""A network to TorchScript, and back to something that runs.
+"""A network to TorchScript.
 
 Traced, because a network may be any module, and scripting takes only some. A traced program is
 fixed to as many dimensions as its example has. torch deprecates TorchScript in favour of

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from export.errors import ExportError
 from export.network import Network
-from export.proof.nan_rows import answers_nan_by_nan, find_lossy_operators, lost_rows
+from export.probes import Probes
+from export.proof.nan_rows import answers_nan_by_nan, find_lossy_operators, lost_rows, rows_with_nan
 from export.proof.parity import Measurement, measure, rows_to_run, run_probes
 from export.proof.reference import Reference
 from export.proof.verdict import summarise
@@ -126,7 +127,7 @@ def _find_lost_nan(
     Returns:
         None of them if no NaN is lost, or if none explains that it is: then the file is wrong.
     """
-    rows = reference.probes.groups == "nan"
+    rows = rows_with_nan(reference.probes)
     if not rows.any():
         return ()
     nan = replace(reference.take(rows), every_size=False)
@@ -141,13 +142,10 @@ def _reject_nan(
     network: Network, reference: Reference, runtimes: Runtimes
 ) -> tuple[Network, Reference]:
     """Let every input reject NaN in which a runtime loses it, and leave out such rows."""
-    nan = reference.probes.groups == "nan"
     lost = lost_rows(_run_onnx(runtimes, reference), reference)
-    specs, rejected = [], np.zeros_like(nan)
+    specs, rejected = [], np.zeros_like(lost)
     for spec, array in zip(network.inputs.specs, reference.probes.inputs, strict=True):
-        holds = np.zeros_like(nan)
-        if array.dtype.kind == "f":
-            holds = np.isnan(array).reshape(len(array), -1).any(axis=1)
+        holds = rows_with_nan(Probes((array,), reference.probes.groups))
         rejects = bool((holds & lost).any())
         rejected |= holds & rejects
         specs.append(replace(spec, rejects_nan=rejects))

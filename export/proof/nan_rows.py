@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from export.probes import Probes
 from export.proof.reference import Reference
 from export.runtimes import load_onnx
 
@@ -29,8 +30,17 @@ _ROWS = 8  # that are looked at
 _PROBE_FILE = "nan-probe.onnx"
 
 
+def rows_with_nan(probes: Probes) -> NDArray[np.bool_]:
+    """Find the rows with NaN in any input, shape (rows,)."""
+    found = np.zeros(len(probes), dtype=bool)
+    for array in probes.inputs:
+        if array.dtype.kind == "f":
+            found |= np.isnan(array).reshape(len(array), -1).any(axis=1)
+    return found
+
+
 def lost_rows(found: NDArray[np.float64], reference: Reference) -> NDArray[np.bool_]:
-    """Find the probes with NaN that a runtime answers with a number where the network does not.
+    """Find the rows with NaN that a runtime answers with a number where the network does not.
 
     Args:
         found: Outputs from `run_probes`, shape (batch sizes, rows, numbers).
@@ -40,13 +50,13 @@ def lost_rows(found: NDArray[np.float64], reference: Reference) -> NDArray[np.bo
         Shape (rows,).
     """
     lost = (np.isnan(reference.outputs) & ~np.isnan(found)).any(axis=(0, 2))
-    rows: NDArray[np.bool_] = lost & (reference.probes.groups == "nan")
+    rows: NDArray[np.bool_] = lost & rows_with_nan(reference.probes)
     return rows
 
 
 def answers_nan_by_nan(reference: Reference) -> bool:
-    """Tell whether the network answers every probe with NaN by NaN in all outputs."""
-    rows = reference.probes.groups == "nan"
+    """Tell whether the network answers every row with NaN by NaN in all outputs."""
+    rows = rows_with_nan(reference.probes)
     return bool(rows.any() and np.isnan(reference.outputs[rows]).all())
 
 

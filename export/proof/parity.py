@@ -1,4 +1,4 @@
-"""Proof that the files as written compute what the network computes.
+"""What a runtime returns, compared with the reference: names, types, shapes, then values.
 
 `run_probes` runs, `measure` measures and `Measurement.passed` judges; nothing here prints, or stops
 an export.
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from export.errors import ParityError, cause
 from export.probes import ORDINARY
 from export.proof.eager import BATCH_SIZES
-from export.proof.reference import Reference, largest, spread_by_size
+from export.proof.reference import Reference, spread_by_size
+from export.proof.tolerance import largest
 from export.quiet import captured
 from export.runtimes import Runner, Session
 from kan_bundle.golden import Golden, excess, side_by_side

@@ -59,10 +59,14 @@ def model_config(model: LoadedModel, max_message_bytes: int) -> config_pb.ModelC
     )
     if limits.max_wait_s:
         config.dynamic_batching.max_queue_delay_microseconds = round(limits.max_wait_s * 1e6)
-    for spec in manifest.inputs:
-        config.input.add(name=spec.name, data_type=_DATA_TYPES[spec.datatype], dims=spec.shape[1:])
-    for spec in manifest.outputs:
-        config.output.add(name=spec.name, data_type=_DATA_TYPES[spec.datatype], dims=spec.shape[1:])
+    for tensors, specs in ((config.input, manifest.inputs), (config.output, manifest.outputs)):
+        for spec in specs:
+            dims = spec.shape[1:]
+            tensor = tensors.add(
+                name=spec.name, data_type=_DATA_TYPES[spec.datatype], dims=dims or (1,)
+            )
+            if not dims:  # Triton wants at least one, and takes it away again
+                tensor.reshape.SetInParent()
     return config
 
 
