@@ -99,6 +99,13 @@ def conversion(form: str) -> Iterator[None]:
         first = error.__cause__ or error
         line = f"{type(first).__name__}: {first}".strip().partition("\n")[0]
         operator = re.search(r"translating node .*target=(?:torch\.ops\.)?([\w.]+)", line)
+        if re.search(r"complex|_fft_", line):
+            raise ConversionError(
+                f"the network cannot be written as {form}: there is no form of "
+                f"{operator[1] if operator else 'what it computes'} for complex numbers there; "
+                "compute with real and imaginary parts, and a Fourier transform as a product with "
+                "cosines and sines"
+            ) from error
         if operator:
             raise ConversionError(
                 f"the network cannot be written as {form}: there is no form of "

@@ -242,11 +242,30 @@ def _join(
     rows = {name: len(array) for name, array in arrays.items()}
     if len(set(rows.values())) > 1:
         raise InputError(
-            f"samples: expected as many rows for every input, found {rows}; what has no rows, as "
-            "the edge_index of a graph, is no input: export a module around the network that holds "
-            "it as a buffer"
+            f"samples: expected as many rows for every input, found {rows}; {_for_rows(arrays)}"
         )
     return Inputs(specs, tuple(arrays.values()))
+
+
+def _for_rows(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Say what to do about inputs with other numbers of rows than the first one."""
+    count = len(next(iter(arrays.values())))
+    turned = [
+        name
+        for name, array in arrays.items()
+        if len(array) != count and array.ndim > 2 and array.shape[1] == count
+    ]
+    if turned:
+        return (
+            f"{', '.join(turned)} may have the batch second, as the states of an LSTM: give it "
+            "first, and export a module around the network that gives it "
+            f"{turned[0]}.transpose(0, 1).contiguous(), and returns such outputs with "
+            ".transpose(0, 1)"
+        )
+    return (
+        "what has no rows, as the edge_index of a graph, is no input: export a module around the "
+        "network that holds it as a buffer"
+    )
 
 
 def odd_samples(inputs: Inputs) -> list[str]:

@@ -7,8 +7,10 @@ the network.
 
 import copy
 import inspect
+import keyword
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +146,7 @@ def describe_network(module: nn.Module, inputs: Inputs | None) -> Network:
     """
     single = module if is_single(module) else copy_module(module).float()
     _require_finite(single)
+    _require_traceable_names(single)
     found = find_layers(single)
     if inputs is None:
         inputs = _inputs_of_kan(single)
@@ -272,6 +275,19 @@ def _require_finite(module: nn.Module) -> None:
             )
 
 
+def _require_traceable_names(module: nn.Module) -> None:
+    """Refuse names that torch's tracing writes into Python code where they are no names."""
+    for name, _ in (*module.named_parameters(), *module.named_buffers()):
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            if keyword.iskeyword(part):
+                place = ".".join(parts[: i + 1])
+                raise NetworkError(
+                    f"{place}: torch cannot trace what has a keyword of Python for its name: "
+                    f"rename it, as {part}_, in the network and in the names of its checkpoint"
+                )
+
+
 def _inputs_of_kan(module: nn.Module) -> Inputs:
     """Take a KAN's input from its first layer."""
     width = _first_width(module)
@@ -365,9 +381,12 @@ def _describe_outputs(
                 "the network gives different answers to the same input: something in it is random "
                 "in evaluation mode; make it depend on its input alone"
             )
+    rows = [len(batch[0]) for batch in examples]
+    with suppress(Exception):  # where one row fails, the proof reports it
+        runs.append(call.named(*example(inputs, 1)))
+        rows.append(1)
     specs = []
     taken = {spec.name for spec in inputs.specs}
-    rows = [len(batch[0]) for batch in examples]
     for name, value in runs[0].items():
         shape = shape_of_row(name, [run[name] for run in runs], rows)
         if value.dtype != torch.float32:

@@ -77,10 +77,17 @@ def _remedy_for_shape(name: str, shapes: Sequence[tuple[int, ...]], rows: Sequen
     rank = min(map(len, shapes))
     for place in range(1, rank):
         if all(shape[place] == n for shape, n in zip(shapes, rows, strict=True)):
+            if all(shape[0] == n for shape, n in zip(shapes, rows, strict=True)):
+                return (
+                    f"every row is combined with every other: {around} that returns what it "
+                    "computes of each row alone, and combine the rows after it is served"
+                )
             return (
                 "the batch comes first in every input and output: "
                 f"{around} that returns {name}.transpose(0, {place})"
             )
+    if () in shapes and rows[shapes.index(())] == 1:
+        return "write squeeze(-1) in place of squeeze(), which drops a batch of one as well"
     if len(set(shapes)) == 1:
         return f"it does not grow with the batch: {around} that leaves it out"
     per_row = [

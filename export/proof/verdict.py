@@ -28,6 +28,12 @@ def require_parity(measured: Sequence[Measurement], network: Network) -> None:
                 "if another layer is to blame (onnxruntime's Elu, LogSigmoid and GRU, for some, "
                 "lose digits that torch keeps), write it another way; else please report it"
             )
+        if any(getattr(part, "use_nested_tensor", False) for part in network.call.modules()):
+            blame = (
+                "nn.TransformerEncoder answers 0 at padded positions, in evaluation mode alone: "
+                "build it with enable_nested_tensor=False, which leaves its weights as they are; "
+                "else please report it"
+            )
         raise ParityError(
             f"{m.runtime} does not compute what the network computes, nothing was published: at "
             f"probe {m.worst.row} ({m.worst.group}, batch {m.worst.batch_size}), output "

@@ -345,7 +345,7 @@ LAYOUTS = (
         streaming_lstm,
         1,
         samples=_with_states(first=False),
-        refusal="batch",
+        refusal="may have the batch second",
         remedy=Layout(streaming_lstm_batch_first, 1, samples=_with_states(first=True)),
     ),
     Layout(kan_cell, 2, shape=(5, _CHANNELS)),

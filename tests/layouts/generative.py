@@ -72,31 +72,32 @@ def generator() -> nn.Module:
 
 
 class _Discriminator(nn.Module):
-    """Patches to one number a row, shape (N,) (GAN-KAN)."""
+    """Patches to one number a row (GAN-KAN projects)."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: bool = False, squeezes: bool = False) -> None:
         super().__init__()
+        self.counts, self.squeezes = counts, squeezes
         self.conv = nn.Conv2d(1, 4, 4, 2, 1)
         self.kan = KAN([64, 6, 1])
 
     def forward(self, img: Tensor) -> Tensor:
         x = functional.leaky_relu(self.conv(img), 0.2, inplace=True)
-        return self.kan(x.reshape(len(img), -1)).squeeze()
-
-
-class _DiscriminatorRows(_Discriminator):
-    def forward(self, img: Tensor) -> Tensor:
-        x = functional.leaky_relu(self.conv(img), 0.2, inplace=True)
-        return self.kan(x.flatten(1)).squeeze(1)
+        x = self.kan(x.reshape(len(img) if self.counts else img.shape[0], -1))
+        return x.squeeze() if self.squeezes else x.squeeze(1)
 
 
 def discriminator() -> nn.Module:
-    return seeded(_DiscriminatorRows)
+    return seeded(_Discriminator)
+
+
+def discriminator_of_len() -> nn.Module:
+    """Takes `len` of a tensor, which tracing fixes."""
+    return seeded(lambda: _Discriminator(counts=True))
 
 
 def discriminator_squeezed() -> nn.Module:
-    """Squeezes every dimension, also a batch of one, and asks a tensor for its `len`."""
-    return seeded(_Discriminator)
+    """Squeezes every dimension, also a batch of one."""
+    return seeded(lambda: _Discriminator(squeezes=True))
 
 
 class _DiffusionStep(nn.Module):
@@ -166,6 +167,13 @@ LAYOUTS = (
         2,
         shape="1,8,8",
         refusal="squeeze",
+        remedy=Layout(discriminator, 2, shape="1,8,8"),
+    ),
+    Layout(
+        discriminator_of_len,
+        2,
+        shape="1,8,8",
+        refusal="take sizes from x.shape[0], not from len(x)",
         remedy=Layout(discriminator, 2, shape="1,8,8"),
     ),
     Layout(diffusion_step, 2, samples=_steps),

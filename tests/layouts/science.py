@@ -1,5 +1,6 @@
 """Operators, physics and coordinates."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -82,13 +83,40 @@ class _SpectralConv(nn.Module):
         return torch.fft.irfft(out, n=x.size(-1))
 
 
+class _RealSpectralConv(nn.Module):
+    """The same on real and imaginary parts; the transforms are products with cosines and sines."""
+
+    there: Tensor
+    back: Tensor
+
+    def __init__(self, channels: int, modes: int, size: int = 16) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, channels, channels, modes) / channels)
+        there = torch.view_as_real(torch.fft.rfft(torch.eye(size))[:, :modes])
+        ones = torch.eye(size // 2 + 1)[:modes]
+        back = torch.stack([torch.fft.irfft(ones, n=size), torch.fft.irfft(ones * 1j, n=size)])
+        self.register_buffer("there", there.permute(2, 0, 1).contiguous(), persistent=False)
+        self.register_buffer("back", back, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        real, imaginary = x @ self.there[0], x @ self.there[1]
+        a, b = self.weight[0], self.weight[1]
+
+        def mix(part: Tensor, weight: Tensor) -> Tensor:
+            return torch.einsum("bix,iox->box", part, weight)
+
+        return (mix(real, a) - mix(imaginary, b)) @ self.back[0] + (
+            mix(real, b) + mix(imaginary, a)
+        ) @ self.back[1]
+
+
 class _FNO(nn.Module):
     """Fourier layers with complex weights, KANs to lift and project (FNO-KAN, KANO)."""
 
-    def __init__(self) -> None:
+    def __init__(self, conv: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
         self.lift, self.project = KANLinear(2, 6), KAN([6, 8, 1])
-        self.spectral = nn.ModuleList(_SpectralConv(6, 4) for _ in range(2))
+        self.spectral = nn.ModuleList(conv(6, 4) for _ in range(2))
         self.local = nn.ModuleList(nn.Conv1d(6, 6, 1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +128,18 @@ class _FNO(nn.Module):
 
 
 def fno() -> nn.Module:
-    return seeded(_FNO)
+    return seeded(lambda: _FNO(_SpectralConv))
+
+
+def fno_as_products() -> nn.Module:
+    """The network of `fno`, with its weights as real and imaginary parts."""
+    real = _FNO(_RealSpectralConv)
+    state = fno().state_dict()
+    for name, value in state.items():
+        if value.is_complex():
+            state[name] = torch.view_as_real(value).movedim(-1, 0)
+    real.load_state_dict(state)
+    return real.eval()
 
 
 class _PINN(nn.Module):
@@ -136,21 +175,6 @@ class _Forces(nn.Module):
 
 def forces() -> nn.Module:
     return seeded(_Forces)
-
-
-class _Energy(nn.Module):
-    """The energy alone, from the same checkpoint; forces are left to the caller."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kan = KAN([6, 8, 1])
-
-    def forward(self, positions: Tensor) -> Tensor:
-        return self.kan(torch.tanh(positions))
-
-
-def energy() -> nn.Module:
-    return seeded(_Energy)
 
 
 class _NeuralODE(nn.Module):
@@ -241,9 +265,15 @@ LAYOUTS = (
         refusal="rows",
         remedy=Layout(deeponet_fixed_places, 4, shape=10),
     ),
-    Layout(fno, 3, shape=(16, 1)),
+    Layout(
+        fno,
+        3,
+        shape=(16, 1),
+        refusal="complex numbers",
+        remedy=Layout(fno_as_products, 3, shape=(16, 1)),
+    ),
     Layout(pinn, 2, samples=_points("x", "t")),
-    Layout(forces, 2, shape=6, refusal="grad", remedy=Layout(energy, 2, shape=6)),
+    Layout(forces, 0, shape=6),
     Layout(neural_ode, 2, shape=2),
     Layout(nerf, 5, samples=_points("positions", "directions", width=3)),
     Layout(channel, 2, samples=lambda rng: {"iq": normal(rng, 16, 6, 2)}),

@@ -185,10 +185,10 @@ def _pairs(rng: np.random.Generator) -> Arrays:
 class _MultiTask(nn.Module):
     """A trunk and a ModuleDict of heads, a dict of outputs, one of them None (multi-task KANs)."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         self.trunk = KAN([7, 8, 6])
-        self.heads = nn.ModuleDict({"class": KANLinear(6, 3), "price": KANLinear(6, 1)})
+        self.heads = nn.ModuleDict({name: KANLinear(6, 3), "price": KANLinear(6, 1)})
         self.log_var = nn.Parameter(torch.zeros(2))
 
     def forward(self, x: Tensor) -> dict[str, Tensor | None]:
@@ -198,7 +198,18 @@ class _MultiTask(nn.Module):
 
 
 def multi_task() -> nn.Module:
-    return seeded(_MultiTask)
+    """One head has a keyword of Python for its name."""
+    return seeded(lambda: _MultiTask("class"))
+
+
+def multi_task_renamed() -> nn.Module:
+    return seeded(lambda: _MultiTask("class_"))
+
+
+def _renamed(network: nn.Module) -> Any:
+    """Rename what the refusal names in a state dict of `multi_task`."""
+    state = multi_task().state_dict()
+    return {key.replace("heads.class.", "heads.class_."): value for key, value in state.items()}
 
 
 class Policy(NamedTuple):
@@ -343,10 +354,16 @@ LAYOUTS = (
         two_towers,
         2,
         samples=_pairs,
-        refusal="one row for each row",
+        refusal="combine the rows after it is served",
         remedy=Layout(two_towers_embeddings, 2, samples=_pairs),
     ),
-    Layout(multi_task, 4, shape="x=7"),
+    Layout(
+        multi_task,
+        4,
+        shape="x=7",
+        refusal="heads.class: torch cannot trace what has a keyword of Python for its name",
+        remedy=Layout(multi_task_renamed, 4, shape="x=7", save=_renamed),
+    ),
     Layout(continuous_actor_critic, 4, shape="observation=5"),
     Layout(dueling_q, 3, shape=4),
     Layout(
