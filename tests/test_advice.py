@@ -78,6 +78,7 @@ class BatchFirst(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:onnxruntime gives numbers")
+@pytest.mark.filterwarnings("ignore:rows with NaN in")
 def test_a_batch_that_comes_second_is_named_with_the_module_to_write(tmp_path: Path) -> None:
     for names in (["x=5,3", "h=2,4", "c=2,4"], ["a=5,3", "b=2,4", "d=2,4"]):
         message = refusal(Stateful(), names)

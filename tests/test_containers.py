@@ -277,7 +277,7 @@ def test_keras_files_are_refused_by_name(tmp_path: Path) -> None:
         archive.writestr("config.json", "{}")
     (tmp_path / "model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     for name in ("model.keras", "model.h5"):
-        with pytest.raises(CheckpointError, match="Keras ports of KAN cannot be exported"):
+        with pytest.raises(CheckpointError, match="only networks of PyTorch can be exported"):
             load_checkpoint(tmp_path / name)
 
 
