@@ -116,12 +116,6 @@ def write_bundle(
         checked = check_files(
             network, reference, runtimes, place.path / MODEL_FILE, add_nan_guard, report, optional
         )
-        omitted = checked.dropped.get(TORCHSCRIPT, omitted)
-        if omitted is not None:
-            (place.path / TORCHSCRIPT_FILE).unlink(missing_ok=True)
-            runtimes = {name: load for name, load in runtimes.items() if name != TORCHSCRIPT}
-            if options.torchscript == "auto":
-                report.warn(f"the bundle has no {TORCHSCRIPT_FILE}: {omitted}")
         network, reference, measured = checked.network, checked.reference, checked.measured
         report.parity(
             measured,
@@ -131,6 +125,12 @@ def write_bundle(
             far=network.leading is not None,
         )
         require_parity(measured, network)
+        omitted = checked.dropped.get(TORCHSCRIPT, omitted)
+        if omitted is not None:
+            (place.path / TORCHSCRIPT_FILE).unlink(missing_ok=True)
+            runtimes = {name: load for name, load in runtimes.items() if name != TORCHSCRIPT}
+            if options.torchscript == "auto":
+                report.warn(f"the bundle has no {TORCHSCRIPT_FILE}: {omitted}")
 
         golden = choose_golden(reference)
         with report.stage("replay what the server will replay"):

@@ -401,3 +401,11 @@ def test_a_token_beyond_the_vocabulary_is_the_clients_fault(tmp_path: Path) -> N
         with pytest.raises(grpc.RpcError) as error:
             GRPCInferenceServiceStub(channel).ModelInfer(request)
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_behind_a_relu_no_range_of_inputs_is_claimed(tmp_path: Path) -> None:
+    """On positive samples the layer sees the inputs as they are, and elsewhere it does not."""
+    network = nn.Sequential(nn.ReLU(), kan_model.KANLinear(4, 2))
+    samples = np.random.default_rng(0).uniform(0, 1, (50, 4)).astype(np.float32)
+    manifest = export_module(network, name="m", output=tmp_path, samples=samples)
+    assert manifest.input_range is None
