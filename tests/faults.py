@@ -371,7 +371,7 @@ def try_faults(subject: str, precision: Precision, most: int | None = None) -> I
     ) -> Checked:
         right = check.check_files(network, reference, runtimes, model, *rest)
         content = model.read_bytes()
-        samples = reference.probes.groups == "samples"
+        samples = np.isin(reference.probes.groups, ("samples", "nan"))
         factor = (NETWORK_FACTOR if network.kan is None else KAN_FACTOR) / 2
         noise = np.maximum(factor * reference.noise[samples], np.finfo(np.float32).tiny)
         expected = reference.outputs[samples]
@@ -392,7 +392,9 @@ def try_faults(subject: str, precision: Precision, most: int | None = None) -> I
                     found = np.concatenate([y.reshape(len(y), -1) for y in answers], axis=1)
                     with np.errstate(invalid="ignore"):
                         off = np.abs(found - expected) / noise
-                    effect = max(effect, float(np.where(np.isnan(off), np.inf, off).max()))
+                    off[np.isnan(off)] = np.inf
+                    off[np.isnan(found) & np.isnan(expected)] = 0.0
+                    effect = max(effect, float(off.max()))
             except Exception:  # it does not load or run, so it gives no answer
                 effect = np.inf
             refused = None
@@ -404,10 +406,8 @@ def try_faults(subject: str, precision: Precision, most: int | None = None) -> I
             except ExportError as error:
                 refused = str(error)
             if (
-                fault.kind in ("nan", "output")
-                or "float64" in fault.what
-                or "flattened" in fault.what
-            ):
+                fault.kind == "output" or "float64" in fault.what or "flattened" in fault.what
+            ):  # what is wrong is no number
                 effect = np.inf
             outcomes.append(Outcome(name, fault, effect, refused))
         model.write_bytes(content)
