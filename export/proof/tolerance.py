@@ -27,7 +27,7 @@ and by 3.3 times for other networks, of which noise is estimated from a few draw
 
 _LAST_DIGITS = 2.0**-23  # of an output's size: two roundings of it
 _LEAST_NOISE, _MOST_NOISE = 4.0, 64.0  # in units of a sensitivity
-_MOST_SHOWN = 16.0  # times eager's largest error at inputs that are alike
+_MOST_SHOWN = 16.0  # times eager's largest error at any output, for inputs that are alike
 _FEWEST_ALIKE = 8  # rows of one magnitude, from which its noise can be taken
 
 
@@ -111,10 +111,10 @@ def network_noise(
     noise = np.empty_like(scale)
     for group in np.unique(groups):
         rows = groups == group
-        own = np.clip(ratio[rows].max(axis=0), _LEAST_NOISE, _MOST_NOISE) * scale[rows]
-        # What moves by much more than eager ever shows is moved by noise that no runtime has, as in
-        # a mask of -1e38.
-        noise[rows] = np.minimum(own, _MOST_SHOWN * error[rows].max(axis=0))
+        own = np.clip(ratio[rows].max(axis=0), _LEAST_NOISE, _MOST_NOISE)
+        # Where the noise that is added moves all outputs much further than eager ever is, it is
+        # noise that no runtime has, as in a mask of -1e38.
+        noise[rows] = np.minimum(own, _MOST_SHOWN * largest(ratio[rows])) * scale[rows]
     return noise
 
 
