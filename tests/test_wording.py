@@ -3,17 +3,15 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Browser
 from rich.console import Console
 
 from export import export_module, tables
-from export.contract import make_manifest
 from export.report import Report
 from export.wording import change_sentence, percent, seconds, size
-from kan_bundle.manifest import ChangeRecord, Manifest, read_manifest
+from kan_bundle.manifest import ChangeRecord, read_manifest
 from kan_model import KAN
 from tests.browsing import shown as opened_page
 from tests.conftest import STATE_DICTS, Golden
@@ -120,17 +118,13 @@ def test_a_change_is_told_in_one_sentence(change: ChangeRecord, words: str) -> N
     assert change_sentence(change) == words
 
 
-def test_what_fewer_bits_change_is_told_on_terminal_and_page(
-    tmp_path: Path, quiet: Report, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def with_change(*given: Any, **named: Any) -> Manifest:
-        return replace(make_manifest(*given, **named), approximation=CHANGE)
-
-    monkeypatch.setattr("export.pipeline.make_manifest", with_change)
+def test_what_fewer_bits_change_is_told_on_terminal_and_page(tmp_path: Path, quiet: Report) -> None:
     manifest = export_module(KAN([3, 2]), name="m", output=tmp_path, precision="fp16", report=quiet)
+    assert manifest.approximation is not None
+    change = change_sentence(manifest.approximation)
     console = Console(width=200)
     with console.capture() as shown:
         console.print(tables.result(manifest, "models/m/1", 1.0))
-    assert f"fp16        {change_sentence(CHANGE)}" in shown.get()
+    assert f"fp16        {change}" in shown.get()
     page = (tmp_path / "m" / "1" / "report.html").read_text()
-    assert f"fp16, which {change_sentence(CHANGE)}" in page
+    assert f"fp16, which {change}" in page
