@@ -44,6 +44,7 @@ def test_progress_moves_and_leaves_only_finished_lines(tmp_path: Path) -> None:
         "write model.onnx",
         "write model.ts",
         "compute the float64 reference",
+        "look for NaN that a runtime loses",
         "compare the files as written",
         "replay what the server will replay",
         "hash the files",

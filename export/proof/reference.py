@@ -21,6 +21,7 @@ from export.probes import ORDINARY, Probes, make_kan_probes, make_probes
 from export.proof.eager import BATCH_SIZES, LARGEST_BATCH, evaluate, in_double
 from export.proof.rounding import decidable, longest_sum, rounding_scale, sensitivity
 from export.proof.tolerance import (
+    FEWEST_ALIKE,
     KAN_FACTOR,
     NETWORK_FACTOR,
     allowed_deviation,
@@ -248,7 +249,9 @@ def _reference_of_network(
     probes, outputs, eager, scale = probes.take(kept), outputs[kept], eager[:, kept], scale[kept]
     _require_numbers(probes, outputs)
     error = largest_error(eager, outputs)
-    noise = np.maximum(error, network_noise(group_by_magnitude(probes), error, scale))
+    noise = np.maximum(
+        error, network_noise(group_by_magnitude(probes), error, scale, precision == "float64")
+    )
     tolerance = allowed_deviation(probes.groups, outputs, noise, NETWORK_FACTOR)
     specs = (network.inputs.specs, network.outputs)
     return Reference(
@@ -320,5 +323,8 @@ def _sensitivity(
         moved = sensitivity(call, given, run, outputs[some], means.noise)
     scale = np.zeros_like(outputs)
     for group in np.unique(alike[some]):
-        scale[alike == group] = np.sqrt((moved[alike[some] == group] ** 2).mean(axis=0))
+        own = np.sqrt((moved[alike[some] == group] ** 2).mean(axis=0))
+        if (alike[some] == group).sum() < FEWEST_ALIKE:  # some number hardly moves by chance
+            own = np.maximum(own, np.median(own))
+        scale[alike == group] = own
     return scale

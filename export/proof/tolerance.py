@@ -28,7 +28,8 @@ and by 3.3 times for other networks, of which noise is estimated from a few draw
 _LAST_DIGITS = 2.0**-23  # of an output's size: two roundings of it
 _LEAST_NOISE, _MOST_NOISE = 4.0, 64.0  # in units of a sensitivity
 _MOST_SHOWN = 16.0  # times eager's largest error at any output, for inputs that are alike
-_FEWEST_ALIKE = 8  # rows of one magnitude, from which its noise can be taken
+FEWEST_ALIKE = 8
+"""Rows of one magnitude, from which the noise of each number can be taken."""
 
 
 def largest(values: NDArray[np.float64]) -> float:
@@ -55,7 +56,7 @@ def group_by_magnitude(probes: Probes) -> NDArray[np.str_]:
     for group in np.unique(probes.groups):
         rows = probes.groups == group
         decades, counts = np.unique(decade[rows], return_counts=True)
-        many = decades[counts >= _FEWEST_ALIKE]
+        many = decades[counts >= FEWEST_ALIKE]
         if not len(many):
             many = decades[-1:]
         nearest = np.abs(decade[rows, None] - many).argmin(axis=1)
@@ -97,7 +98,7 @@ def kan_noise(
 
 
 def network_noise(
-    groups: NDArray[np.str_], error: NDArray[np.float64], scale: NDArray[np.float64]
+    groups: NDArray[np.str_], error: NDArray[np.float64], scale: NDArray[np.float64], exact: bool
 ) -> NDArray[np.float64]:
     """Estimate the noise of a network, each output by itself, shape (rows, numbers).
 
@@ -105,6 +106,7 @@ def network_noise(
         groups: Shape (rows,).
         error: Eager's, shape (rows, numbers).
         scale: From `sensitivity`, shape (rows, numbers).
+        exact: Whether eager's error is that from float64; from itself it says nothing.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.where(scale > 0, error / scale, 0.0)
@@ -114,7 +116,8 @@ def network_noise(
         own = np.clip(ratio[rows].max(axis=0), _LEAST_NOISE, _MOST_NOISE)
         # Where the noise that is added moves all outputs much further than eager ever is, it is
         # noise that no runtime has, as in a mask of -1e38.
-        noise[rows] = np.minimum(own, _MOST_SHOWN * largest(ratio[rows])) * scale[rows]
+        limit = _MOST_SHOWN * largest(ratio[rows]) if exact else np.inf
+        noise[rows] = np.minimum(own, limit) * scale[rows]
     return noise
 
 
