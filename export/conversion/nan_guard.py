@@ -1,7 +1,7 @@
 """A file that answers rows with NaN by NaN, where a runtime would answer them with numbers.
 
-In PyTorch NaN goes through every operator. In onnxruntime some lose it: MaxPool, Relu, LSTM and GRU
-on CPU, for instance. The guard looks at the inputs alone, and so it is only for networks that
+In PyTorch NaN goes through every operator. In onnxruntime some lose it: MaxPool, LSTM and GRU on
+CPU, for instance. The guard looks at the inputs alone, and so it is only for networks that
 answer every row with NaN in it by NaN in all outputs.
 """
 

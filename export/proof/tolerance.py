@@ -89,8 +89,7 @@ def kan_noise(
         scale: From `rounding_scale`, shape (rows, numbers).
         terms: Of the longest sum.
     """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(scale > 0, error / scale, 0.0)
+    ratio = _in_units(error, scale)
     # No sum of n terms is off by more than n roundings; what is, was not rounding.
     bound = terms * np.finfo(np.float32).eps
     ratio_of = {group: min(bound, largest(ratio[groups == group])) for group in np.unique(groups)}
@@ -108,8 +107,7 @@ def network_noise(
         scale: From `sensitivity`, shape (rows, numbers).
         exact: Whether eager's error is that from float64; from itself it says nothing.
     """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(scale > 0, error / scale, 0.0)
+    ratio = _in_units(error, scale)
     noise = np.empty_like(scale)
     for group in np.unique(groups):
         rows = groups == group
@@ -119,6 +117,12 @@ def network_noise(
         limit = _MOST_SHOWN * largest(ratio[rows]) if exact else np.inf
         noise[rows] = np.minimum(own, limit) * scale[rows]
     return noise
+
+
+def _in_units(error: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Express errors in units of the noise expected, 0 where none is; shape (rows, numbers)."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(scale > 0, error / scale, 0.0)
 
 
 def allowed_deviation(
