@@ -31,7 +31,7 @@ from serving.watched import Watched
 Group = Literal["inference", "admin"]
 
 UNKNOWN_CALLER = "expected `authorization: Bearer TOKEN` with a token known here"
-NOT_ALLOWED = "this caller may not call this"
+NOT_ALLOWED = "this caller may not call what is in the group [{group}]"
 
 _BEARER = "bearer "
 _EVERY_CERTIFICATE = "*"
@@ -49,10 +49,12 @@ class _Callers(BaseModel):
 
     def include(self, token: str | None, names: Set[str]) -> bool:
         """Whether a caller is among them."""
-        return (
-            self.anyone
-            or token in self.tokens_sha256
-            or bool(names and self.certificates & (names | {_EVERY_CERTIFICATE}))
+        return self.anyone or self.name(token, names)
+
+    def name(self, token: str | None, names: Set[str]) -> bool:
+        """Whether a caller is among them because of who it is."""
+        return token in self.tokens_sha256 or bool(
+            names and self.certificates & (names | {_EVERY_CERTIFICATE})
         )
 
 
@@ -103,8 +105,14 @@ class Access:
         if callers.include(token, names):
             return None
         if names or token in rules.inference.tokens_sha256 | rules.admin.tokens_sha256:
-            return Forbidden(NOT_ALLOWED)
+            return Forbidden(NOT_ALLOWED.format(group=group))
         return Unauthenticated(UNKNOWN_CALLER)
+
+    def knows(self, authorization: str | None, names: Set[str] = frozenset()) -> bool:
+        """Tell whether a caller may call anything because of who it is; see `refusal`."""
+        rules = self._rules.get()
+        token = _token_hash(authorization)
+        return any(callers.name(token, names) for callers in (rules.inference, rules.admin))
 
 
 def _token_hash(authorization: str | None) -> str | None:

@@ -43,6 +43,11 @@ def joined(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
+def port_of(joined_address: str) -> int:
+    """Read the port that `joined` has written."""
+    return int(joined_address.rpartition(":")[2])
+
+
 def cannot_listen(host: str, port: int, use: str) -> StartupError:
     """Say that the port `--USE-port` cannot be had."""
     return StartupError(

@@ -1,9 +1,10 @@
-"""Calls of one message without a thread each.
+"""Calls of one message, which are let in before their message is read and wait without a thread.
 
 grpcio gives every call a thread, in which it waits for the message, then for its turn, and then for
-the answer; on one CPU that costs more than a small model. What grpcio hands to its threads is taken
-in here instead: the message is asked for, and when it is there, gRPC's own thread hands it on and
-goes back to work. Whoever has the answer sends it. `python -m benchmarks.serving` measures it.
+the answer; on one CPU that costs more than a small model, and a few callers that send no message
+hold every thread. What grpcio hands to its threads is taken in here instead: the caller is let in
+or refused, the message is asked for, and when it is there, gRPC's own thread hands it on and goes
+back to work. Whoever has the answer sends it. `python -m benchmarks.serving` measures it.
 
 This is the one place that uses private names, those of `grpc._server`. `SUPPORTED` tells whether
 they are as in the versions that this was tried with, 1.81 to 1.85; if not, calls have threads.
@@ -12,14 +13,16 @@ they are as in the versions that this was tried with, 1.81 to 1.85; if not, call
 import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
-import grpc
 import structlog
 from grpc import _server
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from serving.deadline import Deadline
+from serving.failures import INTERNAL, NO_MESSAGE, Failure
+from serving.gate import Gate
 
 _log = structlog.get_logger()
 
@@ -57,33 +60,29 @@ class Arrival:
     """A call. Ends once, with an answer or a status.
 
     Args:
-        rpc_event: grpcio's, as what follows; of them the context is for handlers.
-        state: Of the call.
-        request_deserializer: Of the handler.
-        present: Where it is to be found until it ends.
+        gate: What it came in by.
+        work: What grpcio gave to a thread: a function and its arguments.
 
     Attributes:
         context: What grpcio gives to handlers.
     """
 
-    __slots__ = ("_deadline", "_on_end", "_present", "_rpc_event", "_state", "context")
+    __slots__ = ("_deadline", "_ended", "_gate", "_on_end", "_work", "context")
 
-    def __init__(
-        self, rpc_event: Any, state: Any, request_deserializer: Any, present: "set[Arrival]"
-    ) -> None:
+    def __init__(self, gate: Gate, work: tuple[Any, ...]) -> None:
+        self._gate = gate
+        self._work = work
+        _, _, rpc_event, state, _, _, request_deserializer, _ = work
         self.context = _server._Context(rpc_event, state, request_deserializer)
         self._deadline = Deadline(self.context)
-        self._rpc_event = rpc_event
-        self._state = state
-        self._on_end: Callable[[Arrival], Any] | None = None
-        self._present = present
+        self._ended = False
+        self._on_end: list[Callable[[Arrival], Any]] = []  # one, that one thread takes
 
     def add_done_callback(self, callback: "Callable[[Arrival], Any]") -> None:
-        """Have something called when the answer is sent, which is all that grpcio asks of a future.
-
-        It asks before the message can be there, and so before the end.
-        """
-        self._on_end = callback
+        """Have something called at the end, which is all that grpcio asks of a future."""
+        self._on_end.append(callback)
+        if self._ended:
+            self.leave()
 
     def time_remaining(self) -> float | None:
         """Tell for how many seconds the answer is wanted."""
@@ -97,71 +96,65 @@ class Arrival:
         """Send the answer; it has no effect if the caller has gone."""
         self._end(content)
 
-    def fail(
-        self, code: grpc.StatusCode, details: str, trailing: tuple[tuple[str, str], ...] = ()
-    ) -> None:
+    def fail(self, failure: Failure) -> None:
         """End without an answer."""
-        self.context.set_code(code)
-        self.context.set_details(details)
-        self.context.set_trailing_metadata(trailing)
+        self.context.set_code(failure.code)
+        self.context.set_details(failure.details)
+        self.context.set_trailing_metadata(failure.trailing)
         self._end(None)
 
+    def give_up(self, *, late: bool) -> None:
+        """End, because no message has come."""
+        self.fail(self._gate.silent(late=late))
+
+    def run(self, message: bytes) -> None:
+        """Do what grpcio would have done in a thread, in this one, with the message that came."""
+        run, target, rpc_event, state, behavior, _, *serializers = self._work
+        try:
+            run(target, rpc_event, state, behavior, lambda: message, *serializers)
+        finally:
+            self.leave()
+
     def leave(self) -> None:
-        """End with nothing to be sent."""
-        self._present.discard(self)
-        if self._on_end is not None:
-            self._on_end(self)
+        """End with nothing to be sent. It has no effect the second time."""
+        self._ended = True
+        self._gate.room.leave(self)
+        with suppress(IndexError):
+            self._on_end.pop()(self)
 
     def _end(self, content: bytes | None) -> None:
+        _, _, rpc_event, state, *_ = self._work
         try:
-            _server._status(self._rpc_event, self._state, content)
+            _server._status(rpc_event, state, content)
         except Exception as error:  # whoever answers goes on
             _log.error("not_sent", exc_info=error)
         self.leave()
 
 
-class Refusals(ThreadPoolExecutor):
-    """What ends calls as soon as they come, before their messages are read.
-
-    Args:
-        refuse: Ends a call; called in gRPC's own thread.
-    """
-
-    def __init__(self, refuse: Callable[[Arrival], None]) -> None:
-        super().__init__(1)  # which starts no thread
-        self._refuse = refuse
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """End a call, in place of running `_unary_response_in_pool`."""
-        _, rpc_event, state, _, _, request_deserializer, _ = args
-        self._refuse(Arrival(rpc_event, state, request_deserializer, set()))
-        return None  # as grpcio does for calls that it refuses itself
-
-
 class Arrivals(ThreadPoolExecutor):
-    """What grpcio is given in place of threads for a method of one message and one answer.
+    """What grpcio is given in place of threads for a method of one message.
 
     Args:
+        gate: Lets calls in, before their message is read.
         begin: Takes a message in and sees to its answer; called in gRPC's own thread, so it must
             not wait.
-        most: Calls in the server at a time, beyond which `full` is true.
     """
 
-    def __init__(self, begin: Callable[[bytes, Arrival], None], most: int) -> None:
+    def __init__(self, gate: Gate, begin: Callable[[bytes, Arrival], None]) -> None:
         super().__init__(1)  # which starts no thread
+        self._gate = gate
         self._begin = begin
-        self._most = most
-        self._present: set[Arrival] = set()  # needs no lock to add to or take from
-
-    @property
-    def full(self) -> bool:
-        """Whether another call is one too many."""
-        return len(self._present) >= self._most
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Ask for the message of a call, in place of running `_unary_response_in_pool`."""
+        """Ask for the message of a call, in place of running grpcio's function."""
+        arrival = Arrival(self._gate, (fn, *args))
+        refusal = self._gate.refusal(arrival.context)
+        if refusal is None and not self._gate.room.enter(arrival):
+            refusal = self._gate.full()
+        if refusal is not None:
+            arrival.fail(refusal)
+            return None  # as grpcio does for calls that it refuses itself
         _, rpc_event, state, _, _, request_deserializer, _ = args
-        arrival = Arrival(rpc_event, state, request_deserializer, self._present)
         take = _server._receive_message(state, rpc_event.call, request_deserializer)
 
         def received(event: Any) -> Any:
@@ -169,10 +162,12 @@ class Arrivals(ThreadPoolExecutor):
             with state.condition:
                 message, state.request = state.request, None
                 is_missing = message is None and state.client is _server._CLOSED
+            if not self._gate.room.hear(arrival):  # it was given up
+                return after
             if message is not None:
                 self._try_to_begin(message, arrival)
             elif is_missing:
-                arrival.fail(grpc.StatusCode.UNIMPLEMENTED, "expected one message, found none")
+                arrival.fail(NO_MESSAGE)
             else:  # it has ended, and nothing can be sent
                 arrival.leave()
             return after
@@ -182,7 +177,6 @@ class Arrivals(ThreadPoolExecutor):
                 (cygrpc.ReceiveMessageOperation(_server._EMPTY_FLAGS),), received
             )
             state.due.add(_server._RECEIVE_MESSAGE_TOKEN)
-            self._present.add(arrival)
         return arrival
 
     def _try_to_begin(self, message: bytes, arrival: Arrival) -> None:
@@ -191,4 +185,4 @@ class Arrivals(ThreadPoolExecutor):
             self._begin(message, arrival)
         except Exception as error:
             _log.error("request_failed", exc_info=error)
-            arrival.fail(grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
+            arrival.fail(INTERNAL)

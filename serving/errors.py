@@ -10,6 +10,7 @@ ServingError
 │   ├── ControlRefused      the operator's: models are not loaded and unloaded so here
 │   ├── Unauthenticated     the caller's: it has not said who it is, or nobody knows it
 │   ├── Forbidden           the caller's: it is known, and may not do this
+│   ├── TooLarge            the caller's: a message or metadata is larger than this server accepts
 │   ├── Overloaded          more is asked than can be done; says when to ask again
 │   ├── Expired             the answer would come after the time the caller gave it
 │   └── Cancelled           the caller waits no longer
@@ -53,6 +54,10 @@ class Unauthenticated(VisibleError):
 
 class Forbidden(VisibleError):
     """A caller is known, and may not do this."""
+
+
+class TooLarge(VisibleError):
+    """A message once it is inflated, or metadata, is larger than this server accepts."""
 
 
 class Overloaded(VisibleError):

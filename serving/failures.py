@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 
 from protos import inference_pb2 as pb
 from serving.errors import (
@@ -22,10 +21,10 @@ from serving.errors import (
     ModelNotReady,
     NotOffered,
     Overloaded,
+    TooLarge,
     Unauthenticated,
     VisibleError,
 )
-from serving.service import METHODS
 
 # The status of an error, and the reason under which it is counted.
 _TABLE: dict[type[VisibleError], tuple[grpc.StatusCode, str]] = {
@@ -37,10 +36,10 @@ _TABLE: dict[type[VisibleError], tuple[grpc.StatusCode, str]] = {
     Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "unauthorised"),
     Forbidden: (grpc.StatusCode.PERMISSION_DENIED, "unauthorised"),
     Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "shed"),
+    TooLarge: (grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid"),
     Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, "expired"),
     Cancelled: (grpc.StatusCode.CANCELLED, "cancelled"),
 }
-_INTERNAL = (grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
 _PUSHBACK = "grpc-retry-pushback-ms"  # when gRPC's own retries are to try again
 _LONGEST_PUSHBACK_MS = 60_000
 
@@ -78,6 +77,10 @@ class Failure:
         raise AssertionError("abort returned")  # it never does
 
 
+INTERNAL = Failure(grpc.StatusCode.INTERNAL, "internal error; the server's log says more", "failed")
+NO_MESSAGE = Failure(grpc.StatusCode.UNIMPLEMENTED, "expected one message, found none", "invalid")
+
+
 def failure_of(method: str, request: Any, error: Exception) -> Failure:
     """Find what a client is told of an error, and log what it is not told.
 
@@ -86,15 +89,12 @@ def failure_of(method: str, request: Any, error: Exception) -> Failure:
         request: Its message, if there is one.
         error: What was raised.
     """
-    if isinstance(error, DecodeError):
-        expected = METHODS[method].input_type.full_name
-        error = InvalidRequest(f"expected {expected}, found no such message")
     if isinstance(error, VisibleError):
         code, reason = _TABLE[type(error)]
         retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else None
         return Failure(code, str(error), reason, retry_after_s)
     _log.error("request_failed", method=method, **_identity(request), exc_info=error)
-    return Failure(*_INTERNAL, "failed")
+    return INTERNAL
 
 
 def _identity(request: Any) -> dict[str, str]:

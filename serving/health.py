@@ -17,14 +17,22 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2 as pb
-from grpc_health.v1 import health_pb2_grpc as pb_grpc
+
+from serving.callers import Callers, address_of
+from serving.errors import VisibleError
+from serving.failures import Failure, failure_of
+from serving.gate import Gate
+from serving.messages import SMALL_BYTES, parse
+from serving.pools import one_message
+from serving.room import Places, Room
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Health"].full_name
 LIVE = "live"
 """The name by which liveness is asked for."""
 
-_THREADS = 2
 _MOST_WATCHERS = 1024
+_RESERVE = 0.25  # of the watches, for callers who are known
+_RETRY_AFTER_S = 1.0
 
 Send = Callable[[pb.HealthCheckResponse | None], None]
 
@@ -44,7 +52,7 @@ class _Watcher:
     sending: threading.Lock = field(default_factory=threading.Lock)
 
 
-class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
+class Health:
     """The same status for every service, and another for `LIVE`. Safe to call from several threads.
 
     At first it is not ready. Nothing here waits for a client: a watcher that does not read, or goes
@@ -60,17 +68,8 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
         self._lock = threading.Lock()  # never held while something is sent
         self._status = _status(False)
         self._watchers: set[_Watcher] = set()
-        # Calls never wait behind requests, nor requests behind them.
-        pool = self._pool = ThreadPoolExecutor(_THREADS, "health")
         # As many threads as watchers are stuck, and one more.
         self._senders = ThreadPoolExecutor(_MOST_WATCHERS, "health-watch")
-        # gRPC reads these attributes; they make it run a call in this pool, and let a stream
-        # live on without a thread. On the instance, because another server has another pool.
-        self.Check = partial(self._check)
-        self.Check.experimental_thread_pool = pool  # type: ignore[attr-defined]
-        self.Watch = partial(self._watch)
-        self.Watch.experimental_thread_pool = pool  # type: ignore[attr-defined]
-        self.Watch.experimental_non_blocking = True  # type: ignore[attr-defined]
 
     def set(self, ready: bool) -> None:
         """Change the status and have every watcher told."""
@@ -91,36 +90,37 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
             watcher.send(None)  # which does not wait
 
     def shutdown(self) -> None:
-        """Start no more calls."""
-        self._pool.shutdown(wait=False)
+        """Tell no more watchers."""
         self._senders.shutdown(wait=False)
 
-    def _check(
-        self, request: pb.HealthCheckRequest, context: grpc.ServicerContext
-    ) -> pb.HealthCheckResponse:
-        if request.service not in self._services:
-            context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
-        return self._status_of(request.service)
+    def check(self, service: str) -> pb.HealthCheckResponse | None:
+        """Give the status of a service; None if there is none of that name."""
+        return self._status_of(service) if service in self._services else None
 
-    def _watch(
-        self, request: pb.HealthCheckRequest, context: grpc.ServicerContext, send: Send
+    def watch(
+        self, service: str, send: Send, when_ended: Callable[[Callable[[], None]], bool]
     ) -> None:
-        if request.service not in self._services:
+        """Have a watcher told of a status, and of every change.
+
+        Args:
+            service: What it watches.
+            send: Takes a response, or None for the end.
+            when_ended: Takes what is to be called when the watcher has gone; tells whether it has
+                not yet.
+        """
+        if service not in self._services:
             send(pb.HealthCheckResponse(status=pb.HealthCheckResponse.SERVICE_UNKNOWN))
             send(None)
             return
-        watcher = _Watcher(request.service, send)
+        watcher = _Watcher(service, send)
 
         def forget() -> None:  # called in gRPC's own thread, which nothing may hold up
             with self._lock:
                 self._watchers.discard(watcher)
 
         with self._lock:
-            full = len(self._watchers) >= _MOST_WATCHERS
-            if not full and context.add_callback(forget):
+            if when_ended(forget):
                 self._watchers.add(watcher)
-        if full:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "there is no room for more watches")
         self._senders.submit(self._tell, watcher)
 
     def _tell(self, watcher: _Watcher) -> None:
@@ -142,3 +142,62 @@ class HealthService(pb_grpc.HealthServicer):  # type: ignore[misc]
 def _status(ready: bool) -> Any:
     kind = pb.HealthCheckResponse
     return kind(status=kind.SERVING if ready else kind.NOT_SERVING)
+
+
+class HealthHandlers(grpc.GenericRpcHandler):
+    """The handlers of `grpc.health.v1.Health`.
+
+    Calls of it and requests never wait for each other.
+
+    Args:
+        health: What answers.
+        callers: Who is known, for whom some watches are kept.
+        probes: Room for calls that are open to everybody.
+        peer_share: Part of the watches that one address may have, while it is not known whose.
+    """
+
+    def __init__(self, health: Health, callers: Callers, probes: Room, peer_share: float) -> None:
+        self._health = health
+        self._callers = callers
+        self._places = Places(_MOST_WATCHERS, peer_share, _RESERVE if callers.are_named else 0.0)
+        gate = Gate(probes, partial(callers.admit, None), _refused, lambda: _RETRY_AFTER_S)
+        to_bytes = pb.HealthCheckResponse.SerializeToString
+        self._handlers = {
+            f"/{SERVICE}/Check": one_message(gate, self._check, response_serializer=to_bytes),
+            f"/{SERVICE}/Watch": one_message(
+                gate, self._watch, watched=True, response_serializer=to_bytes
+            ),
+        }
+
+    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        """Find what handles a call; called in gRPC's own thread when a call arrives."""
+        return self._handlers.get(details.method)
+
+    def _check(self, raw: bytes, context: grpc.ServicerContext) -> pb.HealthCheckResponse:
+        found = self._health.check(_service(raw, context))
+        if found is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
+        return found
+
+    def _watch(self, raw: bytes, context: grpc.ServicerContext, send: Send) -> None:
+        service = _service(raw, context)
+        peer = address_of(context)
+        if not self._places.take(peer, known=self._callers.knows(context)):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "there is no room for more watches")
+        if not context.add_callback(partial(self._places.give_back, peer)):
+            self._places.give_back(peer)
+            return
+        self._health.watch(service, send, context.add_callback)
+
+
+def _service(raw: bytes, context: grpc.ServicerContext) -> str:
+    """Read which service is asked for."""
+    try:
+        name: str = parse(pb.HealthCheckRequest, raw, SMALL_BYTES).service
+    except VisibleError as error:
+        _refused(error).end(context)
+    return name
+
+
+def _refused(error: Exception) -> Failure:
+    return failure_of(SERVICE, None, error)

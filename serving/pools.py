@@ -1,57 +1,18 @@
-"""Where gRPC runs calls that have threads, and how a handler says so."""
+"""How a handler tells gRPC what runs its calls."""
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
+import grpc
 
-class CountingPool(ThreadPoolExecutor):
-    """Threads for calls that never wait for one.
+from serving import arrivals
+from serving.arrivals import Arrival, Arrivals
+from serving.failures import NO_MESSAGE
+from serving.gate import Gate
 
-    Args:
-        size: How many.
-        name: Of the threads.
-    """
-
-    def __init__(self, size: int, name: str) -> None:
-        super().__init__(size, name)
-        self._size = size
-        self._taken = 0
-        self._lock = threading.Lock()
-
-    @property
-    def full(self) -> bool:
-        """Whether all threads are taken."""
-        return self._taken >= self._size
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Run a call in a thread."""
-        with self._lock:
-            self._taken += 1
-        future = super().submit(fn, *args, **kwargs)
-        future.add_done_callback(self._give_back)
-        return future
-
-    def _give_back(self, _: "Future[Any]") -> None:
-        with self._lock:
-            self._taken -= 1
-
-
-class Inline(ThreadPoolExecutor):
-    """Runs a call at once, in the thread that it arrives in, which for a refusal is the fastest.
-
-    gRPC takes no other kind of executor.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(1)
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Run a call, and return when it has ended."""
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
+_TO_REFUSE = 8  # threads beside those that calls in a room may hold
 
 
 class Behavior:
@@ -78,3 +39,86 @@ class Behavior:
         """Do what the handler is for."""
         assert self._call is not None
         return self._call(*arguments)
+
+
+def one_message(
+    gate: Gate,
+    behavior: Callable[..., Any],
+    pool: Executor | None = None,
+    *,
+    begin: Callable[[bytes, Arrival], None] | None = None,
+    watched: bool = False,
+    response_serializer: Callable[[Any], bytes] | None = None,
+) -> "grpc.RpcMethodHandler[Any, Any]":
+    """Make the handler of a method of one message, which is given as bytes.
+
+    Args:
+        gate: Lets calls in, before their message is read.
+        behavior: Answers, from the message and the context; with `watched` also from a function
+            that sends a response, or None for the end, and may be called after it returns.
+        pool: Where it runs once the message is there; None is in gRPC's own thread.
+        begin: Takes the message in in place of `behavior`, where calls need no thread.
+        watched: Whether there are several responses.
+        response_serializer: Of a response; None if responses are bytes.
+    """
+    if arrivals.SUPPORTED:
+        method = (
+            grpc.unary_stream_rpc_method_handler if watched else grpc.unary_unary_rpc_method_handler
+        )
+        arriving = Arrivals(gate, begin or _running_in(pool))
+        return method(
+            Behavior(behavior, arriving, experimental_non_blocking=watched),
+            response_serializer=response_serializer,
+        )
+    # As if there were several messages: of a single one gRPC calls the behavior when it is there.
+    method = (
+        grpc.stream_stream_rpc_method_handler if watched else grpc.stream_unary_rpc_method_handler
+    )
+    threads = ThreadPoolExecutor(gate.room.most + _TO_REFUSE, "request")
+    return method(
+        Behavior(_after_gate(gate, behavior), threads, experimental_non_blocking=watched),
+        response_serializer=response_serializer,
+    )
+
+
+def _running_in(pool: Executor | None) -> Callable[[bytes, Arrival], None]:
+    if pool is None:
+        return lambda message, arrival: arrival.run(message)
+
+    def begin(message: bytes, arrival: Arrival) -> None:
+        pool.submit(arrival.run, message)
+
+    return begin
+
+
+def _after_gate(gate: Gate, behavior: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a call in and wait for its message, in a thread."""
+
+    def behave(messages: Iterator[bytes], context: grpc.ServicerContext, *send: Any) -> Any:
+        call = InThread(context)
+        refusal = gate.refusal(context)
+        if refusal is None and not gate.room.enter(call):
+            refusal = gate.full()
+        if refusal is not None:
+            refusal.end(context)
+        try:
+            message = next(messages, None)
+            gate.room.hear(call)
+            if message is None:
+                NO_MESSAGE.end(context)
+            return behavior(message, context, *send)
+        finally:
+            gate.room.leave(call)
+
+    return behave
+
+
+@dataclass(frozen=True, eq=False)
+class InThread:
+    """A call whose thread waits for its message."""
+
+    context: grpc.ServicerContext
+
+    def give_up(self, *, late: bool) -> None:
+        """End it; no status can be sent from another thread."""
+        self.context.cancel()

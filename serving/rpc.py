@@ -6,31 +6,33 @@ message is read. What must be answered however busy the server is has threads of
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from protos import inference_pb2 as pb
-from serving import arrivals
-from serving.access import NOT_ALLOWED, UNKNOWN_CALLER, Access, Group
-from serving.arrivals import Arrival, Arrivals, Refusals
+from serving.access import Group
+from serving.arrivals import Arrival
+from serving.callers import Callers, address_of
 from serving.deadline import Deadline
-from serving.errors import Forbidden, NotOffered, Overloaded, Unauthenticated, VisibleError
+from serving.errors import NotOffered, Overloaded, VisibleError
 from serving.failures import Failure, failure_of
+from serving.gate import Gate
+from serving.messages import SMALL_BYTES, is_compressed, parse
 from serving.observability.telemetry import Record, Telemetry
-from serving.pools import Behavior, CountingPool, Inline
+from serving.pools import Behavior, one_message
+from serving.room import Places, Room
 from serving.service import METHODS, SERVICE, Answer, InferenceService
 
 _FINAL = "triton_final_response"  # clients of streams wait for it; there is one answer to a request
 _STRICT = ("triton_grpc_error", "true")  # a stream is to end with a status at the first error
 
-_INFER, _STREAM = f"/{SERVICE}/ModelInfer", f"/{SERVICE}/ModelStreamInfer"
 _CONTROL = ("RepositoryModelLoad", "RepositoryModelUnload")
 _NOT_OFFERED = {  # of Triton's methods
     **{
@@ -42,11 +44,29 @@ _NOT_OFFERED = {  # of Triton's methods
     "LogSettings": "--log-level is set when the server starts",
 }
 _OPEN = ("ServerLive", "ServerReady")  # to everybody, as health is
-_AUTHORIZATION = "authorization"
-_NAMES = ("x509_common_name", "x509_subject_alternative_name")  # in a certificate
-_PROBE_THREADS = 2
+_SERVICE_THREADS = 2
 _READER_THREADS = 2
+_SERVICE_CALLS = 256  # that read about models, at a time
+_CONTROL_CALLS = 64
+_TO_REFUSE = 8  # threads beside those that streams hold
 _LARGE_BYTES = 2**17  # of a message that takes a millisecond to read, which is long for one thread
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much callers may ask for.
+
+    Args:
+        max_requests: Requests in the server at a time, beside those of streams.
+        max_streams: Streams open at a time.
+        max_message_bytes: Largest message, once it is inflated.
+        peer_share: Part of what is limited that one address may have, while it is not known whose.
+    """
+
+    max_requests: int
+    max_streams: int
+    max_message_bytes: int
+    peer_share: float
 
 
 class RpcHandlers(grpc.GenericRpcHandler):
@@ -58,79 +78,65 @@ class RpcHandlers(grpc.GenericRpcHandler):
     Args:
         service: What answers.
         telemetry: Told how every call ended.
-        access: Who may call what; None if everybody may call everything.
-        max_requests: Most requests in the server at a time, beside those of streams.
-        max_streams: Most streams open at a time.
+        callers: Who may call what.
+        probes: Room for calls that are open to everybody.
+        limits: How much callers may ask for.
         is_full: Tells whether requests are to be refused before they are read.
         retry_after_s: Tells when there will be room again, in seconds.
+
+    Attributes:
+        rooms: Where calls wait for their messages, beside `probes`.
     """
 
     def __init__(
         self,
         service: InferenceService,
         telemetry: Telemetry,
-        access: Access | None,
-        max_requests: int,
-        max_streams: int,
+        callers: Callers,
+        probes: Room,
+        limits: Limits,
         is_full: Callable[[], bool],
         retry_after_s: Callable[[], float],
     ) -> None:
         self._service = service
         self._telemetry = telemetry
-        self._access = access
-        self._groups: dict[str, Group] = {
-            f"/{SERVICE}/{name}": "admin" if name in _CONTROL else "inference"
-            for name in METHODS
-            if name not in _OPEN
-        }
+        self._callers = callers
+        self._limits = limits
         self._is_full = is_full
-        self._requests: Arrivals | CountingPool = (
-            Arrivals(self._begin, max_requests)
-            if arrivals.SUPPORTED
-            else CountingPool(max_requests, "request")
-        )
-        self._streams = CountingPool(max_streams, "stream")
+        self._retry_after_s = retry_after_s
+        patience_s = probes.patience_s
+        self._requests = Room(limits.max_requests, patience_s)
+        self._calls = Room(_SERVICE_CALLS, patience_s)
+        self._controls = Room(_CONTROL_CALLS, patience_s)
+        self.rooms: Sequence[Room] = (self._requests, self._calls, self._controls)
+        self._places = Places(limits.max_streams, limits.peer_share)
+        self._streams = ThreadPoolExecutor(limits.max_streams + _TO_REFUSE, "stream")
         self._readers = ThreadPoolExecutor(_READER_THREADS, "reader")
-        self._probes = ThreadPoolExecutor(_PROBE_THREADS, "service")
+        self._threads = ThreadPoolExecutor(_SERVICE_THREADS, "service")
         self._control = ThreadPoolExecutor(1, "control")
         self._open: set[_Stream] = set()
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._handlers = {
-            f"/{SERVICE}/{name}": self._unary(name)
+        handlers = {
+            name: self._unary(name, probes)
             for name, method in METHODS.items()
             if not method.client_streaming and name != "ModelInfer"
         }
-        self._handlers[_INFER] = grpc.unary_unary_rpc_method_handler(
-            Behavior(self._infer, self._requests)
+        handlers["ModelInfer"] = one_message(
+            self._gate("ModelInfer", self._requests, self._require_room),
+            self._infer,
+            begin=self._begin,
         )
-        self._handlers[_STREAM] = grpc.stream_stream_rpc_method_handler(
+        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
             Behavior(self._stream, self._streams, experimental_non_blocking=True)
         )
         for name, instead in _NOT_OFFERED.items():
-            error = partial(NotOffered, f"{name} is not offered: {instead}")
-            self._handlers[f"/{SERVICE}/{name}"] = self._refusing(error, name)
-        self._no_room = self._refusing(
-            lambda: Overloaded("the server has no room for another call", retry_after_s())
-        )
-        self._not_allowed: dict[type[VisibleError], grpc.RpcMethodHandler[Any, Any]] = {
-            kind: self._refusing(partial(kind, message))
-            for kind, message in ((Unauthenticated, UNKNOWN_CALLER), (Forbidden, NOT_ALLOWED))
-        }
+            handlers[name] = self._refusing(name, f"{name} is not offered: {instead}")
+        self._handlers = {f"/{SERVICE}/{name}": handler for name, handler in handlers.items()}
 
     def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
         """Find what handles a call; called in gRPC's own thread when a call arrives."""
-        method = details.method
-        if self._access is not None and not self._access.asks_for_certificates:
-            error = self._refusal(method, details.invocation_metadata, frozenset())
-            if error is not None:
-                return self._not_allowed[type(error)]
-        if method == _INFER:
-            if self._requests.full or self._is_full():
-                return self._no_room
-        elif method == _STREAM and self._streams.full:
-            return self._no_room
-        return self._handlers.get(method)
+        return self._handlers.get(details.method)
 
     def close(self) -> None:
         """End every stream, each after what it is working on, so that clients go elsewhere."""
@@ -142,16 +148,10 @@ class RpcHandlers(grpc.GenericRpcHandler):
 
     def shutdown(self) -> None:
         """Start no more calls."""
-        for pool in (
-            self._requests,
-            self._readers,
-            self._streams,
-            self._probes,
-            self._control,
-        ):
+        for pool in (self._readers, self._streams, self._threads, self._control):
             pool.shutdown(wait=False)
 
-    def _unary(self, name: str) -> "grpc.RpcMethodHandler[Any, Any]":
+    def _unary(self, name: str, probes: Room) -> "grpc.RpcMethodHandler[Any, Any]":
         request_type = GetMessageClass(METHODS[name].input_type)
         response_type = GetMessageClass(METHODS[name].output_type)
         method = getattr(self._service, name)
@@ -160,8 +160,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
         def behavior(raw: bytes, context: grpc.ServicerContext) -> Message:
             request = None
             try:
-                self._admit(name, context)
-                request = request_type.FromString(raw)
+                request = parse(request_type, raw, SMALL_BYTES)
                 response: Message = method(request)
             except Exception as error:
                 failure = failure_of(name, request, error)
@@ -170,15 +169,44 @@ class RpcHandlers(grpc.GenericRpcHandler):
             counters.count_call(name, "OK")
             return response
 
-        return grpc.unary_unary_rpc_method_handler(
-            Behavior(behavior, self._control if name in _CONTROL else self._probes),
+        if name in _OPEN:
+            room, pool = probes, None
+        elif name in _CONTROL:
+            room, pool = self._controls, self._control
+        else:
+            room, pool = self._calls, self._threads
+        return one_message(
+            self._gate(name, room),
+            behavior,
+            pool,
             response_serializer=response_type.SerializeToString,
         )
+
+    def _gate(self, name: str, room: Room, require: Callable[[], None] = lambda: None) -> Gate:
+        """Make the way in to a method."""
+        group = _group_of(name)
+
+        def admit(context: grpc.ServicerContext) -> None:
+            self._callers.admit(group, context)
+            require()
+
+        return Gate(room, admit, partial(self._refused, name), self._retry_after_s)
+
+    def _require_room(self) -> None:
+        """Raise where requests have no room before they are read."""
+        if self._is_full():
+            raise Overloaded("the server has no room for another call", self._retry_after_s())
+
+    def _refused(self, name: str, error: Exception) -> Failure:
+        """Count a call that is not let in, and find how it ends."""
+        failure = failure_of(name, None, error)
+        self._telemetry.counters.count_call(name, failure.code.name, failure.reason)
+        return failure
 
     def _begin(self, raw: bytes, arrival: Arrival) -> None:
         """Take a request in, without holding up gRPC's own thread."""
         record = self._telemetry.begin("ModelInfer", arrival.context)
-        if len(raw) < _LARGE_BYTES:
+        if len(raw) < _LARGE_BYTES and not is_compressed(raw):
             self._start(raw, arrival, record)
         else:
             self._readers.submit(self._start, raw, arrival, record)
@@ -195,11 +223,10 @@ class RpcHandlers(grpc.GenericRpcHandler):
                 found = error
             failure = failure_of("ModelInfer", request, found)
             record.failed(failure, request)
-            arrival.fail(failure.code, failure.details, failure.trailing)
+            arrival.fail(failure)
 
         try:
-            self._admit("ModelInfer", arrival.context)
-            request = pb.ModelInferRequest.FromString(raw)
+            request = parse(pb.ModelInferRequest, raw, self._limits.max_message_bytes)
             self._service.start_infer(request, arrival, tell)
         except Exception as error:
             tell(error)
@@ -210,8 +237,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
         call = _Threaded(context, Deadline(context))
         request = None
         try:
-            self._admit("ModelInfer", context)
-            request = pb.ModelInferRequest.FromString(raw)
+            request = parse(pb.ModelInferRequest, raw, self._limits.max_message_bytes)
             return _written(self._service.infer(request, call), record)
         except Exception as error:
             failure = failure_of("ModelInfer", request, error)
@@ -225,14 +251,13 @@ class RpcHandlers(grpc.GenericRpcHandler):
         send: Callable[[bytes | None], None],
     ) -> None:
         """Answer the requests of a stream one by one; gRPC reads none before it is asked for."""
+        peer = address_of(context)
         try:
-            self._admit("ModelStreamInfer", context)
+            self._callers.admit("inference", context)
+            if not self._places.take(peer, known=self._callers.knows(context)):
+                raise Overloaded("the server has no room for another stream", self._retry_after_s())
         except VisibleError as error:
-            failure = failure_of("ModelStreamInfer", None, error)
-            self._telemetry.counters.count_call(
-                "ModelStreamInfer", failure.code.name, failure.reason
-            )
-            failure.end(context)
+            self._refused("ModelStreamInfer", error).end(context)
         strict = _STRICT in {(key, value) for key, value in context.invocation_metadata()}
         stream = _Stream(context, send, Deadline(context))
         with self._lock:
@@ -250,6 +275,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
             else:
                 send(None)
         finally:
+            self._places.give_back(peer)
             with self._lock:
                 self._open.discard(stream)
 
@@ -257,7 +283,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
         record = self._telemetry.begin("ModelStreamInfer", stream.context)
         request = None
         try:
-            request = pb.ModelInferRequest.FromString(raw)
+            request = parse(pb.ModelInferRequest, raw, self._limits.max_message_bytes)
             return _written(self._service.infer(request, stream), record, in_stream=True)
         except Exception as error:
             failure = failure_of("ModelStreamInfer", request, error)
@@ -269,57 +295,23 @@ class RpcHandlers(grpc.GenericRpcHandler):
                 error_message=failure.details, infer_response=empty
             ).SerializeToString()
 
-    def _admit(self, name: str, context: grpc.ServicerContext) -> None:
-        """Let a caller in; the door has not seen its certificate.
+    def _refusing(self, name: str, message: str) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Make a handler that ends every call before its message is read."""
 
-        Raises:
-            Unauthenticated: It has not said who it is, or is not known.
-            Forbidden: It may not call this.
-        """
-        if self._access is None:
-            return
-        found: Any = context.auth_context()  # lists of bytes by key, whatever its types say
-        names = {name.decode(errors="replace") for key in _NAMES for name in found.get(key, ())}
-        error = self._refusal(f"/{SERVICE}/{name}", context.invocation_metadata(), names)
-        if error is not None:
-            raise error
+        def refuse() -> None:
+            raise NotOffered(message)
 
-    def _refusal(
-        self, method: str, metadata: Iterable[tuple[str, Any]], names: Set[str]
-    ) -> VisibleError | None:
-        """Tell why a caller is not let in; None if it is."""
-        group = self._groups.get(method)
-        if self._access is None or group is None:
-            return None
-        sent = [value for key, value in metadata if key == _AUTHORIZATION]
-        return self._access.refusal(group, sent[0] if len(sent) == 1 else None, names)
+        def never(raw: bytes, context: grpc.ServicerContext) -> bytes:
+            raise AssertionError("a call was let in that never is")
 
-    def _refusing(
-        self, error: Callable[[], VisibleError], method: str = "refused"
-    ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """Make a handler that ends every call before its message is read.
+        return one_message(self._gate(name, self._calls, refuse), never)
 
-        Args:
-            error: Makes what it ends with.
-            method: As which it is counted.
-        """
 
-        def failure() -> Failure:
-            found = failure_of(method, None, error())
-            self._telemetry.counters.count_call(method, found.code.name, found.reason)
-            return found
-
-        def refuse(arrival: Arrival) -> None:
-            found = failure()
-            arrival.fail(found.code, found.details, found.trailing)
-
-        def abort(requests: Iterator[bytes], context: grpc.ServicerContext) -> NoReturn:
-            failure().end(context)
-
-        if arrivals.SUPPORTED:
-            return grpc.unary_unary_rpc_method_handler(Behavior(None, Refusals(refuse)))
-        # As a stream: before the behavior of a single message gRPC would read the message.
-        return grpc.stream_unary_rpc_method_handler(Behavior(abort, Inline()))
+def _group_of(name: str) -> Group | None:
+    """Find the group of a method; None if everybody may call it."""
+    if name in _OPEN or name in _NOT_OFFERED:
+        return None
+    return "admin" if name in _CONTROL else "inference"
 
 
 def _written(answer: Answer, record: Record, *, in_stream: bool = False) -> bytes:

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2_grpc
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from kan_bundle.errors import IntegrityError
 from kan_bundle.layout import MANIFEST_FILE, BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest
 from kan_bundle.signature import read_public_key
-from serving import addresses, health, reflection, runtime
+from serving import addresses, health, messages, reflection, runtime
 from serving.access import Access
+from serving.callers import Callers
+from serving.connections import HEALTH_CONNECTIONS, guarding, most_connections
 from serving.dispatch import Dispatcher
 from serving.engine import Engine, EngineOptions
 from serving.errors import ModelNotFound, StartupError
@@ -38,7 +38,8 @@ from serving.observability.reports import read_report
 from serving.observability.telemetry import Telemetry
 from serving.observability.tracing import Tracing
 from serving.readiness import Readiness
-from serving.rpc import RpcHandlers
+from serving.room import Room, watching
+from serving.rpc import Limits, RpcHandlers
 from serving.service import SERVICE, InferenceService, ModelControl
 from serving.settings import Settings, is_own
 from serving.tls import server_credentials
@@ -47,6 +48,9 @@ _log = structlog.get_logger()
 
 _LOOK_S = 0.05
 _SIGN_OF_LIFE_S = 20.0
+_FIRST_WORDS_S = 10.0  # for TLS, and for what HTTP/2 begins with
+_PROBE_BYTES = 64 * 2**20  # of messages that callers who need not be known may be sending
+_PROBES = (4, 256)  # calls of theirs, at least and at most
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ class Server:
     _settings: Settings
     _grpc_server: grpc.Server
     _handlers: RpcHandlers
-    _health: health.HealthService
-    _reflection: reflection.Reflection
+    _health: health.Health
+    _reflection: reflection.ReflectionHandlers
 
     def announce(self) -> None:
         """Log the address and write it to the address file.
@@ -137,9 +141,9 @@ def running(
     with ExitStack() as cleanup:
         repository = Repository()
         readiness = readiness or Readiness()
-        health_service = health.HealthService(("", SERVICE))
-        cleanup.callback(health_service.shutdown)
-        readiness.watch(health_service.set)
+        status = health.Health(("", SERVICE))
+        cleanup.callback(status.shutdown)
+        readiness.watch(status.set)
         counters = metrics.Counters()
         fused = runtime.choose_fused(settings.fused, settings.provider)
         loader = _Loader(settings, fused, counters)
@@ -182,27 +186,34 @@ def running(
         if settings.otlp_endpoint is not None:
             tracing = Tracing(settings.otlp_endpoint, settings.trace_share)
             cleanup.callback(tracing.close)
+        callers = Callers(access, settings.max_metadata_bytes)
+        share, patience_s = settings.max_peer_share, settings.receive_timeout_s
+        limit = loader.max_message_bytes
+        # gRPC reads a message as large as any may be before one can look whose it is.
+        probes = Room(sorted((_PROBES[0], _PROBE_BYTES // limit, _PROBES[1]))[1], patience_s)
         handlers = RpcHandlers(
             service,
             Telemetry(counters, tracing, log_requests=settings.log_requests == "on"),
-            access,
-            settings.max_requests,
-            settings.max_streams,
+            callers,
+            probes,
+            Limits(settings.max_requests, settings.max_streams, limit, share),
             is_full,
             dispatcher.seconds,
         )
         cleanup.callback(handlers.shutdown)
-        reflection_service = reflection.Reflection((SERVICE, health.SERVICE, reflection.SERVICE))
-        cleanup.callback(reflection_service.shutdown)
+        names = (SERVICE, health.SERVICE, reflection.SERVICE)
+        reflections = reflection.ReflectionHandlers(names, callers, share, patience_s)
+        cleanup.callback(reflections.shutdown)
+        healths = health.HealthHandlers(status, callers, probes, share)
+        cleanup.enter_context(watching([probes, reflections.silent, *handlers.rooms]))
         several = settings.workers > 1
+        most = most_connections(settings.max_connections)
         grpc_server = grpc.server(
             ThreadPoolExecutor(1, "other"),  # every handler of ours brings its own
-            handlers=[handlers],
-            options=_options(settings, loader.max_message_bytes),
+            handlers=[handlers, healths, reflections],
+            options=_options(settings, limit, most),
         )
-        health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection_service, grpc_server)
-        health_address = cleanup.enter_context(_plain_health(health_service, address, settings))
+        health_address = cleanup.enter_context(_plain_health(healths, address, settings))
         server = Server(
             _bind(grpc_server, address, settings),
             ""
@@ -220,10 +231,11 @@ def running(
             settings,
             grpc_server,
             handlers,
-            health_service,
-            reflection_service,
+            status,
+            reflections,
         )
         cleanup.callback(server.close)
+        cleanup.enter_context(guarding({addresses.port_of(server.address)}, most, share))
         if settings.model_control == "poll":
             cleanup.enter_context(polling(keeper, settings.poll_s))
         grpc_server.start()
@@ -315,11 +327,15 @@ def _inside_of(folder: Path) -> str | None:
     return None
 
 
-def _options(settings: Settings, max_message_bytes: int) -> list[tuple[str, int]]:
+def _options(
+    settings: Settings, max_message_bytes: int, most_connections: int
+) -> list[tuple[str, int]]:
     """Write limits as gRPC takes them."""
     options = {
         "grpc.max_receive_message_length": max_message_bytes,
+        **dict([messages.AS_SENT]),
         "grpc.max_send_message_length": -1,
+        "grpc.max_allowed_incoming_connections": most_connections,
         # Of one process, a port in use is an error, not a port shared.
         "grpc.so_reuseport": int(settings.workers > 1),
         "grpc.max_concurrent_streams": settings.max_connection_calls,
@@ -329,6 +345,8 @@ def _options(settings: Settings, max_message_bytes: int) -> list[tuple[str, int]
         "grpc.keepalive_timeout_ms": _ms(_SIGN_OF_LIFE_S),
         "grpc.keepalive_permit_without_calls": 1,
         "grpc.http2.min_ping_interval_without_data_ms": _ms(settings.min_ping_interval_s),
+        "grpc.server_handshake_timeout_ms": _ms(_FIRST_WORDS_S),
+        "grpc.http2.settings_timeout": _ms(_FIRST_WORDS_S),
     }
     if settings.max_connection_idle_s is not None:
         options["grpc.max_connection_idle_ms"] = _ms(settings.max_connection_idle_s)
@@ -343,14 +361,18 @@ def _ms(seconds: float) -> int:
 
 
 @contextmanager
-def _plain_health(service: health.HealthService, address: str, settings: Settings) -> Iterator[str]:
+def _plain_health(
+    handlers: health.HealthHandlers, address: str, settings: Settings
+) -> Iterator[str]:
     """Answer health alone at a port without TLS, if there is to be one; give where."""
     if settings.health_port is None:
         yield ""
         return
-    options = [("grpc.so_reuseport", int(settings.workers > 1))]
-    server = grpc.server(ThreadPoolExecutor(1, "other"), options=options)
-    health_pb2_grpc.add_HealthServicer_to_server(service, server)
+    server = grpc.server(
+        ThreadPoolExecutor(1, "other"),
+        handlers=[handlers],
+        options=_options(settings, messages.SMALL_BYTES, HEALTH_CONNECTIONS),
+    )
     try:
         port = server.add_insecure_port(addresses.joined(address, settings.health_port))
     except RuntimeError as error:

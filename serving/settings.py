@@ -168,7 +168,20 @@ class Settings(BaseSettings):
         description="requests in a process at a time; more are refused before they are read",
     )
     max_streams: Annotated[int, Field(ge=1, le=4096)] = Field(
-        64, description="streams open at a time, each in a thread of its own"
+        128, description="streams open at a time, each in a thread of its own"
+    )
+    max_peer_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5,
+        description="part of the streams, watches and connections that one address may have, "
+        "unless --access knows the caller; 1 where every caller comes through one balancer",
+    )
+    receive_timeout_s: Annotated[float, Field(ge=0.1, le=_DAY_S)] = Field(
+        30.0, description="longest that a call may take to send its message"
+    )
+    max_connections: Annotated[int, Field(ge=16, le=2**20)] | None = Field(
+        None,
+        description="connections to a process at a time; by default as many as it may open files, "
+        "and at most 4096",
     )
     max_connection_calls: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
         1024, description="calls under way on one connection; a client keeps more to itself"

@@ -98,10 +98,10 @@ def test_calls_of_another_kind_are_answered(
 
 def test_calls_that_never_send_or_go_away_leave_their_places(repository: Path) -> None:
     with served(repository, max_requests=4) as (server, stub):
-        places: Any = server._handlers._requests
+        room = server._handlers.rooms[0]
 
         def nobody_is_here() -> bool:
-            return not places._present
+            return not len(room)
 
         for end in ("cancel", "close"):
             await_true(nobody_is_here)  # who is answered leaves a moment later
@@ -114,30 +114,21 @@ def test_calls_that_never_send_or_go_away_leave_their_places(repository: Path) -
 
                 method: Any = channel.stream_unary(METHOD)
                 calls = [method.future(silent()) for _ in range(4)]
-                await_true(lambda: places.full)  # asking would take a place from one of them
-                assert is_refused(stub)
+                await_true(lambda: len(room) == 4)
                 if end == "cancel":
                     for call in calls:
                         call.cancel()
                     await_true(nobody_is_here)
                 hold.set()
             await_true(nobody_is_here)
-            assert not is_refused(stub)
-
-
-def is_refused(stub: GRPCInferenceServiceStub) -> bool:
-    error = stub.ModelInfer.future(raw_request(UNIFORM.x[:1])).exception(WAIT_S)
-    assert error is None or error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    return error is not None
 
 
 def test_what_fails_unforeseen_ends_the_call_and_not_the_server(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with served(repository) as (server, stub):
-        handlers: Any = server._handlers._requests
+    with served(repository) as (_, stub):
         with monkeypatch.context() as broken:
-            broken.setattr(handlers, "_begin", lambda raw, arrival: 1 / 0)
+            broken.setattr("serving.rpc.is_compressed", lambda raw: 1 / 0)
             with pytest.raises(grpc.RpcError) as failed:
                 stub.ModelInfer(raw_request(UNIFORM.x))
         assert failed.value.code() is grpc.StatusCode.INTERNAL

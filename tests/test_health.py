@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from grpc_health.v1 import health_pb2 as pb
 
-from serving.health import LIVE, HealthService
+from serving.health import LIVE, Health
 
 WAIT_S = 30.0  # for what happens at once unless something is wrong
 SERVING, NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
@@ -23,12 +23,12 @@ class Watch:
     """
 
     def __init__(
-        self, health: HealthService, on_send: Callable[["Watch"], object], service: str = ""
+        self, health: Health, on_send: Callable[["Watch"], object], service: str = ""
     ) -> None:
         self._on_send = on_send
         self._seen: list[Any] = []
         self._changed = threading.Condition()
-        health.Watch(pb.HealthCheckRequest(service=service), cast(Any, self), self._send)
+        health.watch(service, self._send, self.add_callback)
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         self.go_away = callback
@@ -46,13 +46,13 @@ class Watch:
 
 
 @pytest.fixture
-def health() -> Iterator[HealthService]:
-    service = HealthService([""])
+def health() -> Iterator[Health]:
+    service = Health([""])
     yield service
     service.shutdown()
 
 
-def test_who_goes_away_while_it_is_told_holds_nothing_up(health: HealthService) -> None:
+def test_who_goes_away_while_it_is_told_holds_nothing_up(health: Health) -> None:
     """gRPC's one thread must get through `go_away` before it can end what is being sent."""
     ended = threading.Semaphore(0)
 
@@ -72,7 +72,7 @@ def test_who_goes_away_while_it_is_told_holds_nothing_up(health: HealthService) 
     leaver.await_seen(NOT_SERVING)
 
 
-def test_who_does_not_read_holds_nobody_up(health: HealthService) -> None:
+def test_who_does_not_read_holds_nobody_up(health: Health) -> None:
     reads = threading.Event()
     try:
         stuck = [Watch(health, lambda _: reads.wait(WAIT_S)) for _ in range(20)]
@@ -89,7 +89,7 @@ def test_who_does_not_read_holds_nobody_up(health: HealthService) -> None:
         watch.await_seen(NOT_SERVING, SERVING)
 
 
-def test_the_end_is_told_to_all_watchers(health: HealthService) -> None:
+def test_the_end_is_told_to_all_watchers(health: Health) -> None:
     watches = [Watch(health, lambda _: None) for _ in range(3)]
     for watch in watches:
         watch.await_seen(NOT_SERVING)
@@ -98,7 +98,7 @@ def test_the_end_is_told_to_all_watchers(health: HealthService) -> None:
         watch.await_seen(NOT_SERVING, None)
 
 
-def test_a_live_process_stays_so_while_readiness_comes_and_goes(health: HealthService) -> None:
+def test_a_live_process_stays_so_while_readiness_comes_and_goes(health: Health) -> None:
     ready, live = (Watch(health, lambda _: None, name) for name in ("", LIVE))
     seen = [NOT_SERVING]
     for is_ready in (True, False):

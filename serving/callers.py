@@ -1,0 +1,77 @@
+"""Who calls, as gRPC tells it: a token in the metadata, names in a certificate, an address."""
+
+from collections.abc import Set
+from typing import Any
+
+import grpc
+
+from serving.access import Access, Group
+from serving.errors import TooLarge
+from serving.room import peer_of
+
+_AUTHORIZATION = "authorization"
+_NAMES = ("x509_common_name", "x509_subject_alternative_name")  # in a certificate
+_ENTRY_BYTES = 32  # that HTTP/2 counts for each entry beside its name and value
+
+
+class Callers:
+    """Decides who may call what, before a message is read. Safe to call from several threads.
+
+    Args:
+        access: The rules; None if everybody may call everything.
+        max_metadata_bytes: Largest metadata of a call, as HTTP/2 counts it.
+    """
+
+    def __init__(self, access: Access | None, max_metadata_bytes: int) -> None:
+        self._access = access
+        self._max_metadata_bytes = max_metadata_bytes
+
+    @property
+    def are_named(self) -> bool:
+        """Whether callers can show who they are."""
+        return self._access is not None
+
+    def admit(self, group: Group | None, context: grpc.ServicerContext) -> None:
+        """Let a call in.
+
+        Args:
+            group: Of the call; None if it is in none.
+            context: Of the call.
+
+        Raises:
+            TooLarge: gRPC holds only those to the limit who say that they have read it.
+            Unauthenticated: The caller has not said who it is, or is not known.
+            Forbidden: It may not call this.
+        """
+        metadata = context.invocation_metadata()
+        size = sum(len(key) + len(value) + _ENTRY_BYTES for key, value in metadata)
+        if size > self._max_metadata_bytes:
+            raise TooLarge(
+                f"expected metadata of at most {self._max_metadata_bytes} bytes, found {size}"
+            )
+        if self._access is not None and group is not None:
+            error = self._access.refusal(group, *self._shown(context))
+            if error is not None:
+                raise error
+
+    def knows(self, context: grpc.ServicerContext) -> bool:
+        """Tell whether a caller has shown who it is, and may call something because of it."""
+        return self._access is not None and self._access.knows(*self._shown(context))
+
+    def _shown(self, context: grpc.ServicerContext) -> tuple[str | None, Set[str]]:
+        """Find what a caller has shown: what it sent as authorization, and names."""
+        sent = [
+            value
+            for key, value in context.invocation_metadata()
+            if key == _AUTHORIZATION and isinstance(value, str)
+        ]
+        names: Set[str] = frozenset()
+        if self._access is not None and self._access.asks_for_certificates:
+            found: Any = context.auth_context()  # lists of bytes by key, whatever its types say
+            names = {name.decode(errors="replace") for key in _NAMES for name in found.get(key, ())}
+        return (sent[0] if len(sent) == 1 else None), names
+
+
+def address_of(context: grpc.ServicerContext) -> str:
+    """Find from where a call comes; see `peer_of`."""
+    return peer_of(context.peer())

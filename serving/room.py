@@ -1,0 +1,177 @@
+"""Room for calls: how many there may be, and who must leave when there is none.
+
+A call that has sent no message costs its sender nothing, so it never keeps another out: the one
+that has waited for its message longest leaves for the next. What lasts as long as its client likes,
+streams and watches, is limited for each peer as well. This module knows gRPC only by the name that
+it gives to peers.
+"""
+
+import ipaddress
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+from urllib.parse import unquote
+
+_LOOK_S = 0.5
+_IPV6_PREFIX = 64  # the addresses of one household or one machine
+
+
+class Silent(Protocol):
+    """A call that has sent no message yet."""
+
+    def give_up(self, *, late: bool) -> None:
+        """End it.
+
+        Args:
+            late: Whether it has had its time; if not, its place is needed.
+        """
+
+
+class Room:
+    """Room for calls of one message. Safe to call from several threads.
+
+    Args:
+        most: Calls at a time.
+        patience_s: How long one may take to send its message, in seconds.
+        clock: Seconds, never going back.
+
+    Attributes:
+        most: As above.
+        patience_s: As above.
+    """
+
+    def __init__(
+        self, most: int, patience_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.most = most
+        self.patience_s = patience_s
+        self._clock = clock
+        self._silent: dict[Silent, float] = {}  # and since when, the oldest first
+        self._heard: set[Silent] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Count the calls that are here."""
+        return len(self._silent) + len(self._heard)
+
+    def enter(self, call: Silent) -> bool:
+        """Take a call in that has sent no message; tell whether there is room for it."""
+        oldest = None
+        with self._lock:
+            if len(self) >= self.most:
+                if not self._silent:
+                    return False
+                oldest = next(iter(self._silent))
+                del self._silent[oldest]
+            self._silent[call] = self._clock()
+        if oldest is not None:
+            oldest.give_up(late=False)
+        return True
+
+    def hear(self, call: Silent) -> bool:
+        """Note that a call's message is there; tell whether the call is still here."""
+        with self._lock:
+            if self._silent.pop(call, None) is None:
+                return False
+            self._heard.add(call)
+        return True
+
+    def leave(self, call: Silent) -> None:
+        """Let a call go. It has no effect the second time."""
+        with self._lock:
+            self._silent.pop(call, None)
+            self._heard.discard(call)
+
+    def end_late(self) -> None:
+        """End the calls that have taken too long to send a message."""
+        late = []
+        with self._lock:
+            before = self._clock() - self.patience_s
+            for call, since in self._silent.items():
+                if since > before:
+                    break
+                late.append(call)
+            for call in late:
+                del self._silent[call]
+        for call in late:
+            call.give_up(late=True)
+
+
+@contextmanager
+def watching(rooms: Sequence[Room]) -> Iterator[None]:
+    """End the calls in some rooms that are late, from a thread of its own."""
+    stopped = threading.Event()
+
+    def look() -> None:
+        while not stopped.wait(_LOOK_S):
+            for room in rooms:
+                room.end_late()
+
+    thread = threading.Thread(target=look, name="late-calls", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class Places:
+    """Places for what lasts as long as a client likes. Safe to call from several threads.
+
+    Args:
+        most: Places in all.
+        share: Part of them that one peer may have, unless it is known.
+        reserve: Part of them that only known callers may have.
+    """
+
+    def __init__(self, most: int, share: float, reserve: float = 0.0) -> None:
+        self._most = most
+        self._most_each = max(1, int(most * share))
+        self._most_unknown = max(1, int(most * (1 - reserve)))
+        self._taken: Counter[str] = Counter()
+        self._all = 0
+        self._lock = threading.Lock()
+
+    def take(self, peer: str, *, known: bool = False) -> bool:
+        """Take a place; tell whether there was one.
+
+        Args:
+            peer: As `peer_of` gives it.
+            known: Whether the caller has shown who it is.
+        """
+        with self._lock:
+            if self._all >= (self._most if known else self._most_unknown):
+                return False
+            if not known and self._taken[peer] >= self._most_each:
+                return False
+            self._taken[peer] += 1
+            self._all += 1
+        return True
+
+    def give_back(self, peer: str) -> None:
+        """Give a place back."""
+        with self._lock:
+            self._all -= 1
+            self._taken[peer] -= 1
+            if not self._taken[peer]:
+                del self._taken[peer]
+
+
+def peer_of(name: str) -> str:
+    """Find whose a connection is: an address, or the network of an IPv6 address.
+
+    Args:
+        name: As gRPC writes it: `ipv4:192.0.2.1:40000`, `ipv6:%5B2001:db8::1%5D:40000`, `unix:`.
+    """
+    host = unquote(name).partition(":")[2].rpartition(":")[0].strip("[]").partition("%")[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host if host else name
+    if address.version == 6 and address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((address, _IPV6_PREFIX), strict=False))
+    return str(getattr(address, "ipv4_mapped", None) or address)
