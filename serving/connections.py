@@ -114,7 +114,7 @@ class _Guard:
     def look(self) -> None:
         """Look at the connections once, and close those that are too many."""
         # Below it no address can have too many.
-        if len(os.listdir(_FILES)) <= self._most_each:
+        if sum(1 for _ in _FILES.iterdir()) <= self._most_each:
             self._silent = frozenset()
             return
         found = list(_connections(self._ports))
@@ -146,11 +146,11 @@ class _Guard:
 
 def _connections(ports: Set[int]) -> Iterator[_Connection]:
     """Find the connections to some ports of this process."""
-    for name in os.listdir(_FILES):
+    for entry in _FILES.iterdir():
         with suppress(OSError):  # closed in between, or no connection
-            if not os.readlink(_FILES / name).startswith("socket:"):
+            if not str(entry.readlink()).startswith("socket:"):
                 continue
-            file = socket.socket(fileno=os.dup(int(name)))
+            file = socket.socket(fileno=os.dup(int(entry.name)))
             try:
                 if (
                     file.family in (socket.AF_INET, socket.AF_INET6)

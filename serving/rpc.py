@@ -6,7 +6,7 @@ message is read. What must be answered however busy the server is has threads of
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,7 +85,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
         retry_after_s: Tells when there will be room again, in seconds.
 
     Attributes:
-        rooms: Where calls wait for their messages, beside `probes`.
+        rooms: Where calls of one message are, by what they are for.
     """
 
     def __init__(
@@ -108,7 +108,12 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self._requests = Room(limits.max_requests, patience_s)
         self._calls = Room(_SERVICE_CALLS, patience_s)
         self._controls = Room(_CONTROL_CALLS, patience_s)
-        self.rooms: Sequence[Room] = (self._requests, self._calls, self._controls)
+        self.rooms: Mapping[str, Room] = {
+            "requests": self._requests,
+            "calls": self._calls,
+            "control": self._controls,
+            "probes": probes,
+        }
         self._places = Places(limits.max_streams, limits.peer_share)
         self._streams = ThreadPoolExecutor(limits.max_streams + _TO_REFUSE, "stream")
         self._readers = ThreadPoolExecutor(_READER_THREADS, "reader")

@@ -6,7 +6,7 @@ then are new ones refused and the running ones waited for.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from kan_bundle.errors import IntegrityError
 from kan_bundle.layout import MANIFEST_FILE, BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest
 from kan_bundle.signature import read_public_key
-from serving import addresses, health, messages, reflection, runtime
+from serving import addresses, arrivals, health, messages, reflection, runtime
 from serving.access import Access
 from serving.callers import Callers
 from serving.connections import HEALTH_CONNECTIONS, guarding, most_connections
@@ -50,7 +50,9 @@ _LOOK_S = 0.05
 _SIGN_OF_LIFE_S = 20.0
 _FIRST_WORDS_S = 10.0  # for TLS, and for what HTTP/2 begins with
 _PROBE_BYTES = 64 * 2**20  # of messages that callers who need not be known may be sending
-_PROBES = (4, 256)  # calls of theirs, at least and at most
+_MOST_PROBES = 256  # calls of theirs at a time
+_FEWEST_PROBES = 4  # which is enough, as a probe's message comes with its headers
+_FEWEST_PROBES_IN_THREADS = 64  # which take longer to find it there
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Server:
         keeper: Loads and unloads it.
         registry: What there is to be scraped.
         readiness: Whether it is ready.
+        rooms: Where calls of one message are, by what they are for.
     """
 
     address: str
@@ -74,6 +77,7 @@ class Server:
     keeper: Keeper
     registry: CollectorRegistry
     readiness: Readiness
+    rooms: Mapping[str, Room]
     _settings: Settings
     _grpc_server: grpc.Server
     _handlers: RpcHandlers
@@ -189,8 +193,7 @@ def running(
         callers = Callers(access, settings.max_metadata_bytes)
         share, patience_s = settings.max_peer_share, settings.receive_timeout_s
         limit = loader.max_message_bytes
-        # gRPC reads a message as large as any may be before one can look whose it is.
-        probes = Room(sorted((_PROBES[0], _PROBE_BYTES // limit, _PROBES[1]))[1], patience_s)
+        probes = Room(_most_probes(limit), patience_s)
         handlers = RpcHandlers(
             service,
             Telemetry(counters, tracing, log_requests=settings.log_requests == "on"),
@@ -205,7 +208,7 @@ def running(
         reflections = reflection.ReflectionHandlers(names, callers, share, patience_s)
         cleanup.callback(reflections.shutdown)
         healths = health.HealthHandlers(status, callers, probes, share)
-        cleanup.enter_context(watching([probes, reflections.silent, *handlers.rooms]))
+        cleanup.enter_context(watching([reflections.silent, *handlers.rooms.values()]))
         several = settings.workers > 1
         most = most_connections(settings.max_connections)
         grpc_server = grpc.server(
@@ -228,6 +231,7 @@ def running(
             keeper,
             registry,
             readiness,
+            handlers.rooms,
             settings,
             grpc_server,
             handlers,
@@ -282,6 +286,15 @@ class _Loader:
             graph_rows=settings.limits_of(manifest.name).max_batch_rows if graphs else 0,
         )
         return Engine(model, manifest, folder, options)
+
+
+def _most_probes(max_message_bytes: int) -> int:
+    """Choose how many callers who need not be known may be sending their message at a time.
+
+    gRPC takes a message as large as any may be, before anybody can look what it is for.
+    """
+    fewest = _FEWEST_PROBES if arrivals.SUPPORTED else _FEWEST_PROBES_IN_THREADS
+    return min(_MOST_PROBES, max(fewest, _PROBE_BYTES // max_message_bytes))
 
 
 def _slots(settings: Settings) -> int:

@@ -97,8 +97,8 @@ def test_calls_of_another_kind_are_answered(
 
 
 def test_calls_that_never_send_or_go_away_leave_their_places(repository: Path) -> None:
-    with served(repository, max_requests=4) as (server, stub):
-        room = server._handlers.rooms[0]
+    with served(repository, max_requests=4) as (server, _):
+        room = server.rooms["requests"]
 
         def nobody_is_here() -> bool:
             return not len(room)

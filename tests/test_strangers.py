@@ -1,0 +1,411 @@
+"""Who is not known cannot keep others out, take memory, or be listened to for long."""
+
+import gzip
+import resource
+import socket
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving import arrivals
+from serving.messages import inflate, is_compressed
+from serving.room import Places, Room, peer_of
+from tests.conftest import STATE_DICTS
+from tests.security import bearer, write_access
+from tests.servers import WAIT_S, await_true, served
+from tests.wire import raw_output, raw_request
+
+UNIFORM = STATE_DICTS[0]
+ROW = raw_request(UNIFORM.x[:1])
+INFERENCE, HEALTH = "inference.GRPCInferenceService", "grpc.health.v1.Health"
+REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
+UNARY = [
+    f"/{INFERENCE}/{name}"
+    for name in ("ServerLive", "ServerReady", "ModelInfer", "ModelReady", "ModelStatistics")
+] + [f"/{HEALTH}/Check", f"/{HEALTH}/Watch"]
+STREAMS = [f"/{INFERENCE}/ModelStreamInfer", f"/{REFLECTION}/ServerReflectionInfo"]
+FORMS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
+
+
+class Frames:
+    """A connection of HTTP/2 whose frames are written one by one.
+
+    Args:
+        address: Of the server.
+        source: From where.
+        acknowledge: Whether it reads the server's settings, and says so.
+    """
+
+    def __init__(
+        self, address: str, source: str = "127.0.0.1", *, acknowledge: bool = True
+    ) -> None:
+        host, _, port = address.rpartition(":")
+        self.socket = socket.create_connection(
+            (host, int(port)), timeout=WAIT_S, source_address=(source, 0)
+        )
+        self.h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
+        self.h2.initiate_connection()
+        self.flush()
+        if acknowledge:
+            self.h2.receive_data(self.socket.recv(65_536))
+            self.flush()
+
+    def flush(self) -> None:
+        self.socket.sendall(self.h2.data_to_send())
+
+    def call(self, method: str, *metadata: tuple[str, str]) -> int:
+        """Send the headers of a call, and nothing more."""
+        stream: int = self.h2.get_next_available_stream_id()
+        headers = [
+            *((":method", "POST"), (":scheme", "http"), (":path", method)),
+            *((":authority", "localhost"), ("te", "trailers")),
+            *(("content-type", "application/grpc"), ("grpc-encoding", "gzip")),
+        ]
+        self.h2.send_headers(stream, [*headers, *metadata])
+        self.flush()
+        return stream
+
+    def send(self, stream: int, content: bytes, *, compressed: bool) -> None:
+        """Send the message of a call, and end it."""
+        frame = bytes([compressed]) + len(content).to_bytes(4, "big") + content
+        self.h2.send_data(stream, frame, end_stream=True)
+        self.flush()
+
+    def statuses(self, count: int) -> list[str]:
+        """Read how so many calls end."""
+        found: list[str] = []
+        while len(found) < count:
+            data = self.socket.recv(65_536)
+            assert data, f"closed after {found}"
+            for event in self.h2.receive_data(data):
+                found += [v for k, v in getattr(event, "headers", None) or () if k == "grpc-status"]
+            self.flush()
+        return found
+
+
+@contextmanager
+def frames(address: str, source: str = "127.0.0.1", **options: Any) -> Iterator[Frames]:
+    connection = Frames(address, source, **options)
+    try:
+        yield connection
+    finally:
+        connection.socket.close()
+
+
+@pytest.fixture(params=["without threads", "with threads"])
+def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals, "SUPPORTED", request.param == "without threads")
+
+
+def outcome(channel: grpc.Channel, method: str, content: bytes) -> str:
+    """Send a message as it is, so that no header says what it is, and tell how the call ends."""
+    call: Any = channel.stream_stream(method)
+    try:
+        answers = list(call(iter([content]), timeout=WAIT_S))
+    except grpc.RpcError as error:
+        code: grpc.StatusCode = error.code()
+        return code.name
+    if method == STREAMS[0]:
+        return str(pb.ModelStreamInferResponse.FromString(answers[0]).error_message)
+    return "OK"
+
+
+@pytest.mark.usefixtures("_either_way")
+def test_small_bytes_that_become_large_are_refused_by_every_method(repository: Path) -> None:
+    """They are inflated to the limit and no further, whatever the method and the form."""
+    bombs = [compress(bytes(2**28)) for compress in FORMS.values()]
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with (
+        served(repository, max_message_bytes=2**20, health_port=0) as (server, stub),
+        grpc.insecure_channel(server.address) as channel,
+        grpc.insecure_channel(server.health_address) as health_channel,
+    ):
+        for bomb in bombs:
+            for method in UNARY + STREAMS[1:]:
+                assert outcome(channel, method, bomb) == "RESOURCE_EXHAUSTED", method
+            assert "at most 1048576 bytes" in outcome(channel, STREAMS[0], bomb)
+            for method in UNARY[-2:]:
+                assert outcome(health_channel, method, bomb) == "RESOURCE_EXHAUSTED", method
+        assert raw_output(stub.ModelInfer(ROW)).shape == (1, 3)
+    # KiB: what made them took more memory than the server did.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most + 100 * 1024
+
+
+@pytest.mark.parametrize("form", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+def test_honest_compression_is_understood(repository: Path, form: grpc.Compression) -> None:
+    rows = raw_request(UNIFORM.x)
+    with (
+        served(repository) as (server, stub),
+        grpc.insecure_channel(server.address, compression=form) as channel,
+    ):
+        compressed = GRPCInferenceServiceStub(channel)
+        assert compressed.ServerLive(pb.ServerLiveRequest()).live
+        assert compressed.ModelReady(pb.ModelReadyRequest(name=UNIFORM.name)).ready
+        assert compressed.ModelInfer(rows) == stub.ModelInfer(rows)
+        (streamed,) = compressed.ModelStreamInfer(iter([rows]))
+        assert streamed.infer_response.raw_output_contents == (
+            stub.ModelInfer(rows).raw_output_contents
+        )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_message_is_inflated_whole_or_not_at_all(form: str) -> None:
+    content = ROW.SerializeToString()
+    small = FORMS[form](content)
+    assert inflate(small, len(content)) == content == inflate(content, len(content))
+    for wrong, limit in ((small, len(content) - 1), (content, len(content) - 1)):
+        with pytest.raises(Exception, match=f"at most {limit} bytes"):
+            inflate(wrong, limit)
+    for damaged in (small[:-1], small + b"more", small[:2], small[:12] + bytes(20)):
+        with pytest.raises(Exception, match="cannot be inflated"):
+            inflate(damaged, 2**20)
+
+
+def test_no_message_of_ours_begins_as_a_compressed_one_does() -> None:
+    """The first byte holds the number and the kind of a field; RFC 1950 and 1952 say the rest."""
+    kinds = {"varint": 0, "fixed64": 1, "bytes": 2, "fixed32": 5}
+    services = [
+        pb.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+        health_pb2.DESCRIPTOR.services_by_name["Health"],
+    ]
+    for method in (method for service in services for method in service.methods):
+        for field in method.input_type.fields:
+            of_field = (kinds["bytes"], _kind(field, kinds))
+            for kind in of_field:
+                start = field.number << 3 | kind
+                assert not any(is_compressed(bytes([start, second])) for second in range(256))
+
+
+def _kind(field: Any, kinds: dict[str, int]) -> int:
+    if field.cpp_type in (field.CPPTYPE_STRING, field.CPPTYPE_MESSAGE):
+        return kinds["bytes"]
+    if field.cpp_type == field.CPPTYPE_DOUBLE:
+        return kinds["fixed64"]
+    return kinds["fixed32"] if field.cpp_type == field.CPPTYPE_FLOAT else kinds["varint"]
+
+
+@pytest.mark.usefixtures("_either_way")
+@pytest.mark.parametrize("method", UNARY)
+def test_calls_that_send_no_message_keep_nobody_out(repository: Path, method: str) -> None:
+    with (
+        served(repository, max_requests=16, max_message_bytes=2**24) as (server, stub),
+        grpc.insecure_channel(server.address) as channel,
+        frames(server.address) as silent,
+    ):
+        for _ in range(300):
+            silent.call(method)
+        await_true(lambda: any(len(room) == room.most for room in server.rooms.values()))
+        for _ in range(5):
+            assert stub.ServerReady(pb.ServerReadyRequest(), timeout=WAIT_S).ready
+            assert raw_output(stub.ModelInfer(ROW, timeout=WAIT_S)).shape == (1, 3)
+            assert stub.ModelReady(pb.ModelReadyRequest(name=UNIFORM.name), timeout=WAIT_S).ready
+            check = channel.unary_unary(f"/{HEALTH}/Check")
+            assert health_pb2.HealthCheckResponse.FromString(check(b"", timeout=WAIT_S)).status == 1
+
+
+def test_calls_that_send_no_message_in_time_are_ended(repository: Path) -> None:
+    with (
+        served(repository, receive_timeout_s=0.1) as (server, stub),
+        frames(server.address) as silent,
+    ):
+        for method in UNARY:
+            silent.call(method)
+        assert silent.statuses(len(UNARY)) == ["4"] * len(UNARY)  # DEADLINE_EXCEEDED
+        silent.call(STREAMS[1])  # which may last, but not without asking anything
+        assert silent.statuses(1) == ["1"]  # CANCELLED
+        assert raw_output(stub.ModelInfer(ROW)).shape == (1, 3)
+        await_true(lambda: not any(map(len, server.rooms.values())))
+
+
+def test_who_may_not_call_is_refused_before_it_takes_a_place(
+    repository: Path, tmp_path: Path
+) -> None:
+    """Also where certificates matter, which are not known before a call is there."""
+    access = write_access(
+        tmp_path / "access.toml",
+        tokens={"inference": ["reader"]},
+        certificates={"admin": ["operator.example"]},
+    )
+    control = {"model_control": "explicit", "load_models": (UNIFORM.name,)}
+    with (
+        served(repository, access=access, max_requests=4, **control) as (server, stub),
+        frames(server.address) as stranger,
+    ):
+        for method in (*UNARY[2:5], STREAMS[0], f"/{INFERENCE}/RepositoryModelLoad"):
+            stranger.call(method)
+            assert stranger.statuses(1) == ["16"], method  # UNAUTHENTICATED, and nothing was sent
+        for _ in range(20):
+            stranger.call(UNARY[2])
+        assert stranger.statuses(20) == ["16"] * 20
+        assert raw_output(stub.ModelInfer(ROW, metadata=bearer("reader"))).shape == (1, 3)
+        load = pb.RepositoryModelLoadRequest(model_name=UNIFORM.name)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.RepositoryModelLoad(load, metadata=bearer("reader"))
+        assert "[admin]" in str(refused.value.details())
+
+
+def test_metadata_is_limited_for_who_does_not_read_the_settings(repository: Path) -> None:
+    with served(repository) as (server, stub), frames(server.address, acknowledge=False) as rude:
+        for method in (UNARY[0], UNARY[2], UNARY[5], STREAMS[0], STREAMS[1]):
+            rude.call(method, *((f"x-{i}", "x" * 1000) for i in range(20)))
+            assert rude.statuses(1) == ["8"], method  # RESOURCE_EXHAUSTED
+        assert raw_output(stub.ModelInfer(ROW)).shape == (1, 3)
+
+
+def test_one_address_cannot_take_every_stream(repository: Path) -> None:
+    with served(repository, max_streams=4) as (server, stub):
+        with frames(server.address, "127.0.0.2") as greedy:
+            for _ in range(6):
+                greedy.call(STREAMS[0])
+            assert greedy.statuses(4) == ["8"] * 4  # RESOURCE_EXHAUSTED
+            (answer,) = stub.ModelStreamInfer(iter([ROW]), timeout=WAIT_S)
+            assert not answer.error_message
+            for _ in range(40):
+                greedy.call(STREAMS[1])
+            greedy.statuses(24)
+            reflect = grpc.insecure_channel(server.address).stream_stream(STREAMS[1])
+            assert list(reflect(iter([b"\x3a\x00"]), timeout=WAIT_S))  # lists the services
+        (answer,) = stub.ModelStreamInfer(iter([ROW]), timeout=WAIT_S)
+        assert not answer.error_message
+
+
+def test_some_watches_are_kept_for_who_is_known(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.health._MOST_WATCHERS", 8)
+    access = write_access(tmp_path / "access.toml", tokens={"inference": ["reader"]})
+    with (
+        served(repository, access=access) as (server, _),
+        frames(server.address) as one,
+        frames(server.address, "127.0.0.2") as two,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        for connection, refused in ((one, 5), (two, 7)):  # 4 of 9 are an address's share, 6 are all
+            for _ in range(9):
+                connection.send(connection.call(UNARY[-1]), b"", compressed=False)
+            assert connection.statuses(refused) == ["8"] * refused
+        watch = channel.unary_stream(UNARY[-1])
+        known = watch(b"", metadata=bearer("reader"), timeout=WAIT_S)
+        assert health_pb2.HealthCheckResponse.FromString(next(known)).status == 1
+        known.cancel()
+
+
+def test_places_are_shared_out_by_address_and_some_are_kept_for_who_is_known() -> None:
+    places = Places(8, share=0.5, reserve=0.25)
+    assert [places.take("one") for _ in range(5)] == [True] * 4 + [False]
+    assert [places.take("two") for _ in range(3)] == [True, True, False]
+    assert not places.take("three")
+    assert [places.take("one", known=True) for _ in range(3)] == [True, True, False]
+    places.give_back("one")
+    assert places.take("two", known=True)
+    assert not places.take("two", known=True)
+
+
+def test_the_call_that_was_silent_longest_makes_room() -> None:
+    ended: list[tuple[str, bool]] = []
+
+    class Call:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def give_up(self, *, late: bool) -> None:
+            ended.append((self.name, late))
+
+    now = 0.0
+    room = Room(2, patience_s=5.0, clock=lambda: now)
+    first, second, third, fourth = map(Call, ("first", "second", "third", "fourth"))
+    assert room.enter(first)
+    assert room.enter(second)
+    assert room.hear(first)
+    assert room.enter(third)
+    assert ended == [("second", False)]
+    assert not room.hear(second)
+    assert room.hear(third)
+    assert not room.enter(fourth)  # both others are heard, and work
+    room.leave(third)
+    assert room.enter(fourth)
+    now = 4.9
+    room.end_late()
+    assert len(ended) == 1
+    now = 5.0
+    room.end_late()
+    assert ended[1:] == [("fourth", True)]
+    assert len(room) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "peer"),
+    [
+        ("ipv4:192.0.2.1:40000", "192.0.2.1"),
+        ("ipv6:%5B2001:db8:1:2:3::4%5D:40000", "2001:db8:1:2::/64"),
+        ("ipv6:[::ffff:192.0.2.1]:40000", "192.0.2.1"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:40000", "fe80::/64"),
+        ("unix:", "unix:"),
+    ],
+)
+def test_a_peer_is_an_address_or_a_network_of_ipv6(name: str, peer: str) -> None:
+    assert peer_of(name) == peer
+
+
+_FLOOD = """
+import socket, sys, time
+host, port, source, count, first = sys.argv[1:]
+taken = []
+for _ in range(int(count)):
+    try:
+        taken.append(socket.create_connection((host, int(port)), source_address=(source, 0)))
+        taken[-1].sendall(bytes.fromhex(first))
+    except OSError:
+        pass
+print("taken", flush=True)
+sys.stdin.read()
+"""
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000")
+
+
+@contextmanager
+def flooding(address: str, source: str, count: int, first: bytes) -> Iterator[None]:
+    """Hold many connections open from a process of its own, whose files are its own."""
+    host, _, port = address.rpartition(":")
+    arguments = [host, port, source, str(count), first.hex()]
+    with subprocess.Popen(
+        [sys.executable, "-c", _FLOOD, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"taken\n"
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("source", "first"),
+    [("127.0.0.1", b""), ("127.0.0.2", _PREFACE)],
+    ids=["that say nothing, from where others come", "that ask nothing, from elsewhere"],
+)
+def test_connections_keep_nobody_out(repository: Path, source: str, first: bytes) -> None:
+    with (
+        served(repository, max_connections=64) as (server, stub),
+        flooding(server.address, source, 200, first),
+    ):
+        for _ in range(3):
+            with grpc.insecure_channel(
+                server.address, options=(("grpc.use_local_subchannel_pool", 1),)
+            ) as channel:
+                newcomer = GRPCInferenceServiceStub(channel)
+                answer = newcomer.ModelInfer(ROW, wait_for_ready=True, timeout=WAIT_S)
+                assert raw_output(answer).shape == (1, 3)
+        assert raw_output(stub.ModelInfer(ROW, wait_for_ready=True, timeout=WAIT_S)).shape == (1, 3)
