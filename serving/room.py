@@ -33,6 +33,9 @@ class Silent(Protocol):
 class Room:
     """Room for calls of one message. Safe to call from several threads.
 
+    Two of gRPC's servers never share one: to end a call takes its server's lock, and the thread
+    that makes room holds that of its own.
+
     Args:
         most: Calls at a time.
         patience_s: How long one may take to send its message, in seconds.

@@ -208,7 +208,9 @@ def running(
         reflections = reflection.ReflectionHandlers(names, callers, share, patience_s)
         cleanup.callback(reflections.shutdown)
         healths = health.HealthHandlers(status, callers, probes, share)
-        cleanup.enter_context(watching([reflections.silent, *handlers.rooms.values()]))
+        at_health_port = Room(_MOST_PROBES, patience_s)
+        rooms = (*handlers.rooms.values(), reflections.silent, at_health_port)
+        cleanup.enter_context(watching(rooms))
         several = settings.workers > 1
         most = most_connections(settings.max_connections)
         grpc_server = grpc.server(
@@ -216,7 +218,11 @@ def running(
             handlers=[handlers, healths, reflections],
             options=_options(settings, limit, most),
         )
-        health_address = cleanup.enter_context(_plain_health(healths, address, settings))
+        health_address = cleanup.enter_context(
+            _plain_health(
+                health.HealthHandlers(status, callers, at_health_port, share), address, settings
+            )
+        )
         server = Server(
             _bind(grpc_server, address, settings),
             ""

@@ -2,7 +2,6 @@
 
 import gzip
 import resource
-import socket
 import subprocess
 import sys
 import zlib
@@ -14,8 +13,6 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
@@ -23,6 +20,7 @@ from serving import arrivals
 from serving.messages import inflate, is_compressed
 from serving.room import Places, Room, peer_of
 from tests.conftest import STATE_DICTS
+from tests.frames import frames
 from tests.security import bearer, write_access
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
@@ -37,71 +35,6 @@ UNARY = [
 ] + [f"/{HEALTH}/Check", f"/{HEALTH}/Watch"]
 STREAMS = [f"/{INFERENCE}/ModelStreamInfer", f"/{REFLECTION}/ServerReflectionInfo"]
 FORMS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
-
-
-class Frames:
-    """A connection of HTTP/2 whose frames are written one by one.
-
-    Args:
-        address: Of the server.
-        source: From where.
-        acknowledge: Whether it reads the server's settings, and says so.
-    """
-
-    def __init__(
-        self, address: str, source: str = "127.0.0.1", *, acknowledge: bool = True
-    ) -> None:
-        host, _, port = address.rpartition(":")
-        self.socket = socket.create_connection(
-            (host, int(port)), timeout=WAIT_S, source_address=(source, 0)
-        )
-        self.h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
-        self.h2.initiate_connection()
-        self.flush()
-        if acknowledge:
-            self.h2.receive_data(self.socket.recv(65_536))
-            self.flush()
-
-    def flush(self) -> None:
-        self.socket.sendall(self.h2.data_to_send())
-
-    def call(self, method: str, *metadata: tuple[str, str]) -> int:
-        """Send the headers of a call, and nothing more."""
-        stream: int = self.h2.get_next_available_stream_id()
-        headers = [
-            *((":method", "POST"), (":scheme", "http"), (":path", method)),
-            *((":authority", "localhost"), ("te", "trailers")),
-            *(("content-type", "application/grpc"), ("grpc-encoding", "gzip")),
-        ]
-        self.h2.send_headers(stream, [*headers, *metadata])
-        self.flush()
-        return stream
-
-    def send(self, stream: int, content: bytes, *, compressed: bool) -> None:
-        """Send the message of a call, and end it."""
-        frame = bytes([compressed]) + len(content).to_bytes(4, "big") + content
-        self.h2.send_data(stream, frame, end_stream=True)
-        self.flush()
-
-    def statuses(self, count: int) -> list[str]:
-        """Read how so many calls end."""
-        found: list[str] = []
-        while len(found) < count:
-            data = self.socket.recv(65_536)
-            assert data, f"closed after {found}"
-            for event in self.h2.receive_data(data):
-                found += [v for k, v in getattr(event, "headers", None) or () if k == "grpc-status"]
-            self.flush()
-        return found
-
-
-@contextmanager
-def frames(address: str, source: str = "127.0.0.1", **options: Any) -> Iterator[Frames]:
-    connection = Frames(address, source, **options)
-    try:
-        yield connection
-    finally:
-        connection.socket.close()
 
 
 @pytest.fixture(params=["without threads", "with threads"])
@@ -211,7 +144,7 @@ def test_calls_that_send_no_message_keep_nobody_out(repository: Path, method: st
             assert stub.ServerReady(pb.ServerReadyRequest(), timeout=WAIT_S).ready
             assert raw_output(stub.ModelInfer(ROW, timeout=WAIT_S)).shape == (1, 3)
             assert stub.ModelReady(pb.ModelReadyRequest(name=UNIFORM.name), timeout=WAIT_S).ready
-            check = channel.unary_unary(f"/{HEALTH}/Check")
+            check: Any = channel.unary_unary(f"/{HEALTH}/Check")
             assert health_pb2.HealthCheckResponse.FromString(check(b"", timeout=WAIT_S)).status == 1
 
 
@@ -275,7 +208,7 @@ def test_one_address_cannot_take_every_stream(repository: Path) -> None:
             for _ in range(40):
                 greedy.call(STREAMS[1])
             greedy.statuses(24)
-            reflect = grpc.insecure_channel(server.address).stream_stream(STREAMS[1])
+            reflect: Any = grpc.insecure_channel(server.address).stream_stream(STREAMS[1])
             assert list(reflect(iter([b"\x3a\x00"]), timeout=WAIT_S))  # lists the services
         (answer,) = stub.ModelStreamInfer(iter([ROW]), timeout=WAIT_S)
         assert not answer.error_message
@@ -296,7 +229,7 @@ def test_some_watches_are_kept_for_who_is_known(
             for _ in range(9):
                 connection.send(connection.call(UNARY[-1]), b"", compressed=False)
             assert connection.statuses(refused) == ["8"] * refused
-        watch = channel.unary_stream(UNARY[-1])
+        watch: Any = channel.unary_stream(UNARY[-1])
         known = watch(b"", metadata=bearer("reader"), timeout=WAIT_S)
         assert health_pb2.HealthCheckResponse.FromString(next(known)).status == 1
         known.cancel()

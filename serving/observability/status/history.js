@@ -9,7 +9,7 @@ import { quantile, sum, sumBy } from "/prometheus.js";
 
 export const KEPT_S = 300;
 
-const INFERENCE = new Set(["ModelInfer", "ModelStreamInfer", "refused"]);
+const INFERENCE = new Set(["ModelInfer", "ModelStreamInfer"]);
 const BUCKETS = "kanserve_request_seconds_bucket";
 const COUNTED = new Set([
   "kanserve_calls_total",
