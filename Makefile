@@ -15,7 +15,7 @@ OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
 OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules .venv-envoy
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container test-cuda test-layouts test-faults fuzz fuzz-wire lint format protos clean
+.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container test-cuda test-layouts test-faults test-strangers fuzz fuzz-wire lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -72,6 +72,10 @@ test-cuda: .venv-cuda/installed
 # exported as its refusal says. A quarter of an hour; `python -m tests.layouts` prints a table.
 test-layouts: $(VENV)/installed
 	$(BIN)/pytest -m layouts --numprocesses auto --maxprocesses 4 tests/test_layouts.py
+
+# Ten thousand hostile messages at each of four servers, beside honest clients: a quarter of an hour.
+test-strangers: $(VENV)/installed
+	$(BIN)/python -m tests.strangers
 
 # One thing after another made wrong in written files: every fault that changes an answer must be
 # refused. Prints a table.

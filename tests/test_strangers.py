@@ -4,6 +4,7 @@ import gzip
 import resource
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import arrivals
 from serving.messages import inflate, is_compressed
 from serving.room import Places, Room, peer_of
+from tests import strangers
 from tests.conftest import STATE_DICTS
 from tests.frames import frames
+from tests.intruder import kinds
 from tests.security import bearer, write_access
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
@@ -187,6 +190,36 @@ def test_who_may_not_call_is_refused_before_it_takes_a_place(
         with pytest.raises(grpc.RpcError) as refused:
             stub.RepositoryModelLoad(load, metadata=bearer("reader"))
         assert "[admin]" in str(refused.value.details())
+
+
+def test_ports_that_are_flooded_at_once_do_not_wait_for_each_other(repository: Path) -> None:
+    """Each has a thread of gRPC's, which ends calls of its own port alone."""
+    with served(repository, health_port=0, max_message_bytes=2**24) as (server, stub):
+
+        def flood(address: str) -> None:
+            with frames(address) as silent:
+                for _ in range(600):
+                    silent.call(UNARY[-2])
+
+        threads = [
+            threading.Thread(target=flood, args=(address,))
+            for address in (server.address, server.health_address) * 2
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert raw_output(stub.ModelInfer(ROW, timeout=WAIT_S)).shape == (1, 3)
+
+
+def test_honest_clients_lose_nothing_among_hostile_messages(
+    tmp_path: Path, repository: Path
+) -> None:
+    flags, client, ca = strangers.protections(tmp_path)["certificates in the rules"]
+    figures, lost, _ = strangers.try_one(repository, flags, client, ca, len(kinds()), 0, 0.0)
+    assert not lost
+    assert figures["calls"] > 0
+    assert figures["MB more"] < strangers.MOST_GROWTH_MB
 
 
 def test_metadata_is_limited_for_who_does_not_read_the_settings(repository: Path) -> None:
