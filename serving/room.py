@@ -60,6 +60,11 @@ class Room:
         """Count the calls that are here."""
         return len(self._silent) + len(self._heard)
 
+    @property
+    def silent(self) -> int:
+        """Count the calls that have sent no message."""
+        return len(self._silent)
+
     def enter(self, call: Silent) -> bool:
         """Take a call in that has sent no message; tell whether there is room for it."""
         oldest = None

@@ -36,10 +36,10 @@ def test_who_comes_when_every_place_is_taken_is_refused_at_the_door(
     repository: Path, gate: Gate
 ) -> None:
     with served(repository, max_requests=2, engine_slots=1) as (server, stub):
-        places: Any = server._handlers._requests
+        room = server.rooms["requests"]
         taken = [stub.ModelInfer.future(ROW) for _ in range(2)]
         gate.await_run()
-        await_true(lambda: places.full)
+        await_true(lambda: (len(room), room.silent) == (2, 0))
         with pytest.raises(grpc.RpcError) as refused:
             stub.ModelInfer(ROW, timeout=WAIT_S)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
