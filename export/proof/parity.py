@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from export.errors import ParityError, cause
 from export.probes import ORDINARY
-from export.proof.eager import BATCH_SIZES
 from export.proof.reference import Reference, spread_by_size
 from export.proof.tolerance import largest
 from export.quiet import captured
@@ -118,7 +117,7 @@ def run_probes(
     *,
     runtime: str = "the runtime",
 ) -> NDArray[np.float64]:
-    """Run the probes in batches of each of `BATCH_SIZES`.
+    """Run the probes in batches of each of its sizes.
 
     Args:
         run: A runtime.
@@ -155,7 +154,9 @@ def run_probes(
 
     runs = [
         run_rows(rows, size)
-        for size, rows in zip(reversed(BATCH_SIZES), reversed(reference.rows_by_size), strict=True)
+        for size, rows in zip(
+            reversed(reference.batch_sizes), reversed(reference.rows_by_size), strict=True
+        )
     ]
     return spread_by_size(list(reversed(runs)), reference.rows_by_size)
 
@@ -237,7 +238,7 @@ def measure(
         excess=float(ratio.max()),
         worst=Worst(
             group=str(reference.probes.groups[row]),
-            batch_size=BATCH_SIZES[size],
+            batch_size=reference.batch_sizes[size],
             row=int(row),
             output=int(output),
             expected=float(expected[row, output]),

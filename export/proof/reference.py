@@ -34,7 +34,8 @@ from kan_bundle.manifest import TensorSpec
 
 _LARGEST = 1e37  # of the terms of a sum; float32 ends at 3.4e38
 _BUDGET = 2**21  # numbers that the probes of a network may hold, on its larger side
-_FEWEST_ROWS = 2  # at a time in float64, because a large network leaves little room
+_LARGEST_BATCH_NUMBERS = 2**20  # on the larger side, of rows that run at a time in float32
+_FEWEST_ROWS = 1  # at a time in float64, because a large network leaves little room
 _ROWS_BUDGET = 2**19  # numbers of the rows that run at a time in float64, on the larger side
 _ROWS_OF_A_GROUP = 6  # that a network runs in small batches as well; a KAN runs all
 _ROWS_WITH_NOISE = 32  # of those that are alike, from which the noise of all is taken
@@ -69,7 +70,7 @@ class Reference:
     Attributes:
         probes: The inputs.
         outputs: Answers in float64, shape (rows, numbers).
-        eager: The eager float32 model's answers in batches of each of `BATCH_SIZES`, shape
+        eager: The eager float32 model's answers in batches of each of `batch_sizes`, shape
             (batch sizes, rows, numbers).
         tolerance: Largest allowed |y - outputs|, shape (rows, numbers).
         noise: Deviation that rounding in float32 explains, shape (rows, numbers).
@@ -92,8 +93,13 @@ class Reference:
     every_size: bool = True
 
     @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Rows that run at a time; see `choose_batch_sizes`."""
+        return choose_batch_sizes((self.inputs, self.specs))
+
+    @property
     def rows_by_size(self) -> tuple[NDArray[np.intp], ...]:
-        """Rows to run in batches of each of `BATCH_SIZES`, by number."""
+        """Rows to run in batches of each of `batch_sizes`, by number."""
         return _rows_by_size(self.probes, every_size=self.every_size)
 
     def take(self, rows: NDArray[np.bool_]) -> "Reference":
@@ -123,7 +129,7 @@ def make_reference(network: Network) -> Reference:
     rows_by_size = _rows_by_size(probes, every_size=kan is not None)
     runs = [
         _run(network.call, probes.take(rows), size)
-        for size, rows in zip(BATCH_SIZES, rows_by_size, strict=True)
+        for size, rows in zip(choose_batch_sizes(_sides(network)), rows_by_size, strict=True)
     ]
     eager = spread_by_size(runs, rows_by_size)
     if kan is None:
@@ -144,13 +150,28 @@ def make_reference(network: Network) -> Reference:
     return Reference(probes, outputs, eager, tolerance, noise, *specs)
 
 
+def choose_batch_sizes(sides: Sequence[Sequence[TensorSpec]]) -> tuple[int, ...]:
+    """Choose the rows that run at a time: `BATCH_SIZES`, the largest less where rows are large.
+
+    Args:
+        sides: What the network takes, and what it returns.
+    """
+    largest = _LARGEST_BATCH_NUMBERS // _numbers_of_a_row(sides)
+    return (*BATCH_SIZES[:-1], int(np.clip(largest, BATCH_SIZES[-2], BATCH_SIZES[-1])))
+
+
+def _numbers_of_a_row(sides: Sequence[Sequence[TensorSpec]]) -> int:
+    """Count the numbers of a row, on the larger side."""
+    return max(1, *(sum(math.prod(spec.shape[1:]) for spec in specs) for specs in sides))
+
+
 def spread_by_size(
     runs: Sequence[NDArray[np.float64]], rows_by_size: Sequence[NDArray[np.intp]]
 ) -> NDArray[np.float64]:
     """Lay the answers of each batch size out alike.
 
     Args:
-        runs: Answers for each of `BATCH_SIZES`, shape (rows run, numbers); the last of all rows.
+        runs: Answers for each batch size, shape (rows run, numbers); the last of all rows.
         rows_by_size: Numbers of the rows that were run.
 
     Returns:
@@ -192,11 +213,11 @@ def _choose_probes(network: Network) -> tuple[Probes, tuple[str, ...]]:
         at_knots = Probes((at_knots.inputs[0].reshape(shape),), at_knots.groups)
         given = probes.take(probes.groups == "samples")
         probes = given.join(at_knots) if network.kan else probes.join(at_knots)
-    sizes = [sum(math.prod(spec.shape[1:]) for spec in specs) for specs in _sides(network)]
-    most = max(1, _BUDGET // max(sizes) // len(np.unique(probes.groups)))
+    numbers = _numbers_of_a_row(_sides(network))
+    most = max(1, _BUDGET // numbers // len(np.unique(probes.groups)))
     probes = probes.take(probes.evenly(most))
     try:
-        evaluate(network.call, probes.inputs, LARGEST_BATCH)
+        evaluate(network.call, probes.inputs, choose_batch_sizes(_sides(network))[-1])
     except Exception:  # some networks refuse NaN, or numbers they were not made for
         return _accepted(network, probes)
     return probes, ()
@@ -263,7 +284,7 @@ def _reference_of_network(
 
 def _rows_at_once(network: Network) -> int:
     """Choose how many rows run at a time in float64."""
-    numbers = max(sum(math.prod(s.shape[1:]) for s in own) for own in _sides(network))
+    numbers = _numbers_of_a_row(_sides(network))
     return int(np.clip(_ROWS_BUDGET // numbers, _FEWEST_ROWS, LARGEST_BATCH))
 
 
