@@ -68,7 +68,7 @@ def read_archive(path: Path, size: int) -> Archive:
     """
     try:
         with path.open("rb") as file:
-            end = _directory_end(file, size)
+            end = find_directory(file, size)
             with ZipFile(file) as archive:
                 entries = archive.infolist()
                 root = _require_torch(entries)
@@ -91,11 +91,19 @@ def read_archive(path: Path, size: int) -> Archive:
     return Archive(pickle, sizes)
 
 
-def _directory_end(file: BufferedReader, size: int) -> int:
+def find_directory(file: BufferedReader, size: int) -> int:
     """Find where an archive's directory begins, in the one way that leaves no other.
+
+    Args:
+        file: The archive.
+        size: Its bytes.
 
     Returns:
         Its first byte's offset, where entries end.
+
+    Raises:
+        BadZipFile: There is no directory, or another way to find one.
+        CheckpointError: It is too large to be read.
     """
     at = size - _TAIL.size
     signature, *disks, count, length, start, comment = _TAIL.unpack(_read(file, at, _TAIL.size))
