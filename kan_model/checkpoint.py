@@ -33,7 +33,8 @@ from kan_model.canonical import canonical_state
 from kan_model.contents import explain_no_tensors, find_modules, find_states, refuse_nested
 from kan_model.errors import ActivationError, CheckpointError
 from kan_model.model import KAN
-from kan_model.pickle_scan import Findings, UnknownCall, scan_archive, scan_legacy
+from kan_model.pickle_calls import TorchRefuses
+from kan_model.pickle_scan import Findings, scan_archive, scan_legacy
 from kan_model.stacks import (
     RESAVE,
     Stack,
@@ -310,7 +311,7 @@ def _unpickle_inert(path: Path, size: int, head: bytes) -> Any:
             raise CheckpointError(_explain_pickle(path, head, foreign))
     except UnreadableArchive as error:
         raise CheckpointError(f"{path}: {_explain_unreadable(path, head)}") from error
-    except UnknownCall as error:
+    except TorchRefuses as error:
         raise CheckpointError(f"{path}: {_explain_pickle(path, head, foreign)}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

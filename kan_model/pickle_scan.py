@@ -2,127 +2,43 @@
 
 `torch.load(weights_only=True)` runs no code of a file's, but it allocates what a number in the file
 says, copies what is named many times, and hashes what is nested without end. This scan follows
-every opcode that torch's reader knows, keeps a note for each value, and refuses a call unless its
-arguments bound what it takes. At an opcode that torch refuses itself the scan ends. This module
-reads no files.
+every opcode that torch's reader knows and keeps a note for each value; pickle_calls.py judges the
+calls. What the scan has not followed to its end, torch is never given. This module reads no files.
 """
 
-import math
-import re
+import gc
 import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
-import torch
-
-from kan_model.archives import LONGEST_NAME, MOST_NAMES, Archive, too_large
+from kan_model.archives import LONGEST_NAME, Archive, UnreadableArchive, too_large
 from kan_model.errors import CheckpointError
-from kan_model.stacks import RESAVE
+from kan_model.pickle_calls import (
+    ITEM_BYTES,
+    Calls,
+    Group,
+    Long,
+    Made,
+    Name,
+    Refused,
+    StorageNote,
+    TorchRefuses,
+    as_tuple,
+    is_tuple,
+    shown_number,
+)
 
 _MOST_STEPS = 1_000_000  # opcodes
-_MOST_COPIED = 2_000_000  # values that calls copy
-_MOST_TEXT = 2**26  # bytes that calls copy
-_MOST_LOOKUPS = 10_000_000  # torch compares each call with every class that is let through
-_MOST_ODD_KEYS = 10_000  # their hashes can be made to collide, so each may cost as much as all
-_MOST_IN_KEY = 1_000
-_MOST_DIMENSIONS = 64  # as in torch
-_MOST_NUMBERS = 2**62
-_SLACK = 2**24  # bytes
-_ENCODINGS = ("latin1", "latin-1", "utf-8", "utf8", "ascii")
-_ITEM_BYTES = {
-    f"torch.{kind}Storage": size
-    for size, kinds in (
-        (1, ("Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4")),
-        (2, ("Half", "BFloat16", "Short")),
-        (4, ("Float", "Int", "QInt32")),
-        (8, ("Double", "Long", "ComplexFloat")),
-        (16, ("ComplexDouble",)),
-    )
-    for kind in kinds
-} | {"torch.storage.UntypedStorage": 1}
-_TORCHS_OWN = ("torch._", "torch.storage.", "torch.cuda.", *_ITEM_BYTES)
-_TENSOR_CLASS = re.compile(r"torch\.(?:cuda\.|sparse\.|cuda\.sparse\.)?[A-Za-z0-9]*Tensor")
+_UINT8, _UINT16, _UINT32, _INT32, _DOUBLE = (
+    struct.Struct(form) for form in ("<B", "<H", "<I", "<i", ">d")
+)
+_STOP = ord(".")
 
-
-class _Refused(CheckpointError):
-    """The pickle would take more than it may.
-
-    Args:
-        what: What it does.
-    """
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"its pickle {what}, so it is not opened; {RESAVE}")
-
-
-class UnknownCall(_Refused):
-    """The pickle calls what neither torch nor a stand-in is known to answer."""
-
-
-class _TorchRefuses(Exception):
-    """torch's reader fails at this opcode, so nothing behind it is run."""
-
-
-@dataclass(slots=True)
-class _Name:
-    """A class, function or constant that the pickle names."""
-
-    text: str
-
-
-@dataclass(slots=True)
-class _Long:
-    """A text that is too long for a name."""
-
-    size: int
-
-
-@dataclass(slots=True)
-class _Group:
-    """A tuple, list, dict or set.
-
-    Attributes:
-        kind: Which.
-        items: Of a tuple or list.
-        count: Of values in it.
-        weight: Values in it and in tuples within it, as often as they are met: the cost of a hash.
-    """
-
-    kind: str
-    items: list[Any] = field(default_factory=list)
-    count: int = 0
-    weight: int = 1
-
-
-_EMPTY = _Group("tuple")
-
-
-@dataclass(slots=True)
-class _Storage:
-    """Numbers of tensors.
-
-    Attributes:
-        size: Bytes.
-        item: Bytes of a number.
-    """
-
-    size: int
-    item: int
-
-
-@dataclass(slots=True)
-class _Made:
-    """What a call returns.
-
-    Attributes:
-        name: Of what was called.
-        size: Bytes that a tensor claims, or of a text.
-    """
-
-    name: str
-    size: int = 0
+StorageNoter = Callable[[object, int, int], StorageNote]
+"""Notes a storage, given its key, its numbers and the bytes of one."""
 
 
 @dataclass
@@ -147,23 +63,26 @@ def scan_archive(archive: Archive, stand_ins: Collection[str], file_size: int) -
         file_size: Bytes of the file.
 
     Raises:
+        UnreadableArchive: It is damaged.
+        TorchRefuses: It has what torch's reader does not know.
         CheckpointError: It would take more than it may.
     """
-    seen: dict[str, _Storage] = {}
+    seen: dict[str, StorageNote] = {}
 
-    def storage(key: object, numbers: int, item: int) -> _Storage:
+    def note(key: object, numbers: int, item: int) -> StorageNote:
         name = f"data/{key}" if isinstance(key, str) else ""
-        found = seen.setdefault(name, _Storage(numbers * item, item))
+        found = seen.setdefault(name, StorageNote(numbers * item, item))
         held = archive.sizes.get(name, -1)
         if not 0 <= found.size <= held or found.size != numbers * item:
-            raise _Refused(
-                f"claims a storage of {_shown(numbers)} numbers of {item} bytes, of which the file "
-                f"holds {max(held, 0):,} bytes"
+            raise Refused(
+                f"claims a storage of {shown_number(numbers)} numbers of {item} bytes, of which "
+                f"the file holds {max(held, 0):,} bytes"
             )
         return found
 
-    scan = _Scan(archive.pickle, stand_ins, storage, file_size)
-    scan.run(0)
+    scan = _Scan(archive.pickle, Calls(stand_ins, file_size), note)
+    with _no_collections():
+        scan.run(0)
     return scan.findings
 
 
@@ -175,29 +94,48 @@ def scan_legacy(content: bytes, file_size: int) -> None:
         file_size: Bytes of the file.
 
     Raises:
+        UnreadableArchive: It is damaged.
+        TorchRefuses: It has what torch's reader does not know.
         CheckpointError: It would take more than it may.
     """
-    claimed: dict[object, int] = {}
+    seen: dict[object, StorageNote] = {}
+    claimed = 0
 
-    def storage(key: object, numbers: int, item: int) -> _Storage:
+    def note(key: object, numbers: int, item: int) -> StorageNote:
+        nonlocal claimed
         if isinstance(key, str | int) and numbers >= 0:
-            claimed.setdefault(key, numbers * item)
-            if sum(claimed.values()) <= file_size and numbers * item <= claimed[key]:
-                return _Storage(numbers * item, item)
-        raise _Refused(
-            f"claims a storage of {_shown(numbers)} numbers of {item} bytes, the file has "
+            if key not in seen:
+                seen[key] = StorageNote(numbers * item, item)
+                claimed += numbers * item
+            if claimed <= file_size and numbers * item <= seen[key].size:
+                return seen[key]
+        raise Refused(
+            f"claims a storage of {shown_number(numbers)} numbers of {item} bytes, the file has "
             f"{file_size:,} bytes in all"
         )
 
-    scan = _Scan(content, (), storage, file_size)
+    scan = _Scan(content, Calls((), file_size), note)
     at = 0
-    for _ in range(5):  # magic number, version, machine, content, keys
-        ended = scan.run(at)
-        if ended is None:
-            if file_size > len(content):  # the rest of it was not scanned
-                raise CheckpointError(too_large(file_size))
-            return
-        at = ended
+    try:
+        with _no_collections():
+            for _ in range(5):  # magic number, version, machine, content, keys
+                at = scan.run(at)
+    except UnreadableArchive:
+        if file_size > len(content):  # the rest of it was not read
+            raise CheckpointError(too_large(file_size)) from None
+        raise
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Have Python not look for garbage: notes are many, and all of them are in use."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Scan:
@@ -205,480 +143,227 @@ class _Scan:
 
     Args:
         content: Bytes of pickles.
-        stand_ins: Names of what they may call.
-        storage: Notes a storage, given its key, its numbers and the bytes of one.
-        file_size: Bytes of the file.
+        calls: Judges calls.
+        note_storage: Notes a storage.
     """
 
-    def __init__(
-        self,
-        content: bytes,
-        stand_ins: Collection[str],
-        storage: Callable[[object, int, int], _Storage],
-        file_size: int,
-    ) -> None:
+    def __init__(self, content: bytes, calls: Calls, note_storage: StorageNoter) -> None:
         self.findings = Findings()
+        self.stack: list[Any] = []
         self._content = content
-        self._stand_ins = stand_ins
-        self._storage = storage
-        self._most_claimed = 4 * file_size + _SLACK
-        self._at = 0
-        self._steps = self._copied = self._text = self._tensor_bytes = 0
-        self._tensors = self._lookups = self._odd_keys = 0
-        self._stack: list[Any] = []
+        self._calls = calls
+        self._note_storage = note_storage
+        self._at = self._steps = 0
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self, at: int) -> int | None:
+    def run(self, at: int) -> int:
         """Follow one pickle.
 
         Args:
             at: Offset of its first byte.
 
         Returns:
-            The offset behind its last byte; None if torch refuses it.
+            The offset behind its last byte.
 
         Raises:
-            CheckpointError: It would take more than it may.
+            CheckpointError: As `scan_archive`.
         """
         self._at = at
-        self._stack, self._marks, self._memo = [], [], {}
+        self.stack, self._marks, self._memo = [], [], {}
         content, opcodes = self._content, _OPCODES
         try:
             while True:
                 self._steps += 1
                 if self._steps > _MOST_STEPS:
-                    raise _Refused(f"has more than {_MOST_STEPS:,} steps")
+                    raise Refused(f"has more than {_MOST_STEPS:,} steps")
                 opcode = content[self._at]
                 self._at += 1
                 if opcode == _STOP:
-                    self._stack.pop()
+                    self.stack.pop()
                     return self._at
-                opcodes[opcode](self)
-        except (_TorchRefuses, IndexError, KeyError, UnicodeDecodeError, struct.error):
-            return None  # an end that comes too soon, an opcode or a place that is not there
+                action = opcodes.get(opcode)
+                if action is None:
+                    raise TorchRefuses(f"opcode {opcode}")
+                action(self)
+        except (IndexError, KeyError, UnicodeDecodeError) as error:
+            raise UnreadableArchive("its pickle is damaged") from error
+        finally:
+            self.stack, self._marks, self._memo = [], [], {}
 
-    # What reads arguments.
-
-    def _take(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes:
+        """Read an argument."""
         found = self._content[self._at : self._at + count]
         if len(found) < count:
-            raise _TorchRefuses
+            raise IndexError
         self._at += count
         return found
 
-    def _number(self, form: struct.Struct) -> Any:
-        return form.unpack(self._take(form.size))[0]
+    def number(self, form: struct.Struct) -> Any:
+        """Read an argument that is a number."""
+        return form.unpack(self.take(form.size))[0]
 
     def _line(self) -> str:
-        end = self._content.find(b"\n", self._at, self._at + 2 * LONGEST_NAME)
+        end = self._content.find(b"\n", self._at, self._at + LONGEST_NAME)
         if end < 0:
-            raise _Refused(f"names a class in more than {LONGEST_NAME:,} characters")
+            raise Refused(f"names a class in more than {LONGEST_NAME:,} characters")
         found = self._content[self._at : end]
         self._at = end + 1
         return found.decode()
 
-    def _pop_mark(self) -> list[Any]:
-        items, self._stack = self._stack, self._marks.pop()
+    def pop_mark(self) -> list[Any]:
+        """Take the values behind the last mark."""
+        items, self.stack = self.stack, self._marks.pop()
         return items
 
-    # What each opcode does.
+    def mark(self) -> None:
+        """Begin a row of values."""
+        self._marks.append(self.stack)
+        self.stack = []
 
-    def _mark(self) -> None:
-        self._marks.append(self._stack)
-        self._stack = []
-
-    def _global(self) -> None:
+    def push_name(self) -> None:
+        """Push a class, function or constant by its name."""
         module, name = self._line(), self._line()
-        if (module, name) in NAME_MAPPING:
+        if (module, name) in NAME_MAPPING:  # Python 2's
             module, name = NAME_MAPPING[module, name]
         else:
             module = IMPORT_MAPPING.get(module, module)
         text = f"{module}.{name}"
-        if len(text) > LONGEST_NAME:
-            raise _Refused(f"names a class in more than {LONGEST_NAME:,} characters")
-        self._look_up(text)
-        self._stack.append(_Name(text))
+        self._calls.look_up(text)
+        self.stack.append(Name(text))
 
-    def _look_up(self, name: str) -> None:
-        if name in self._stand_ins:
-            self._lookups += len(self._stand_ins)
-            if self._lookups > _MOST_LOOKUPS:
-                raise _Refused(
-                    f"calls {len(self._stand_ins):,} classes of its own too many times over"
-                )
+    def push_text(self) -> None:
+        """Push a string, or a note of a long one."""
+        text = self.take(self.number(_UINT32))
+        long = len(text) > LONGEST_NAME
+        self.stack.append(Long(len(text)) if long else str(text, "utf-8", "surrogatepass"))
 
-    def _unicode(self) -> None:
-        text = self._take(self._number(_UINT32))
-        self._push_text(str(text, "utf-8", "surrogatepass") if len(text) < LONGEST_NAME else text)
+    def push_long(self) -> None:
+        """Push a whole number of many bytes."""
+        self.stack.append(int.from_bytes(self.take(self.number(_UINT8)), "little", signed=True))
 
-    def _short_string(self) -> None:
-        self._push_text(self._take(self._number(_UINT8)).decode())
+    def get(self, index: int) -> None:
+        """Push what was noted under a number."""
+        self.stack.append(self._memo[index])
 
-    def _push_text(self, text: str | bytes) -> None:
-        self._stack.append(text if isinstance(text, str) else _Long(len(text)))
+    def put(self, index: int) -> None:
+        """Note the topmost value under a number."""
+        self._memo[index] = self.stack[-1]
 
-    def _long(self) -> None:
-        self._stack.append(int.from_bytes(self._take(self._number(_UINT8)), "little", signed=True))
+    def make_tuple(self, count: int) -> None:
+        """Push a tuple of the topmost values."""
+        start = len(self.stack) - count
+        if start < 0:
+            raise IndexError
+        items = self.stack[start:]
+        del self.stack[start:]
+        self.stack.append(as_tuple(items))
 
-    def _get(self, index: int) -> None:
-        self._stack.append(self._memo[index])
+    def make_long_tuple(self) -> None:
+        """Push a tuple of the values behind the last mark."""
+        items = self.pop_mark()
+        self.stack.append(as_tuple(items))
 
-    def _put(self, index: int) -> None:
-        self._memo[index] = self._stack[-1]
-
-    def _tuple(self, count: int | None = None) -> None:
-        if count is None:
-            items = self._pop_mark()
-        else:
-            items = self._stack[len(self._stack) - count :]
-            if len(items) < count:
-                raise _TorchRefuses
-            del self._stack[len(self._stack) - count :]
-        self._stack.append(_as_tuple(items))
-
-    def _append(self, items: Sequence[Any]) -> None:
-        target = self._stack[-1]
-        if isinstance(target, _Group) and target.kind == "list":
+    def append(self, items: Sequence[Any]) -> None:
+        """Append values to a list."""
+        target = self.stack[-1]
+        if isinstance(target, Group) and target.kind == "list":
             target.items += items
             target.count += len(items)
-        elif isinstance(target, _Made) and target.name in self._stand_ins:
+        elif isinstance(target, Made) and target.name in self._calls.stand_ins:
             self.findings.lists.add(target.name)
         else:
-            raise _TorchRefuses
+            raise TorchRefuses("a value is appended to what is no list")
 
-    def _set_items(self, items: Sequence[Any]) -> None:
-        target = self._stack[-1]
+    def set_items(self, items: Sequence[Any]) -> None:
+        """Put values into a dict by their keys."""
+        target = self.stack[-1]
         for key in items[::2]:
-            self._check_key(key)
-        if isinstance(target, _Group) and target.kind in ("dict", "OrderedDict"):
+            self._calls.check_key(key)
+        if isinstance(target, Group) and target.kind in ("dict", "OrderedDict"):
             target.count += len(items) // 2
-        elif isinstance(target, _Made) and target.name in self._stand_ins:
+        elif isinstance(target, Made) and target.name in self._calls.stand_ins:
             self.findings.mappings.add(target.name)
         else:
-            raise _TorchRefuses
+            raise TorchRefuses("an item is set in what is no dict")
 
-    def _check_key(self, key: object) -> None:
-        """Refuse a key that is long, or whose hash is slow."""
-        if isinstance(key, _Long):
-            raise _Refused(
-                f"has a name of {key.size:,} bytes, expected at most {LONGEST_NAME:,} characters"
-            )
-        if isinstance(key, str | float | bool | None | _Name) or (
-            isinstance(key, int) and -_MOST_NUMBERS < key < _MOST_NUMBERS
-        ):
-            return
-        self._odd_keys += 1
-        too_heavy = isinstance(key, _Group) and key.weight > _MOST_IN_KEY
-        if isinstance(key, int) or too_heavy or self._odd_keys > _MOST_ODD_KEYS:
-            raise _Refused("has keys of dicts or sets that take long to compare")
-
-    def _persistent(self) -> None:
-        match self._stack.pop():
-            case _Group("tuple", ["storage", _Name(text), key, _, int(numbers), *views]):
-                if text not in _ITEM_BYTES:
-                    raise _Refused(f"has a storage of an unknown type, {text}")
-                found = self._storage(key, numbers, _ITEM_BYTES[text])
+    def push_storage(self) -> None:
+        """Push the storage that a persistent id stands for."""
+        match self.stack.pop():
+            case Group("tuple", ["storage", Name(text), key, _, int(numbers), *views]):
+                if text not in ITEM_BYTES:
+                    raise Refused(f"has a storage of an unknown type, {text}")
+                found = self._note_storage(key, numbers, ITEM_BYTES[text])
                 match views:
                     case [] | [None]:
                         pass
-                    case [_Group("tuple", [_, int(first), int(count)])]:
+                    case [Group("tuple", [_, int(first), int(count)])]:
                         if not (first >= 0 and count >= 0 and first + count <= numbers):
-                            raise _Refused("views a part of a storage that is not in it")
-                        found = _Storage(count * found.item, found.item)
+                            raise Refused("views a part of a storage that is not in it")
+                        found = StorageNote(count * found.item, found.item)
                     case _:
-                        raise _TorchRefuses
-                self._stack.append(found)
+                        raise TorchRefuses("a view of a storage is none")
+                self.stack.append(found)
             case _:
-                raise _TorchRefuses
+                raise TorchRefuses("a persistent id is no storage")
 
-    def _reduce(self) -> None:
-        arguments = self._stack.pop()
-        called = self._stack.pop()
-        self._stack.append(self._call(called, arguments))
+    def reduce(self) -> None:
+        """Push what a call returns."""
+        arguments = self.stack.pop()
+        called = self.stack.pop()
+        self.stack.append(self._calls.call(called, arguments))
 
-    def _build(self) -> None:
-        state = self._stack.pop()
-        target = self._stack[-1]
-        if isinstance(target, _Group) and target.kind == "OrderedDict":
-            self._copied_group(state)
-        elif isinstance(target, _Made) and target.name in self._stand_ins:
-            self._look_up(target.name)
-            first = state.items[0] if _is_tuple(state) and state.items else state
-            self._copy(first)
-        elif isinstance(target, _Made) and target.name == "tensor" and _is_tuple(state):
+    def build(self) -> None:
+        """Set the state of the topmost value."""
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, Group) and target.kind == "OrderedDict":
+            self._calls.copied_group(state)
+        elif isinstance(target, Made) and target.name in self._calls.stand_ins:
+            self._calls.look_up(target.name)
+            self._calls.copy(state.items[0] if is_tuple(state) and state.items else state)
+        elif isinstance(target, Made) and target.name == "tensor" and is_tuple(state):
             match state.items:
-                case [_Storage() as storage, offset, size, stride]:
-                    self._view(storage, storage.item, offset, size, stride)
-                case [_Made("tensor"), _, _, _, _]:  # of a parameter
+                case [StorageNote() as storage, offset, size, stride]:
+                    self._calls.view(storage, storage.item, offset, size, stride)
+                case [Made("tensor"), _, _, _, _]:  # of a parameter
                     pass
                 case _:
-                    raise _Refused("sets a tensor to what is no storage")
+                    raise Refused("sets a tensor to what is no storage")
         else:
-            raise _Refused("sets the state of an object that has none")
-
-    # What may be called, and with what.
-
-    def _call(self, called: object, arguments: object) -> Any:
-        if not isinstance(called, _Name):
-            raise _TorchRefuses  # an object; only what a name stands for may be called
-        if not _is_tuple(arguments):
-            raise _Refused(f"calls {called.text} with arguments that are no tuple")
-        given = arguments.items
-        rule = _CALLS.get(called.text)
-        if rule is not None:
-            try:
-                return rule(self, *given)
-            except TypeError as error:
-                raise _Refused(f"calls {called.text} with {len(given)} arguments") from error
-        if called.text in self._stand_ins:
-            self._look_up(called.text)
-            return _Made(called.text)
-        if _TENSOR_CLASS.fullmatch(called.text) and not given:
-            return self._tensor(0)
-        wrong = _Refused if called.text.startswith(_TORCHS_OWN) else UnknownCall
-        raise wrong(f"calls {called.text} in a way that torch.save does not write")
-
-    def _copy(self, values: object) -> None:
-        """Count what a call copies."""
-        if isinstance(values, _Group):
-            self._copied += values.count
-        elif isinstance(values, _Made | _Long):
-            self._text += values.size
-        elif isinstance(values, str):
-            self._text += len(values)
-        if self._copied > _MOST_COPIED or self._text > _MOST_TEXT:
-            raise _Refused("copies its parts too many times over")
-
-    def _copied_group(self, values: object) -> _Group:
-        """Count what a call copies of a tuple, list, dict or set."""
-        if not isinstance(values, _Group):
-            raise _Refused("copies what is no tuple, list, dict or set")
-        self._copy(values)
-        return values
-
-    def _ordered_dict(self, pairs: object = _EMPTY) -> _Group:
-        found = self._copied_group(pairs)
-        for pair in found.items:
-            if isinstance(pair, _Group) and pair.items:
-                self._check_key(pair.items[0])
-            else:
-                self._check_key(pair)  # of a Counter
-        return _Group("OrderedDict", count=found.count)
-
-    def _set(self, values: object = _EMPTY) -> _Group:
-        found = self._copied_group(values)
-        for value in found.items:
-            self._check_key(value)
-        return _Group("set", count=found.count)
-
-    def _size(self, sizes: object = _EMPTY) -> _Group:
-        return _as_tuple(list(self._copied_group(sizes).items))
-
-    def _encode(self, text: object, encoding: object = "utf-8") -> _Made:
-        if encoding not in _ENCODINGS or not isinstance(text, str | _Long):
-            raise _Refused("encodes text in a way that torch.save does not")
-        self._copy(text)
-        return _Made("bytes", text.size if isinstance(text, _Long) else len(text))
-
-    def _bytearray(self, content: object = "", encoding: object = "latin-1") -> _Made:
-        if not isinstance(content, str | _Long | _Made) or encoding not in _ENCODINGS:
-            raise _Refused("makes an array of bytes from something other than bytes")
-        self._copy(content)
-        return _Made("bytearray")
-
-    def _complex(self, *parts: object) -> _Made:
-        if not all(isinstance(part, int | float) for part in parts):
-            raise _Refused("makes a complex number from something other than numbers")
-        return _Made("complex")
-
-    def _named(self, *parts: object) -> _Made:
-        """Make a device or a layout."""
-        if not all(isinstance(part, int | str) for part in parts):
-            raise _Refused("names a device or a layout by something other than a name")
-        return _Made("constant")
-
-    def _tensor(self, size: int) -> _Made:
-        self._tensors += 1
-        if self._tensors > MOST_NAMES:
-            raise _Refused(f"holds more than {MOST_NAMES:,} tensors")
-        return _Made("tensor", size)
-
-    def _view(
-        self, storage: object, item: int, offset: object, size: object, stride: object
-    ) -> int:
-        """Check that a tensor lies in its storage.
-
-        Returns:
-            Bytes that it claims.
-        """
-        sizes, strides = _whole_numbers(size), _whole_numbers(stride)
-        if not isinstance(storage, _Storage) or not isinstance(offset, int) or offset < 0:
-            raise _Refused("makes a tensor of what is no storage")
-        if len(sizes) != len(strides):
-            raise _Refused("makes a tensor with other strides than sizes")
-        last = offset + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-        if 0 not in sizes and (last + 1) * item > storage.size:
-            raise _Refused(
-                f"has a tensor of shape {tuple(sizes)} that reaches beyond its storage of "
-                f"{storage.size:,} bytes"
-            )
-        if offset * item > storage.size:
-            raise _Refused("has a tensor that begins beyond its storage")
-        return math.prod(sizes) * item
-
-    def _rebuild(
-        self, storage: object, offset: object, size: object, stride: object, *rest: object
-    ) -> _Made:
-        item = storage.item if isinstance(storage, _Storage) else 1
-        return self._tensor(self._view(storage, item, offset, size, stride))
-
-    def _rebuild_v3(
-        self,
-        storage: object,
-        offset: object,
-        size: object,
-        stride: object,
-        needs_gradient: object,
-        hooks: object,
-        dtype: object,
-        *rest: object,
-    ) -> _Made:
-        return self._tensor(self._view(storage, _item_bytes(dtype), offset, size, stride))
-
-    def _rebuild_quantized(
-        self,
-        storage: object,
-        offset: object,
-        size: object,
-        stride: object,
-        parameters: object,
-        *rest: object,
-    ) -> _Made:
-        made = self._rebuild(storage, offset, size, stride)
-        if isinstance(storage, _Storage) and made.size > storage.size:  # it is allocated
-            raise _Refused(f"has a quantized tensor that claims {made.size:,} bytes")
-        if isinstance(parameters, _Group):
-            for part in parameters.items:
-                self._copy(part)
-        return made
-
-    def _rebuild_parameter(self, tensor: object, *rest: object) -> _Made:
-        if not isinstance(tensor, _Made) or tensor.name != "tensor":
-            raise _Refused("makes a parameter of what is no tensor")
-        for state in rest[2:]:
-            self._copy_state(state)
-        return self._tensor(tensor.size)
-
-    def _parameter(self, *given: object) -> _Made:
-        return self._rebuild_parameter(*given) if given else self._tensor(0)
-
-    def _rebuild_typed(self, called: object, kind: object, arguments: object, state: object) -> Any:
-        self._copy_state(state)
-        return self._call(called, arguments)
-
-    def _copy_state(self, state: object) -> None:
-        for part in state.items if _is_tuple(state) else [state]:
-            self._copy(part)
-
-    def _rebuild_sparse(self, layout: object, data: object) -> _Made:
-        for part in data.items if _is_tuple(data) else ():
-            if _is_tuple(part):
-                _whole_numbers(part)
-        return self._tensor(0)
-
-    def _rebuild_meta(
-        self, dtype: object, size: object, stride: object, needs_gradient: object
-    ) -> _Made:
-        _whole_numbers(size)
-        _whole_numbers(stride)
-        return self._tensor(0)
-
-    def _rebuild_nested(self, *tensors: object) -> _Made:
-        if not all(isinstance(tensor, _Made) for tensor in tensors):
-            raise _Refused("makes a nested tensor of what is no tensor")
-        return self._tensor(0)
-
-    def _rebuild_on_device(
-        self, tensor: object, dtype: object, device: object, needs_gradient: object
-    ) -> _Made:
-        if not isinstance(tensor, _Made) or tensor.name != "tensor":
-            raise _Refused("copies what is no tensor")
-        size = 16 * tensor.size  # of the smallest numbers to the largest
-        self._tensor_bytes += size
-        if self._tensor_bytes > self._most_claimed:
-            raise _Refused("copies tensors too many times over")
-        return self._tensor(size)
-
-
-def _is_tuple(value: object) -> TypeGuard[_Group]:
-    return isinstance(value, _Group) and value.kind == "tuple"
-
-
-def _as_tuple(items: list[Any]) -> _Group:
-    inner = sum(part.weight for part in items if isinstance(part, _Group))
-    weight = min(1 + len(items) + inner, _MOST_NUMBERS)
-    return _Group("tuple", items, len(items), weight)
-
-
-def _whole_numbers(sizes: object) -> list[int]:
-    found = sizes.items if isinstance(sizes, _Group) else None
-    if found is None or len(found) > _MOST_DIMENSIONS:
-        raise _Refused(f"has a tensor of more than {_MOST_DIMENSIONS} dimensions, or of none")
-    if not all(isinstance(n, int) and n >= 0 for n in found):
-        raise _Refused("has a tensor with sizes or strides that are no numbers")
-    if math.prod(max(n, 1) for n in found) >= _MOST_NUMBERS:
-        raise _Refused("has a tensor that claims more than 2**62 numbers")
-    return list(found)
-
-
-def _item_bytes(dtype: object) -> int:
-    found = getattr(torch, dtype.text.rpartition(".")[2], None) if isinstance(dtype, _Name) else 0
-    if not isinstance(found, torch.dtype):
-        raise _Refused("makes a tensor of an unknown type")
-    return found.itemsize
-
-
-def _shown(number: int) -> str:
-    return f"{number:,}" if abs(number) < _MOST_NUMBERS else "more than 2**62"
-
-
-_UINT8, _UINT16, _UINT32, _INT32, _DOUBLE = (
-    struct.Struct(form) for form in ("<B", "<H", "<I", "<i", ">d")
-)
-_STOP = ord(".")
+            raise Refused("sets the state of an object that has none")
 
 
 def _pushing(value: object) -> Callable[[_Scan], None]:
-    return lambda scan: scan._stack.append(value)
+    return lambda scan: scan.stack.append(value)
 
 
 def _reading(form: struct.Struct) -> Callable[[_Scan], None]:
-    return lambda scan: scan._stack.append(scan._number(form))
+    return lambda scan: scan.stack.append(scan.number(form))
 
 
 def _opening(kind: str) -> Callable[[_Scan], None]:
-    return lambda scan: scan._stack.append(_Group(kind))
+    return lambda scan: scan.stack.append(Group(kind))
 
 
 _OPCODES: dict[int, Callable[[_Scan], object]] = {
     ord(opcode): action
     for opcode, action in {
-        "\x80": lambda scan: scan._take(1),  # the protocol
-        "(": _Scan._mark,
-        "c": _Scan._global,
-        "R": _Scan._reduce,
-        "\x81": _Scan._reduce,  # NEWOBJ
-        "b": _Scan._build,
-        "a": lambda scan: scan._append([scan._stack.pop()]),
-        "e": lambda scan: scan._append(scan._pop_mark()),
-        "s": lambda scan: scan._set_items([scan._stack.pop(), scan._stack.pop()][::-1]),
-        "u": lambda scan: scan._set_items(scan._pop_mark()),
-        "t": _Scan._tuple,
-        "\x85": lambda scan: scan._tuple(1),
-        "\x86": lambda scan: scan._tuple(2),
-        "\x87": lambda scan: scan._tuple(3),
-        ")": lambda scan: scan._tuple(0),
+        "\x80": lambda scan: scan.take(1),  # the protocol
+        "(": _Scan.mark,
+        "c": _Scan.push_name,
+        "R": _Scan.reduce,
+        "\x81": _Scan.reduce,  # NEWOBJ
+        "b": _Scan.build,
+        "a": lambda scan: scan.append([scan.stack.pop()]),
+        "e": lambda scan: scan.append(scan.pop_mark()),
+        "s": lambda scan: scan.set_items([scan.stack.pop(), scan.stack.pop()][::-1]),
+        "u": lambda scan: scan.set_items(scan.pop_mark()),
+        "t": _Scan.make_long_tuple,
+        "\x85": lambda scan: scan.make_tuple(1),
+        "\x86": lambda scan: scan.make_tuple(2),
+        "\x87": lambda scan: scan.make_tuple(3),
+        ")": lambda scan: scan.make_tuple(0),
         "N": _pushing(None),
         "\x89": _pushing(value=False),
         "\x88": _pushing(value=True),
@@ -689,40 +374,13 @@ _OPCODES: dict[int, Callable[[_Scan], object]] = {
         "K": _reading(_UINT8),
         "M": _reading(_UINT16),
         "G": _reading(_DOUBLE),
-        "X": _Scan._unicode,
-        "U": _Scan._short_string,
-        "\x8a": _Scan._long,
-        "Q": _Scan._persistent,
-        "h": lambda scan: scan._get(scan._number(_UINT8)),
-        "j": lambda scan: scan._get(scan._number(_UINT32)),
-        "q": lambda scan: scan._put(scan._number(_UINT8)),
-        "r": lambda scan: scan._put(scan._number(_UINT32)),
+        "X": _Scan.push_text,
+        "U": lambda scan: scan.stack.append(scan.take(scan.number(_UINT8)).decode()),
+        "\x8a": _Scan.push_long,
+        "Q": _Scan.push_storage,
+        "h": lambda scan: scan.get(scan.number(_UINT8)),
+        "j": lambda scan: scan.get(scan.number(_UINT32)),
+        "q": lambda scan: scan.put(scan.number(_UINT8)),
+        "r": lambda scan: scan.put(scan.number(_UINT32)),
     }.items()
-}
-
-_REBUILDS: dict[str, Callable[..., Any]] = {
-    "tensor": _Scan._rebuild,
-    "tensor_v2": _Scan._rebuild,
-    "tensor_v3": _Scan._rebuild_v3,
-    "qtensor": _Scan._rebuild_quantized,
-    "parameter": _Scan._rebuild_parameter,
-    "parameter_with_state": _Scan._rebuild_parameter,
-    "sparse_tensor": _Scan._rebuild_sparse,
-    "meta_tensor_no_storage": _Scan._rebuild_meta,
-    "nested_tensor": _Scan._rebuild_nested,
-    "device_tensor_from_cpu_tensor": _Scan._rebuild_on_device,
-}
-_CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _Scan._ordered_dict,
-    "collections.Counter": _Scan._ordered_dict,
-    "builtins.set": _Scan._set,
-    "builtins.bytearray": _Scan._bytearray,
-    "builtins.complex": _Scan._complex,
-    "_codecs.encode": _Scan._encode,
-    "torch.Size": _Scan._size,
-    "torch.device": _Scan._named,
-    "torch.serialization._get_layout": _Scan._named,
-    "torch.nn.parameter.Parameter": _Scan._parameter,
-    "torch._tensor._rebuild_from_type_v2": _Scan._rebuild_typed,
-    **{f"torch._utils._rebuild_{name}": rule for name, rule in _REBUILDS.items()},
 }

@@ -146,11 +146,12 @@ class Keeper:
     def _refresh(self, name: str, folders: list[BundleFolder]) -> None:
         """Bring one model to what the policy wants, and change over to it at once."""
         after: dict[int, Version] = {}
+        served = 0
         for folder in sorted(folders, reverse=True):
             number = folder.version
-            served = sum(version.model is not None for version in after.values())
             if self._policy.considers(number) and self._policy.wants_more(served):
                 after[number] = self._version(folder)
+                served += after[number].model is not None
             else:
                 after[number] = Version(
                     None, f"the version policy is {self._policy}", _OTHER_POLICY
