@@ -17,7 +17,7 @@ from kan_model.archives import LONGEST_NAME, MOST_NAMES
 from kan_model.errors import CheckpointError
 from kan_model.stacks import RESAVE
 
-_MOST_COPIED = 2_000_000  # values that calls copy
+_MOST_COPIED = 1_000_000  # values that calls copy
 _MOST_TEXT = 2**26  # bytes that calls copy
 _MOST_LOOKUPS = 10_000_000  # torch compares each call with every class that is let through
 _MOST_ODD_KEYS = 10_000  # their hashes can be made to collide, so each may cost as much as all
@@ -224,7 +224,8 @@ class Calls:
         return Made("bytes", text.size if isinstance(text, Long) else len(text))
 
     def _bytearray(self, content: object = "", encoding: object = "latin-1") -> Made:
-        if not isinstance(content, str | Long | Made) or encoding not in _ENCODINGS:
+        is_bytes = isinstance(content, Made) and content.name == "bytes"  # a tensor is a number
+        if not (is_bytes or isinstance(content, str | Long)) or encoding not in _ENCODINGS:
             raise Refused("makes an array of bytes from something other than bytes")
         self.copy(content)
         return Made("bytearray")

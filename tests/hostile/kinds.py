@@ -44,12 +44,14 @@ class Kind:
         suffix: Of its name.
         use: What it is given to: a checkpoint, samples, a report, or a bundle.
         may_pass: Whether some of them are harmless after all.
+        slow: Whether it takes more than a moment.
     """
 
     make: Callable[[Random], bytes]
     suffix: str = ".pt"
     use: str = "checkpoint"
     may_pass: bool = False
+    slow: bool = False
 
 
 def _honest(random: Random) -> bytes:
@@ -303,6 +305,14 @@ def _legacy_storage(random: Random) -> bytes:
     return legacy({"layers.0.grid": value}, ["0"], struct.pack("<q", n) + bytes(100))
 
 
+def _number_of_a_tensor(random: Random) -> bytes:
+    """A tensor of one whole number, which a call takes for that number."""
+    one = tensor((), of=storage(1, key="1", kind="LongStorage"))
+    value = call(random.choice(("builtins.bytearray", "torch.Tensor", "torch.Size")), one)
+    number = struct.pack("<q", random.randrange(10**9, 10**10))
+    return archive(pickled({**layer(), "x": value}), {"data/1": number})
+
+
 def _dimensions(random: Random) -> bytes:
     n = random.randrange(65, 200_000)
     return archive(pickled({"x": tensor((1,) * n, (0,) * n, of=storage(64))}))
@@ -361,12 +371,12 @@ def _entry_names(random: Random) -> bytes:
 
 
 def _deflated(random: Random) -> bytes:
-    size = random.choice((100 * _MB, 400 * _MB))
+    method, megabytes = random.choice(((8, 100), (8, 400), (12, 30), (14, 30)))
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", random.choice((8, 12, 14))) as file:
+    with zipfile.ZipFile(content, "w", method) as file:
         file.writestr("archive/data.pkl", pickled({}))
         with file.open("archive/data/0", "w") as entry:
-            for _ in range(size // _MB):
+            for _ in range(megabytes):
                 entry.write(bytes(_MB))
     return content.getvalue()
 
@@ -483,12 +493,12 @@ def _npy(random: Random) -> bytes:
 def _npz(random: Random) -> bytes:
     content = io.BytesIO()
     header = npy(_header("<f4", f"{2**30 // 12}, 3"))
-    method = random.choice((8, 8, 12, 14))
+    method, megabytes = random.choice(((8, 200), (8, 600), (12, 30), (14, 30)))
     with zipfile.ZipFile(content, "w", method) as file:
         for name in ("x", "y")[: random.randrange(1, 3)]:
             with file.open(f"{name}.npy", "w") as entry:
                 entry.write(header)
-                for _ in range(random.choice((200, 800))):
+                for _ in range(megabytes):
                     entry.write(bytes(_MB))
     return content.getvalue()
 
@@ -582,24 +592,25 @@ KINDS: dict[str, Kind] = {
     "a tensor gone through number by number": Kind(_iterated),
     "a tensor or storage beyond its bytes": Kind(_beyond),
     "a storage larger than a legacy file": Kind(_legacy_storage),
+    "a number in a tensor": Kind(_number_of_a_tensor),
     "dimensions without end": Kind(_dimensions),
     "claims by strides of zero": Kind(_claimed),
     "claims in folded weights": Kind(_folded),
-    "very many lists": Kind(_many(b"]")),
-    "very many sets": Kind(_many(b"\x8f")),
-    "very many dicts": Kind(_many(b"}")),
-    "very many numbers": Kind(_many(b"G@\x08\0\0\0\0\0\0")),
-    "very many marks": Kind(_many(MARK)),
+    "very many lists": Kind(_many(b"]"), slow=True),
+    "very many sets": Kind(_many(b"\x8f"), slow=True),
+    "very many dicts": Kind(_many(b"}"), slow=True),
+    "very many numbers": Kind(_many(b"G@\x08\0\0\0\0\0\0"), slow=True),
+    "very many marks": Kind(_many(MARK), slow=True),
     "very many tensors by call": Kind(
-        _many(named("torch.FloatTensor") + b")\x81", 600_000)
+        _many(named("torch.FloatTensor") + b")\x81", 600_000), slow=True
     ),
-    "very many names of tensors": Kind(_many_tensors),
-    "very many KANs": Kind(_many_kans),
+    "very many names of tensors": Kind(_many_tensors, slow=True),
+    "very many KANs": Kind(_many_kans, slow=True),
     "very many classes": Kind(_many_classes),
     "a key of megabytes": Kind(_long_key),
     "keys that are long together": Kind(_long_path),
     "a hash without end": Kind(_laughs),
-    "nested without end": Kind(_deep, may_pass=True),
+    "nested without end": Kind(_deep, may_pass=True, slow=True),
     "keys that collide": Kind(_colliding),
     "a list copied many times": Kind(_repeated),
     "a text copied many times": Kind(_copied_text),
@@ -607,8 +618,8 @@ KINDS: dict[str, Kind] = {
     "controls in names": Kind(_class_names),
     "a pickle alone": Kind(_other_pickle),
     "opcodes of other protocols": Kind(_protocol),
-    "an archive that inflates": Kind(_deflated),
-    "names of entries": Kind(_entry_names),
+    "an archive that inflates": Kind(_deflated, slow=True),
+    "names of entries": Kind(_entry_names, slow=True),
     "two entries of a name": Kind(_twice),
     "entries that overlap": Kind(_overlapping),
     "bytes before or after an archive": Kind(_prepended),
@@ -626,8 +637,8 @@ KINDS: dict[str, Kind] = {
     "a safetensors header": Kind(_safetensors_header, ".safetensors"),
     "random bytes": Kind(_random),
     "samples that claim": Kind(_npy, ".npy", "samples"),
-    "samples that inflate": Kind(_npz, ".npz", "samples"),
-    "names of samples": Kind(_npz_names, ".npz", "samples"),
+    "samples that inflate": Kind(_npz, ".npz", "samples", slow=True),
+    "names of samples": Kind(_npz_names, ".npz", "samples", slow=True),
     "random samples": Kind(_random, ".npz", "samples"),
     "a report": Kind(_report, ".html", "report"),
     "a manifest": Kind(_manifest, "", "bundle"),
