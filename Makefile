@@ -15,7 +15,7 @@ OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
 OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules .venv-envoy
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container test-cuda test-layouts test-faults test-strangers fuzz fuzz-wire lint format protos clean
+.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container test-cuda test-layouts test-faults test-strangers fuzz fuzz-files fuzz-wire lint format protos clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -89,6 +89,13 @@ fuzz: $(VENV)/installed
 	$(BIN)/cmake -S kan_ops -B build/fuzz -DKAN_OPS_FUZZ=ON --log-level=WARNING
 	$(BIN)/cmake --build build/fuzz --target kan_ops_fuzz --parallel
 	build/fuzz/kan_ops_fuzz $(FUZZ_S)
+
+# Hostile checkpoints, samples, reports and manifests, of every kind in turn, each in a process of its
+# own with a limit of time and memory: FILES of them, or SECONDS long. Prints a table.
+FILES ?= 2000
+SEED ?= 0
+fuzz-files: $(VENV)/installed
+	$(BIN)/python -m tests.hostile --seed $(SEED) $(if $(SECONDS),--seconds $(SECONDS),--files $(FILES))
 
 # A million good and malformed requests, mixed, at a server in a process of its own.
 REQUESTS ?= 1000000

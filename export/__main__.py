@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from export.arguments import OPSETS, parse
 from export.errors import Ended, ExportError, SigningError
 from kan_bundle.errors import BundleError
+from kan_bundle.escaping import escape
 from kan_bundle.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -94,8 +95,10 @@ def _run(words: list[str]) -> int:
         return _print_result(result, report) or code
     except Ended:
         failure = ""
-    except (ExportError, BundleError, KanModelError) as error:
-        failure = str(error)
+    except ExportError as error:
+        failure = str(error)  # of several lines, where a library has printed some
+    except (BundleError, KanModelError) as error:
+        failure = escape(str(error))
     except OSError as error:
         where = error.filename or (arguments.file if plotting else arguments.output)
         flag = "-o" if plotting else "--output"
@@ -321,7 +324,7 @@ def _plot(arguments: argparse.Namespace, report: "Report") -> tuple[int, str]:
 
 def _print_result(result: str, report: "Report") -> int:
     try:
-        print(result, flush=True)
+        print(escape(result, keep="\n"), flush=True)
     except (OSError, ValueError) as error:  # a pipe that was closed, a full disk
         report.fail(f"the work is done, but stdout cannot be written: {error}")
         # The interpreter flushes stdout once more at its end, and would fail again.

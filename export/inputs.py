@@ -3,17 +3,21 @@
 This module knows no network: whether the shapes fit is found out by running it.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import InputError, cause
 from kan_bundle.manifest import DATATYPES, TensorSpec
+from kan_model.archives import find_directory
 
 DEFAULT_INPUT = "input"
 
@@ -29,6 +33,8 @@ Shapes = str | int | Sequence[str] | Sequence[int] | Mapping[str, Sequence[int] 
 Samples = str | Path | Sequence[str | Path] | NDArray[Any] | Mapping[str, NDArray[Any]]
 
 _LARGEST = 2**31  # elements of one row
+_MOST_ARRAYS = 1000  # in a file
+_MOST_INFLATED, _SLACK = 64, 2**26  # times the file's bytes, and so many bytes
 
 
 @dataclass(frozen=True)
@@ -177,12 +183,15 @@ def _read_file(text: str, what: str) -> Iterator[tuple[str | None, NDArray[Any]]
     name, place = split_name(text)
     try:
         with Path(place).open("rb") as file:
+            _require_modest(file, f"{what} {place!r}")
             content = np.load(file, allow_pickle=False)
             arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else None
     except OSError as error:
         raise InputError(
             f"{what} {place!r}: cannot be read: {error.strerror or error}; check the path"
         ) from error
+    except InputError:
+        raise
     except Exception as error:  # a damaged file makes the parser fail in any way there is
         remedy = "save it again"
         if place.lower().endswith((".csv", ".txt", ".tsv")):
@@ -195,6 +204,30 @@ def _read_file(text: str, what: str) -> Iterator[tuple[str | None, NDArray[Any]]
     else:
         for key, array in arrays.items():
             yield check_name(key), array
+
+
+def _require_modest(file: BufferedReader, where: str) -> None:
+    """Refuse an .npz file that inflates to far more than it is, or holds arrays without end.
+
+    Raises:
+        InputError: It does.
+        BadZipFile: It is damaged.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if file.peek(2)[:2] != b"PK":
+        return
+    find_directory(file, size)
+    entries = ZipFile(file).infolist()
+    claimed = sum(entry.file_size for entry in entries)
+    most = _MOST_INFLATED * size + _SLACK
+    if len(entries) > _MOST_ARRAYS or claimed > most:
+        raise InputError(
+            f"{where}: holds {len(entries):,} arrays of {claimed:,} bytes in a file of {size:,}, "
+            f"expected at most {_MOST_ARRAYS:,} arrays of {most:,}; save them with numpy.savez"
+        )
+    if any(entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for entry in entries):
+        raise InputError(f"{where}: is compressed in a way that numpy does not; use numpy.savez")
+    file.seek(0)
 
 
 def _join(

@@ -24,6 +24,7 @@ from export.network import Network
 from export.proof.parity import Measurement
 from export.quiet import own_stderr
 from export.wording import expected_sentence
+from kan_bundle.escaping import EscapingHook, escape
 from kan_bundle.manifest import LayerRecord, Manifest, Precision, PruningRecord
 from kan_bundle.scores import ExpectedRecord, TargetsRecord
 
@@ -53,6 +54,7 @@ class Report:
         self._console = console or Console(
             file=own_stderr(), highlight=False, force_interactive=sys.stderr.isatty()
         )
+        self._console.push_render_hook(EscapingHook())  # type: ignore[arg-type]
         if not self._console.is_terminal:
             self._console.width = _WIDTH_OF_A_LOG
         self._quiet = quiet
@@ -107,7 +109,8 @@ class Report:
         self._line(Text(f"  {line}"))
 
     def warn(self, line: str) -> None:
-        """Tell something the user should act on."""
+        """Tell something the user should act on, in one line."""
+        line = escape(line)
         self.warnings.append(line)
         if self._in_python and not self.strict:
             warnings.warn(line, stacklevel=3)

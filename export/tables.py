@@ -23,6 +23,7 @@ from export.wording import (
     score_words,
     size,
 )
+from kan_bundle.escaping import escape
 from kan_bundle.manifest import LayerRecord, Manifest, PruningRecord
 from kan_bundle.scores import ScoreRecord, TargetsRecord
 from kan_model.inspection import Inspection, LayerFacts
@@ -220,27 +221,29 @@ def inspection(
         targets: Scores of the checkpoint, if there are targets.
     """
     console = Console(file=io.StringIO(), highlight=False, soft_wrap=True, width=200)
-    console.print(
-        f"{printable(found.file)}: {found.format}, {found.size_bytes:,} bytes", markup=False
-    )
+
+    def say(line: str, before: str = "") -> None:
+        console.print(before + escape(line), markup=False)
+
+    say(f"{printable(found.file)}: {found.format}, {found.size_bytes:,} bytes")
     for kan in found.kans:
         at = f"prefix {kan.prefix!r}" if kan.prefix else "no prefix"
-        console.print(f"\n{kan.kind} with {at}: {kan.parameters:,} parameters", markup=False)
+        say(f"{kan.kind} with {at}: {kan.parameters:,} parameters", "\n")
         if kan.layers:
             console.print(_layer_table(kan.layers))
         kinds = (("WRONG", kan.faults), ("not in the file", kan.unknown), ("note", kan.doubts))
         for label, lines in kinds:
             for line in lines:
-                console.print(f"  {label}: {line}", markup=False)
+                say(f"  {label}: {line}")
     if found.other_tensors:
         names = listed(found.other_tensors, _MOST_LISTED)
-        console.print(f"\n{len(found.other_tensors)} other tensors: {names}", markup=False)
+        say(f"{len(found.other_tensors)} other tensors: {names}", "\n")
     if sparsity:
         console.print(_sparsity_table(sparsity))
         for line in (*_sparsity_notes(sparsity), *_score_notes(targets)):
-            console.print(f"  {line}", markup=False)
+            say(f"  {line}")
     verdict = "takes it" if found.refused is None else f"REFUSES it: {found.refused}"
-    console.print(f"\nexport {verdict}", markup=False)
+    say(f"export {verdict}", "\n")
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined,no-any-return]
 
 

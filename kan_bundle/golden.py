@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from kan_bundle.errors import IntegrityError
 from kan_bundle.manifest import DATATYPES, TensorSpec
 
-_LARGEST = 2**29  # bytes; what is compressed may grow a thousandfold
+_LARGEST = 2**29  # bytes; what is compressed may grow a thousandfold, but no answers do
+_MOST_INFLATED, _SLACK = 64, 2**26  # times the file's bytes, and so many bytes
+_MOST_ENTRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,13 @@ def read_golden(content: bytes, inputs: Sequence[TensorSpec]) -> Golden:
         IntegrityError: It is not such a file.
     """
     try:
+        if len(content) > _LARGEST or content.count(b"PK\1\2") > _MOST_ENTRIES:
+            raise ValueError(f"expected at most {_MOST_ENTRIES} arrays in {_LARGEST} bytes")
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             size = sum(entry.file_size for entry in archive.zip.infolist())
-            if size > _LARGEST:
-                raise ValueError(f"it holds {size} bytes, expected at most {_LARGEST}")
+            most = min(_LARGEST, _MOST_INFLATED * len(content) + _SLACK)
+            if size > most:
+                raise ValueError(f"it holds {size} bytes, expected at most {most}")
             arrays = tuple(archive[f"input_{i}"] for i in range(len(inputs)))
             golden = Golden(arrays, archive["outputs"], archive["tolerance"])
     except Exception as error:  # a damaged archive makes the parser fail in any way there is

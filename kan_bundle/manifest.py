@@ -26,7 +26,8 @@ READABLE_FORMATS = (1, 2)
 """Versions that are read. Format 1 has no rules for the values of inputs."""
 
 _STRICT = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
-_LARGEST = 16 * 2**20  # bytes; two numbers per input feature are the most of it
+_LARGEST = 8 * 2**20  # bytes; two numbers per input feature are the most of it
+_MOST_PARTS = 100_000  # objects and arrays in it; of what is in one of them, but for those numbers
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 _Count = Annotated[int, Field(ge=1)]
@@ -66,7 +67,7 @@ class TensorSpec:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
     datatype: Datatype
-    shape: Annotated[tuple[int, ...], Field(min_length=1)]
+    shape: Annotated[tuple[int, ...], Field(min_length=1, fail_fast=True)]
     allowed: tuple[int, int] | None = None
     rejects_nan: bool = False
 
@@ -115,8 +116,8 @@ class LayerRecord:
 class InputRange:
     """Ends of the first layer's grid, per input feature, where the splines were trained."""
 
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    low: Annotated[tuple[float, ...], Field(fail_fast=True)]
+    high: Annotated[tuple[float, ...], Field(fail_fast=True)]
 
 
 @_STRICT
@@ -226,7 +227,7 @@ class PruningRecord:
 
     threshold: Annotated[float, Field(ge=0, lt=1)]
     layers: tuple[PrunedLayer, ...]
-    nodes_removed: tuple[int, ...] | None
+    nodes_removed: Annotated[tuple[int, ...], Field(fail_fast=True)] | None
     change: ChangeRecord
 
     @property
@@ -298,7 +299,7 @@ class Manifest:
     pruning: PruningRecord | None = None
     approximation: ChangeRecord | None = None
     activation_assumed: bool = False
-    lossy_operators: tuple[str, ...] = ()
+    lossy_operators: Annotated[tuple[str, ...], Field(fail_fast=True)] = ()
     torchscript_omitted: str | None = None
     expected: ExpectedRecord | None = None
     targets: tuple[TargetsRecord, ...] = ()
@@ -368,7 +369,11 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
             "the file was changed after export; copy it or export again"
         )
     try:
+        if raw.count(b"{") + raw.count(b"[") > _MOST_PARTS or raw.count(b":") > _MOST_PARTS:
+            raise ValueError(f"expected at most {_MOST_PARTS:,} values")
         content = json.loads(raw)
+        if not isinstance(content, dict):
+            raise ValueError("expected an object")
         del content["digest"]
         if content.get("format") not in READABLE_FORMATS:
             raise ManifestError(

@@ -21,7 +21,7 @@ class ExpectedRecord:
         size: Largest magnitude of an expected answer.
     """
 
-    outputs: Annotated[tuple[str, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[str, ...], Field(min_length=1, fail_fast=True)]
     rows: _Count
     largest: Annotated[float, Field(ge=0)]
     size: Annotated[float, Field(ge=0)]

@@ -8,7 +8,6 @@ This module never unpickles objects, unless it is told to trust the file: `torch
 import os
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,10 +23,18 @@ from torch import Tensor, nn
 
 from kan_model import pickles
 from kan_model.activations import named_in_file
+from kan_model.archives import (
+    LARGEST_PICKLE,
+    UnreadableArchive,
+    check_safetensors,
+    read_archive,
+)
 from kan_model.canonical import canonical_state
 from kan_model.contents import explain_no_tensors, find_modules, find_states, refuse_nested
 from kan_model.errors import ActivationError, CheckpointError
 from kan_model.model import KAN
+from kan_model.pickle_calls import TorchRefuses
+from kan_model.pickle_scan import Findings, scan_archive, scan_legacy
 from kan_model.stacks import (
     RESAVE,
     Stack,
@@ -35,15 +42,13 @@ from kan_model.stacks import (
     choose_stack,
     clean_name,
     listed,
-    printable,
     with_dot,
 )
 from kan_model.state_dict import build_network
 
 Format = Literal["torch", "safetensors"]
 
-_OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j"  # its magic number, pickled
-_SHOULD_BE = re.compile(r"Can only (?P<opcode>SETITEMS?|append|extend).*<stand-in (?P<name>[^>]*)>")
+_OLD_FORMAT = re.compile(rb"\x80[\x02\x03]\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.")  # its magic number
 _MAPPED = 2**28  # bytes; larger files are mapped into memory, not copied
 _TRUST = (
     "if you trust whoever made the file as you trust a program, --trust-pickle opens it and runs "
@@ -79,10 +84,7 @@ class Checkpoint:
     @cached_property
     def canonical_states(self) -> tuple[StateDict, ...]:
         """Its state dicts with the names and shapes that efficient-KAN gives its layers."""
-        return tuple(
-            canonical_state(state, lambda name, tensor: check_storage(name, tensor, self.size))
-            for state in self.states
-        )
+        return tuple(canonical_state(state, _Total(self.size).add) for state in self.states)
 
     def find_module(self, prefix: str | None = None) -> nn.Module | None:
         """Find the module that was made by the file's own code.
@@ -118,9 +120,10 @@ class Checkpoint:
         Raises:
             CheckpointError: Names the tensor.
         """
+        total = _Total(self.size)
         for layer in stack.layers.values():
             for name, tensor in layer.tensors.items():
-                check_storage(layer.stem + name, tensor, self.size)
+                total.add(layer.stem + name, tensor)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -183,6 +186,37 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
     return Checkpoint(path, size, "torch", states, find_modules(content))
 
 
+class _Total:
+    """Bytes that tensors claim together.
+
+    Args:
+        file_size: Bytes of the file.
+    """
+
+    def __init__(self, file_size: int) -> None:
+        self._file_size = file_size
+        self._claimed = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor that can be worked with.
+
+        Raises:
+            CheckpointError: As `check_storage`; or all of them claim more than the file can hold.
+        """
+        check_storage(name, tensor, self._file_size)
+        self._claimed += tensor.numel() * tensor.element_size()
+        if self._claimed > _most_claimed(self._file_size):
+            raise CheckpointError(
+                f"{listed([name])}: tensors up to this one claim {self._claimed} bytes, the file "
+                f"has {self._file_size}; {RESAVE}"
+            )
+
+
+def _most_claimed(file_size: int) -> int:
+    """Bytes that tensors of a file may have: one row of knots may stand for many."""
+    return 4 * file_size + 2**24
+
+
 def check_storage(name: str, tensor: Tensor, file_size: int) -> None:
     """Refuse a tensor that cannot be worked with, before anything looks at its shape or values.
 
@@ -200,7 +234,7 @@ def check_storage(name: str, tensor: Tensor, file_size: int) -> None:
             raise CheckpointError(f"{where}: expected a dense tensor, found a {kind} one")
     # A stride of zero lets a file of a few bytes claim any size.
     claimed = tensor.numel() * tensor.element_size()
-    if claimed > 64 * file_size + 2**26:
+    if claimed > _most_claimed(file_size):
         raise CheckpointError(
             f"{where}: shape {tuple(tensor.shape)} is {claimed} bytes, the file has {file_size}; "
             f"{RESAVE}"
@@ -237,6 +271,10 @@ def _measure(path: Path) -> tuple[int, bytes]:
 
 def _read_safetensors(path: Path) -> StateDict:
     try:
+        check_safetensors(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             told = file.metadata() or {}
@@ -258,51 +296,39 @@ def _read_safetensors(path: Path) -> StateDict:
 def _unpickle_inert(path: Path, size: int, head: bytes) -> Any:
     """Load a file of torch.save's with stand-ins for every class it names."""
     foreign: set[str] = set()
-    if head[:2] == b"PK":
-        _check_archive(path, size)
-        with suppress(Exception):  # a damaged file; the next step says so
-            foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    mappings: set[str] = set()
-    lists: set[str] = set()
-    while True:
-        allowed = pickles.stand_ins(foreign, mappings, lists)
-        try:
-            with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
-                warnings.simplefilter("ignore")  # the message below is the one that helps
-                mapped = size > _MAPPED and head[:2] == b"PK"
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickles.RefusedCall as error:
-            raise CheckpointError(
-                f"{path}: calls {error} when it is loaded, so it is not opened; {RESAVE}; {_TRUST}"
-            ) from error
-        except UnpicklingError as error:
-            # torch fills dicts and lists alone; it names the stand-in that should be one.
-            match = _SHOULD_BE.search(str(error))
-            kind = (mappings if match["opcode"].startswith("SET") else lists) if match else None
-            if match is None or kind is None or match["name"] in kind:
-                raise CheckpointError(f"{path}: {_explain_pickle(path, head, foreign)}") from error
-            kind.add(match["name"])
-        except Exception as error:  # damaged files make the parser fail in any way there is
-            raise CheckpointError(f"{path}: {_explain_unreadable(path, head)}") from error
-
-
-def _check_archive(path: Path, size: int) -> None:
-    """Compare an archive with its checksums, which torch does not, and what it claims to hold."""
+    findings = Findings()
     try:
-        with ZipFile(path) as archive:
-            claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > 64 * size + 2**26:
-                raise CheckpointError(
-                    f"{path}: is {size} bytes and claims to hold {claimed}; {RESAVE}"
-                )
-            damaged = archive.testzip()
-    except (BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, zlib.error):
-        return  # torch says more about an archive that is none
-    if damaged is not None:
+        if head[:2] == b"PK":
+            archive = read_archive(path, size)
+            with suppress(Exception):  # an opcode that torch refuses; it says so below
+                foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            findings = scan_archive(archive, foreign, size)
+            del archive
+        elif _OLD_FORMAT.match(head):
+            with path.open("rb") as file:
+                scan_legacy(file.read(LARGEST_PICKLE), size)
+        else:
+            raise CheckpointError(_explain_pickle(path, head, foreign))
+    except UnreadableArchive as error:
+        raise CheckpointError(f"{path}: {_explain_unreadable(path, head)}") from error
+    except TorchRefuses as error:
+        raise CheckpointError(f"{path}: {_explain_pickle(path, head, foreign)}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    allowed = pickles.stand_ins(foreign, findings.mappings, findings.lists)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+            warnings.simplefilter("ignore")  # the message below is the one that helps
+            mapped = size > _MAPPED and head[:2] == b"PK"
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickles.RefusedCall as error:
         raise CheckpointError(
-            f"{path}: {printable(damaged)} does not agree with its checksum: the file is damaged, "
-            "or was saved with set_crc32_options(False); copy it again or save it anew"
-        )
+            f"{path}: calls {error} when it is loaded, so it is not opened; {RESAVE}; {_TRUST}"
+        ) from error
+    except UnpicklingError as error:
+        raise CheckpointError(f"{path}: {_explain_pickle(path, head, foreign)}") from error
+    except Exception as error:  # damaged files make the parser fail in any way there is
+        raise CheckpointError(f"{path}: {_explain_unreadable(path, head)}") from error
 
 
 def _unpickle_trusted(path: Path) -> Any:
@@ -325,7 +351,7 @@ def _explain_pickle(path: Path, head: bytes, foreign: set[str]) -> str:
             f"holds pickled objects ({listed(sorted(foreign))}) that cannot be read without "
             f"running code, so it is not opened; {RESAVE}; {_TRUST}"
         )
-    if head.startswith(_OLD_FORMAT):
+    if _OLD_FORMAT.match(head):
         return (
             "holds more than tensors in torch's format from before 1.6, so it is not opened; "
             f"{RESAVE}"

@@ -11,28 +11,36 @@ from torch import Tensor, nn
 from kan_model import pickles
 from kan_model.activations import as_module
 from kan_model.adoption import read_attribute
+from kan_model.archives import LONGEST_NAME, MOST_NAMES
 from kan_model.errors import CheckpointError
 from kan_model.folding import is_foldable_hook
 from kan_model.stacks import RESAVE, StateDict, clean_name, listed
 
 _DEEPEST = 100  # dicts within dicts
+_HOLDERS = (pickles.Record, nn.Module, dict, list, tuple)
 
 
 def find_states(content: Any) -> Iterator[StateDict]:
     """Find every state dict in what a file holds, from the outside in, each object once.
 
     Raises:
-        CheckpointError: A pickled module has no end.
+        CheckpointError: There are more tensors or modules, or longer names, than a file may have.
     """
     seen: set[int] = set()
-    open_ends: list[tuple[Any, str, int]] = [(content, "", 0)]
+    names = 0
+    # A place is written only when it is looked at: many may lie behind one long key.
+    open_ends: list[tuple[Any, str, str | int, int]] = [(content, "", "", 0)]
     while open_ends:
-        value, place, depth = open_ends.pop()
+        value, around, key, depth = open_ends.pop()
         if id(value) in seen or depth > _DEEPEST:
             continue
+        place = f"{around}{key}." if depth else ""
+        _require_short(place)
         inside: list[tuple[object, Any]] = []
         if pickles.is_module(value):
-            yield _state_of_record(value, place)
+            found = pickles.walk(value, MOST_NAMES - names)
+            names += pickles.count_entries(found)
+            yield _state_of_record(value, found, place)
         elif isinstance(value, nn.Module):  # only where the pickle was trusted
             yield _state_of_module(value, place)
         elif isinstance(value, pickles.Record):
@@ -45,6 +53,14 @@ def find_states(content: Any) -> Iterator[StateDict]:
                 for key, tensor in inside
                 if isinstance(key, str) and isinstance(tensor, Tensor)
             }
+            for name in tensors:
+                _require_short(place + name)
+            names += len(tensors)
+            if names > MOST_NAMES:
+                raise CheckpointError(
+                    f"holds more than {MOST_NAMES:,} tensors; save only the network's own state "
+                    "dict"
+                )
             if tensors:
                 yield StateDict(place, tensors)
         elif isinstance(value, list | tuple):
@@ -53,10 +69,18 @@ def find_states(content: Any) -> Iterator[StateDict]:
             continue
         seen.add(id(value))
         open_ends += [
-            (part, f"{place}{key}.", depth + 1)
-            for key, part in reversed(inside)
-            if isinstance(key, str | int)
+            (part, place, inner, depth + 1)
+            for inner, part in reversed(inside)
+            if isinstance(inner, str | int) and isinstance(part, _HOLDERS)
         ]
+
+
+def _require_short(name: str) -> None:
+    if len(name) > LONGEST_NAME:
+        raise CheckpointError(
+            f"{listed([name])}: is a name of {len(name):,} characters, expected at most "
+            f"{LONGEST_NAME:,}; {RESAVE}"
+        )
 
 
 def refuse_nested(states: Sequence[StateDict]) -> None:
@@ -90,12 +114,15 @@ def find_modules(content: Any) -> dict[str, nn.Module]:
     }
 
 
-def _state_of_record(record: pickles.Record, place: str) -> StateDict:
+def _state_of_record(record: pickles.Record, found: pickles.Modules, place: str) -> StateDict:
+    tensors = pickles.tensors_of(record)
+    for name in tensors:
+        _require_short(place + name)
     return StateDict(
         place,
-        {clean_name(key): Tensor.detach(t) for key, t in pickles.tensors_of(record).items()},
-        {clean_name(name): found for name, found in pickles.activations_of(record).items()},
-        {name: module.class_name for name, module in pickles.walk(record)},
+        {clean_name(key): Tensor.detach(tensor) for key, tensor in tensors.items()},
+        {clean_name(name): value for name, value in pickles.activations_of(record).items()},
+        {name: module.class_name for name, module in found},
         pickles.oddities(record),
     )
 

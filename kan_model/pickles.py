@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kan_model.archives import LONGEST_NAME, MOST_NAMES
 from kan_model.errors import CheckpointError
 from kan_model.folding import is_foldable_hook, plain_name
 
@@ -32,8 +33,9 @@ _RUNS_CODE = (
     *("torch.hub", "torch.jit", "torch.load", "torch.serialization"),
     *("torch.utils.cpp_extension", "types", "urllib", "webbrowser"),
 )
-_MOST_MODULES = 100_000
 _DEEPEST = 100
+_KINDS = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks")
+_MOST_SHOWN = 6
 _LAYER_CHILDREN = {"base_activation"}
 _OVERRIDES = ("forward", "b_splines", "scaled_spline_weight")
 
@@ -119,21 +121,36 @@ def is_layer(record: Record) -> bool:
     return {"base_weight", "spline_weight"} <= own
 
 
-def walk(root: Record) -> list[tuple[str, Record]]:
+Modules = list[tuple[str, Record]]
+"""Modules with their qualified names."""
+
+
+def count_entries(modules: Modules) -> int:
+    """Count modules, and what is registered in each as often as it is."""
+    return sum(1 + sum(len(_entries(record, kind)) for kind in _KINDS) for _, record in modules)
+
+
+def walk(root: Record, most: int = MOST_NAMES) -> Modules:
     """List a module and those inside it, each with its qualified name.
+
+    Args:
+        root: The module.
+        most: Modules, parameters and buffers that it may have.
 
     Raises:
         CheckpointError: A module holds something that is none, or there is no end of them.
     """
-    found: list[tuple[str, Record]] = []
+    found: Modules = []
+    entries = 0
     open_ends = [("", root, 0)]
     while open_ends:
         name, record, depth = open_ends.pop()
         found.append((name, record))
-        if len(found) > _MOST_MODULES or depth > _DEEPEST:
+        entries += count_entries(found[-1:])
+        if entries > most or depth > _DEEPEST or len(name) > LONGEST_NAME:
             raise CheckpointError(
-                f"the pickled module has more than {_MOST_MODULES} modules inside, or "
-                f"{_DEEPEST} within each other"
+                f"the pickled module has more than {MOST_NAMES} modules inside, {_DEEPEST} within "
+                f"each other, or names of more than {LONGEST_NAME} characters"
             )
         for key, child in reversed(_entries(record, "_modules")):
             inner = f"{name}.{key}" if name else str(key)
@@ -149,7 +166,10 @@ def tensors_of(root: Record) -> dict[str, Tensor]:
     found = {}
     for name, module in walk(root):
         # A state dict holds no such buffers; but a grid is needed wherever it is.
-        left_out = set(module.state.get("_non_persistent_buffers_set", ())) - {"grid"}
+        hidden = module.state.get("_non_persistent_buffers_set")
+        left_out = set()
+        if isinstance(hidden, set):
+            left_out = {key for key, _ in _entries(module, "_buffers") if key in hidden} - {"grid"}
         if module.state.get("enable_standalone_scale_spline") is False:
             left_out.add("spline_scaler")  # its forward does not look at it
         for kind in ("_parameters", "_buffers"):
@@ -200,7 +220,8 @@ def oddities(root: Record) -> dict[str, str]:
         elif (is_layer(module) or module.class_name.rpartition(".")[2] == "KAN") and (
             extra := sorted(map(str, children - expected))
         ):
-            found[name] = f"more than its layers ({', '.join(extra)})"
+            more = f" and {len(extra) - _MOST_SHOWN} more" if len(extra) > _MOST_SHOWN else ""
+            found[name] = f"more than its layers ({', '.join(extra[:_MOST_SHOWN])}{more})"
     return found
 
 

@@ -41,6 +41,8 @@ _WRAPPED = re.compile(
 _TRANSPARENT = ("torch.nn.parallel.", "torch.optim.swa_utils.")
 _BOOKKEEPING = ("n_averaged",)  # torch's AveragedModel counts its updates
 _LONGEST_SHOWN = 120
+_MOST_LAYERS = 2_000
+_MOST_COMPARED = 5_000_000  # each KAN with all names
 _NOT_THE_NETWORKS = re.compile(r"optim|sched|scaler|ema|average|best|callback|rng", re.IGNORECASE)
 
 
@@ -124,7 +126,11 @@ def is_bookkeeping(name: str) -> bool:
 
 
 def find_stacks(state: StateDict) -> list[Stack]:
-    """Find every KAN, and every KANLinear that is in none, by prefix."""
+    """Find every KAN, and every KANLinear that is in none, by prefix.
+
+    Raises:
+        CheckpointError: There are more than anybody has.
+    """
     by_stem: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.tensors.items():
         if match := _KEY.fullmatch(key):
@@ -143,6 +149,13 @@ def find_stacks(state: StateDict) -> list[Stack]:
         if any("spline_weight" in layer.tensors for layer in layers.values())
     ]
     found += [(stem, {0: layer}, True) for stem, layer in lone.items()]
+    names = len(state.tensors) + len(state.classes)
+    layers = sum(len(layers) for _, layers, _ in found)
+    if len(found) * names > _MOST_COMPARED or layers > _MOST_LAYERS:
+        raise CheckpointError(
+            f"holds {len(found):,} KANs with {layers:,} layers among {names:,} tensors and "
+            f"modules, expected at most {_MOST_LAYERS:,} layers; save only the KAN's own state dict"
+        )
     known = {
         layer.stem + name
         for _, layers, _ in found

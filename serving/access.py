@@ -137,9 +137,9 @@ def _read(file: Path) -> _Rules:
             return _Rules.model_validate(tomllib.load(content))
     except OSError as error:
         raise StartupError(f"--access {file}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StartupError(f"--access {file}: expected TOML: {error}") from error
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in fault["loc"])
         raise StartupError(f"--access {file}: {place}: {fault['msg']}") from error
+    except (ValueError, RecursionError) as error:  # tomllib's own, and Python's
+        raise StartupError(f"--access {file}: expected TOML: {error}") from error

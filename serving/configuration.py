@@ -59,7 +59,7 @@ class ConfigFile(PydanticBaseSettingsSource):
                 values = tomllib.load(file)
         except OSError as error:
             raise SettingsError(f"--config {path}: cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # tomllib's own, and Python's
             raise SettingsError(f"--config {path}: expected TOML: {error}") from error
         for name in _NOT_IN_A_FILE:
             if name in values:
@@ -102,6 +102,8 @@ def read_settings(kind: type[AnySettings], argv: Sequence[str]) -> AnySettings:
             where = _given(_source(field, argv))
             faults.append(f"{_both_names(field)}{place}, {where}: {text}")
         raise WrongSetting("; ".join(faults)) from error
+    except RecursionError as error:  # of a value that is read as JSON
+        raise WrongSetting("a setting has values within values without end") from error
     except SettingsError as error:
         text = str(error)
         if text.startswith(_OF_FLAGS):

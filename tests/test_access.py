@@ -164,6 +164,8 @@ def test_refusals_are_counted(repository: Path, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[inference", "expected TOML"),
+        ("a = " + "[" * 9999, "expected TOML"),
+        ("a = " + "9" * 9999, "expected TOML"),
         ("[reader]", "reader: Extra inputs are not permitted"),
         ('[inference]\ntokens_sha256 = ["secret"]', "inference.tokens_sha256.0: String should"),
         ("[inference]\ntoken = 1", "inference.token: Extra inputs"),

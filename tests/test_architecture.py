@@ -35,6 +35,7 @@ NEVER = {
 # What the client may have, beside Python's own: it works where the server's dependencies are not.
 CLIENT = {
     *("google", "grpc", "grpc_health", "matplotlib", "numpy", "protos", "rich", "serving", "shtab"),
+    "kan_bundle",  # of which one module imports nothing
 }
 
 
@@ -91,11 +92,13 @@ def test_the_client_and_the_server_know_nothing_of_each_other() -> None:
         assert of_client == (ours if file in client else set()), file
         if file in client:
             assert imports(file) <= CLIENT | sys.stdlib_module_names, file
+            of_bundles = {m for m in modules(file) if m.startswith("kan_bundle.")}
+            assert all(m.startswith("kan_bundle.escaping.") for m in of_bundles), file
 
 
 def test_the_client_imports_no_runtime_and_nothing_of_the_servers_dependencies() -> None:
     absent = {"torch", "onnx", "onnxruntime", "pydantic", "pydantic_settings", "structlog"}
-    absent |= {"prometheus_client", "kan_bundle", "kan_ops", "rich", "matplotlib"}
+    absent |= {"prometheus_client", "kan_bundle.layout", "kan_ops", "rich", "matplotlib"}
     script = (
         "import sys, serving.client, serving.client.__main__, serving.client.commands;"
         f"sys.exit(' '.join({absent!r} & set(sys.modules)) or 0)"

@@ -88,6 +88,9 @@ def test_a_flag_changes_one_limit_of_a_model_and_keeps_the_others(file: Path) ->
                      id="nested"),
         pytest.param("grpc_port =", "FILE: expected TOML", id="no TOML"),
         pytest.param("\xe9", "FILE: expected TOML", id="no text"),
+        pytest.param("a = " + "[" * 9999, "FILE: expected TOML", id="nested without end"),
+        pytest.param("a = " + "{a=" * 9999, "FILE: expected TOML", id="tables without end"),
+        pytest.param("a = " + "9" * 9999, "FILE: expected TOML", id="digits without end"),
         pytest.param('config = "other"', "FILE: config cannot be set in a file", id="config"),
         pytest.param('load_models = ["a"]', "--load-models needs --model-control explicit; with "
                      "none every model", id="no use"),

@@ -1,6 +1,7 @@
 """Which versions are served, with folders of real names and models that only pretend."""
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -231,3 +232,54 @@ def test_nothing_holds_on_to_a_version_that_was_replaced(kept: Kept) -> None:
     keeper.refresh()
     gc.collect()
     assert old() is None
+
+
+def test_ten_thousand_bogus_versions_cost_no_more_than_a_few(kept: Kept) -> None:
+    """Of 300 in a row, what is known is as much as of 40, and each is looked into once."""
+    tried: list[int] = []
+    kept.while_loading = lambda: tried.append(1)
+    for version in range(1, 301):
+        kept.write(version, "bad")
+    kept.write(301, "good")
+    keeper = kept.keeper("all")
+    keeper.refresh()
+    assert len(tried) == 301
+    keeper.refresh()
+    assert len(tried) == 301
+    assert kept.states() == {301: "READY"} | dict.fromkeys(range(269, 301), "UNAVAILABLE")
+    assert kept.repository.failed == 300
+    assert len(kept.logged("model_refused")) == 300
+    with pytest.raises(ModelNotFound, match="has no version '1'; it serves 301"):
+        kept.repository.find("m", "1")
+    kept.write(1, "mended")
+    keeper.refresh()
+    assert len(tried) == 302
+    assert kept.answers("1") == "mended"
+    assert kept.repository.failed == 299
+
+
+def test_bogus_models_are_known_up_to_a_number_of_them(kept: Kept) -> None:
+    for i in range(200):
+        kept.write(1, "bad", f"n{i}")
+    kept.write(1, "good", "z")
+    keeper = kept.keeper("latest:1")
+    keeper.refresh()
+    assert len(kept.repository.models) == 129
+    assert kept.repository.models["z"][1].state == "READY"
+    assert kept.repository.failed == 200
+    kept.write(1, "mended", "n99")
+    keeper.refresh()
+    assert kept.repository.models["n99"][1].state == "READY"
+    assert len(kept.repository.models) in (129, 130)
+
+
+def test_a_bogus_model_that_is_gone_is_no_longer_counted(kept: Kept) -> None:
+    for i in range(150):
+        kept.write(1, "bad", f"n{i:03}")
+    keeper = kept.keeper("latest:1")
+    keeper.refresh()
+    for i in range(150):
+        shutil.rmtree(kept.root / f"n{i:03}")
+    keeper.refresh()
+    assert not kept.repository.models
+    assert kept.repository.failed == 0

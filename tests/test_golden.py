@@ -76,6 +76,17 @@ def test_other_files_are_refused(content: bytes) -> None:
         read_golden(content, TWO)
 
 
+def test_what_inflates_without_end_is_refused(tmp_path: Path) -> None:
+    zeros = np.zeros((2**20, 10))
+    np.savez_compressed(tmp_path / "golden.npz", input_0=zeros, outputs=zeros, tolerance=zeros)
+    with pytest.raises(IntegrityError, match=r"it holds 2516\d+ bytes, expected at most"):
+        read_golden((tmp_path / "golden.npz").read_bytes(), TWO)
+    many = {f"x{i}": np.zeros(1) for i in range(1001)}
+    np.savez(tmp_path / "golden.npz", **many)  # type: ignore[arg-type]
+    with pytest.raises(IntegrityError, match="expected at most 1000 arrays"):
+        read_golden((tmp_path / "golden.npz").read_bytes(), TWO)
+
+
 @pytest.mark.parametrize(
     ("inputs", "outputs"),
     [

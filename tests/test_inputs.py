@@ -114,6 +114,18 @@ def test_samples_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes)
         read_inputs(None, tmp_path / "none.npy")
 
 
+def test_samples_that_inflate_without_end_are_refused(tmp_path: Path) -> None:
+    zeros = np.zeros((2**24, 8), np.uint8)
+    np.savez_compressed(tmp_path / "x.npz", x=zeros)
+    with pytest.raises(InputError, match=r"holds 1 arrays of 134,217,\d+ bytes in a file of 130,"):
+        read_inputs(None, tmp_path / "x.npz")
+    np.savez_compressed(tmp_path / "x.npz", x=zeros[: 2**22])
+    assert read_inputs(None, tmp_path / "x.npz") is not None
+    np.savez(tmp_path / "x.npz", **{f"x{i}": zeros[:1] for i in range(1001)})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="holds 1,001 arrays"):
+        read_inputs(None, tmp_path / "x.npz")
+
+
 def test_a_table_in_words_is_told_how_to_become_an_array(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("1,2\n3,4\n")
     with pytest.raises(InputError, match=r"x\.csv': is not an array .*numpy\.loadtxt"):

@@ -23,6 +23,7 @@ FORMAT = 1
 
 _EDGES = 2_400_000  # bytes of all edges before base64, which makes them a third more
 _INPUTS = 700_000  # bytes of all knots and what is told of inputs
+_MOST_PARTS = 200_000  # of JSON; numbers are packed
 _BLOCK = re.compile(
     rb'<script type="application/json" id="data">(.*?)</script>', re.DOTALL | re.IGNORECASE
 )
@@ -116,7 +117,10 @@ def read_embedded(page: bytes) -> tuple[list[LayerCurves], bool]:
     if found is None:
         raise ValueError("expected a report of an export, found no curves in it")
     try:
-        content = json.loads(found.group(1))
+        written = found.group(1)
+        if written.count(b",") + written.count(b"{") + written.count(b"[") > _MOST_PARTS:
+            raise ValueError(f"expected at most {_MOST_PARTS:,} values")
+        content = json.loads(written)
     except (ValueError, RecursionError) as error:
         raise _damaged(error) from error
     known = content.get("format") if isinstance(content, dict) else None
@@ -132,7 +136,7 @@ def read_embedded(page: bytes) -> tuple[list[LayerCurves], bool]:
                 all(a.out_features == b.in_features for a, b in pairwise(layers)),
                 "each layer's outputs are the next one's inputs",
             )
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise _damaged(error) from error
     return layers, chain
 

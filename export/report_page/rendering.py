@@ -44,6 +44,7 @@ from export.wording import (
     seconds,
     size,
 )
+from kan_bundle.escaping import escape
 from kan_bundle.layout import MODEL_FILE, WEIGHTS_FILE
 from kan_bundle.manifest import Manifest, PruningRecord
 from kan_model import KANLinear
@@ -234,7 +235,11 @@ def _describe_variant(manifest: Manifest) -> dict[str, object]:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: escape(value, keep="\n") if type(value) is str else value,
     )
     environment.filters |= {
         "percent": percent,

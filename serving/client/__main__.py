@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from kan_bundle.escaping import escape
 from serving.client import flags
 
 _EXAMPLES = """\
@@ -92,7 +93,7 @@ def _of_file(error: OSError) -> str:
 
 
 def _fail(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {escape(line)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from kan_bundle.escaping import EscapingHook, escape
 from serving.client import bench as benching
 from serving.client import files
 from serving.client.channel import connection_to
@@ -62,7 +63,7 @@ def models(arguments: Namespace) -> None:
             versions = client.models()
         found = [_described(client, one) for one in versions]
     if arguments.json:
-        print(json.dumps(found), flush=True)
+        print(escape(json.dumps(found)), flush=True)
         return
     table = _table("model", "version", "state", "inputs", "outputs", "reason")
     for one in found:
@@ -195,7 +196,8 @@ def _console(*, stderr: bool = False) -> "Console":
     require("rich")
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console.push_render_hook(EscapingHook())  # type: ignore[arg-type]  # names are the server's
     if not console.is_terminal:
         console.width = _LOG_WIDTH
     return console

@@ -14,6 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc as pb_grpc
 
+from kan_bundle.escaping import escape
 from serving.client.channel import SERVICE, Connection, connection_to, each_of
 from serving.client.errors import ClientError, Refused, Unavailable
 from serving.client.flags import reached_by
@@ -54,7 +55,7 @@ def _print_status(answer: Any, place: Connection, arguments: Namespace) -> bool:
     try:
         status = answer.result().status
     except grpc.RpcError as error:
-        print(f"error: {_described(error, place, arguments)}", file=sys.stderr)
+        print(f"error: {escape(str(_described(error, place, arguments)))}", file=sys.stderr)
         return False
     names = {value: name for name, value in pb.HealthCheckResponse.ServingStatus.items()}
     print(f"{place.where} {names.get(status, status)}")  # of a newer protocol, a number

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -38,6 +39,7 @@ class Refusal:
 Outcome = LoadedModel | Refusal
 _Stamp = tuple[tuple[str, int, int, int], ...]
 
+_MOST_FILES = 100  # of a version, which has about ten
 _OTHER_POLICY = "start the server with --version-policy all"
 
 _log = structlog.get_logger()
@@ -68,7 +70,7 @@ class Keeper:
         self._load = load
         self._on_change = on_change
         self._lock = threading.Lock()
-        self._tried: dict[BundleFolder, tuple[_Stamp, Outcome]] = {}
+        self._tried: dict[str, dict[int, tuple[_Stamp, Outcome]]] = {}  # by name and version
         self._skipped: set[Path] = set()
 
     def refresh(self, names: Collection[str] | None = None) -> None:
@@ -87,11 +89,17 @@ class Keeper:
             for folder in find_bundles(self._root, self._skip):
                 found.setdefault(folder.name, []).append(folder)
             if names is None:
-                names = {*found, *self._repository.models}
+                names = {*found, *self._repository.models, *self._tried}
             for name in sorted(names):
-                if name not in found and name not in self._repository.models:
+                known = name in self._repository.models or name in self._tried
+                if name not in found and not known:
                     raise ModelNotFound(f"there is no model {name[:128]!r} in the repository")
                 self._refresh(name, found.get(name, []))
+            self._repository.failed = sum(
+                isinstance(outcome, Refusal)
+                for tried in self._tried.values()
+                for _, outcome in tried.values()
+            )
 
     def load(self, name: str) -> None:
         """Serve what lies in a model's folder now, because a client asks for it.
@@ -124,25 +132,26 @@ class Keeper:
                 raise ModelNotFound(f"there is no model {name[:128]!r}")
             unloaded = Version(None, "it was unloaded", "have it loaded again")
             self._publish(name, dict.fromkeys(versions, unloaded))
-            self._tried = {f: tried for f, tried in self._tried.items() if f.name != name}
+            self._tried.pop(name, None)
 
     def refused(self, name: str) -> dict[int, str]:
         """List the versions of a model that have failed, with what clients are told of it."""
         with self._lock:
             return {
-                folder.version: outcome.public
-                for folder, (_, outcome) in self._tried.items()
-                if folder.name == name and isinstance(outcome, Refusal)
+                version: outcome.public
+                for version, (_, outcome) in self._tried.get(name, {}).items()
+                if isinstance(outcome, Refusal)
             }
 
     def _refresh(self, name: str, folders: list[BundleFolder]) -> None:
         """Bring one model to what the policy wants, and change over to it at once."""
         after: dict[int, Version] = {}
+        served = 0
         for folder in sorted(folders, reverse=True):
             number = folder.version
-            served = sum(version.model is not None for version in after.values())
             if self._policy.considers(number) and self._policy.wants_more(served):
                 after[number] = self._version(folder)
+                served += after[number].model is not None
             else:
                 after[number] = Version(
                     None, f"the version policy is {self._policy}", _OTHER_POLICY
@@ -154,12 +163,13 @@ class Keeper:
         versions = self._repository.models.get(folder.name, {})
         serving = versions[folder.version].model if folder.version in versions else None
         stamp = _stamp(folder.path)
-        if folder not in self._tried or self._tried[folder][0] != stamp:
+        tried = self._tried.setdefault(folder.name, {})
+        if folder.version not in tried or tried[folder.version][0] != stamp:
             loading = {**versions, folder.version: Version(serving, loading=True)}
             self._repository.replace(folder.name, loading)
-            self._tried[folder] = stamp, self._try(folder)
-            _log_outcome(folder, self._tried[folder][1])
-        outcome = self._tried[folder][1]
+            tried[folder.version] = stamp, self._try(folder)
+            _log_outcome(folder, tried[folder.version][1])
+        outcome = tried[folder.version][1]
         if isinstance(outcome, Refusal):
             return Version(serving, outcome.public)  # what served goes on
         return Version(outcome)
@@ -190,15 +200,13 @@ class Keeper:
             if version.model and (number not in after or after[number].model is None):
                 _log.info("model_unloaded", model=name, version=number)
         self._on_change()
-        self._tried = {
-            folder: tried
-            for folder, tried in self._tried.items()
-            if folder.name != name
-            or (
-                folder.version in after
-                and (isinstance(tried[1], Refusal) or after[folder.version].model)
-            )
+        kept = {
+            number: (stamp, outcome)
+            for number, (stamp, outcome) in self._tried.pop(name, {}).items()
+            if number in after and (isinstance(outcome, Refusal) or after[number].model)
         }
+        if kept:
+            self._tried[name] = kept
 
 
 @contextmanager
@@ -245,7 +253,7 @@ def _stamp(folder: Path) -> _Stamp:
     """Take what changes when any file of a folder does."""
     found = []
     with suppress(OSError):
-        for entry in os.scandir(folder):
+        for entry in islice(os.scandir(folder), _MOST_FILES):
             with suppress(OSError):
                 status = entry.stat()
                 found.append((entry.name, status.st_size, status.st_mtime_ns, status.st_ino))

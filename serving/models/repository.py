@@ -45,14 +45,29 @@ class Version:
 
 Versions = Mapping[int, Version]
 
+MOST_UNSERVED = 32
+"""Versions of a model that are known without being served, the newest of them."""
+
+MOST_IDLE_MODELS = 128
+"""Models that are known without any version of them being served."""
+
 
 class Repository:
-    """The models that are served. Safe to read from several threads."""
+    """The models that are served. Safe to read from several threads.
+
+    Folders that have never served anything cost no more than a line each in the log, however many
+    they are: only the newest of them are known here, and the rest are a number.
+
+    Attributes:
+        failed: Versions that have failed their checks, known here or not.
+    """
 
     def __init__(self) -> None:
         self._models: Mapping[str, Versions] = MappingProxyType({})
         self._newest: Mapping[str, LoadedModel] = MappingProxyType({})
         self._served: Sequence[LoadedModel] = ()
+        self._idle: set[str] = set()
+        self.failed = 0
 
     @property
     def models(self) -> Mapping[str, Versions]:
@@ -67,8 +82,19 @@ class Repository:
     def replace(self, name: str, versions: Versions) -> None:
         """Replace all that is known of a model at once; with no versions it is unknown.
 
-        Only one thread may do so at a time.
+        Of what is not served, the newest `MOST_UNSERVED` versions are kept, of the first
+        `MOST_IDLE_MODELS` models. Only one thread may do so at a time.
         """
+        unserved = [number for number, version in versions.items() if version.model is None]
+        if len(unserved) > MOST_UNSERVED:
+            left_out = set(sorted(unserved)[:-MOST_UNSERVED])
+            versions = {n: version for n, version in versions.items() if n not in left_out}
+        self._idle.discard(name)
+        is_idle = not any(version.model for version in versions.values())
+        if versions and is_idle and not self._keep_idle(name):
+            versions = {}
+        if not versions and name not in self._models:
+            return
         models, newest = dict(self._models), dict(self._newest)
         models.pop(name, None)
         newest.pop(name, None)
@@ -79,6 +105,12 @@ class Repository:
             newest[name] = served[max(served)]
         self._models, self._newest = MappingProxyType(models), MappingProxyType(newest)
         self._served = tuple(v.model for of in models.values() for v in of.values() if v.model)
+
+    def _keep_idle(self, name: str) -> bool:
+        """Note a model of which nothing is served, if there is room for it."""
+        if len(self._idle) < MOST_IDLE_MODELS:
+            self._idle.add(name)
+        return name in self._idle
 
     def find(self, name: str, version: str) -> LoadedModel:
         """Find the version that answers a request.

@@ -1,5 +1,6 @@
 """The log: one JSON object per event, one line each, on stderr."""
 
+import json
 import logging
 import sys
 import threading
@@ -7,6 +8,8 @@ from types import TracebackType
 from typing import Any
 
 import structlog
+
+from kan_bundle.escaping import escape
 
 
 def configure_logging(level: str, **always: Any) -> None:
@@ -37,7 +40,9 @@ def configure_logging(level: str, **always: Any) -> None:
                     # Without the values of local variables, which hold what clients send.
                     structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
                 ),
-                structlog.processors.JSONRenderer(),
+                structlog.processors.JSONRenderer(
+                    serializer=lambda event, **options: escape(json.dumps(event, **options))
+                ),
             ],
         )
     )

@@ -213,6 +213,12 @@ class ModelCollector(Collector):
             "1 for the state that a model version is in: READY, LOADING or UNAVAILABLE.",
             labels=["model", "version", "state", "reason"],
         )
+        failed = GaugeMetricFamily(
+            "kanserve_failed_versions",
+            "Versions in the repository that have failed their checks; kanserve_model_state has "
+            "the newest of them.",
+            value=self._repository.failed,
+        )
         waiting = GaugeMetricFamily(
             "kanserve_queue_rows", "Rows that wait to be run.", labels=["model"]
         )
@@ -253,4 +259,4 @@ class ModelCollector(Collector):
                     layers.add_metric([name, str(number), "standard"], standard)
                     for provider, count in version.model.engine.placement.items():
                         nodes.add_metric([name, str(number), provider], count)
-        yield from (layers, nodes, states, infos, parity, waiting, ready)
+        yield from (layers, nodes, states, failed, infos, parity, waiting, ready)
