@@ -18,7 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from protos import inference_pb2 as pb
 from serving import arrivals
-from serving.access import NOT_ALLOWED, UNKNOWN_CALLER, Access, Group
+from serving.access import NOT_ALLOWED, UNKNOWN_CALLER, Access, Group, certificate_names
 from serving.arrivals import Arrival, Arrivals, Refusals
 from serving.deadline import Deadline
 from serving.errors import Forbidden, NotOffered, Overloaded, Unauthenticated, VisibleError
@@ -43,7 +43,6 @@ _NOT_OFFERED = {  # of Triton's methods
 }
 _OPEN = ("ServerLive", "ServerReady")  # to everybody, as health is
 _AUTHORIZATION = "authorization"
-_NAMES = ("x509_common_name", "x509_subject_alternative_name")  # in a certificate
 _PROBE_THREADS = 2
 _READER_THREADS = 2
 _LARGE_BYTES = 2**17  # of a message that takes a millisecond to read, which is long for one thread
@@ -279,8 +278,8 @@ class RpcHandlers(grpc.GenericRpcHandler):
         if self._access is None:
             return
         found: Any = context.auth_context()  # lists of bytes by key, whatever its types say
-        names = {name.decode(errors="replace") for key in _NAMES for name in found.get(key, ())}
-        error = self._refusal(f"/{SERVICE}/{name}", context.invocation_metadata(), names)
+        metadata, names = context.invocation_metadata(), certificate_names(found)
+        error = self._refusal(f"/{SERVICE}/{name}", metadata, names)
         if error is not None:
             raise error
 
