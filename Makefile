@@ -155,14 +155,15 @@ audit: .venv-supply/installed
 $(VENV)/installed: pyproject.toml constraints.txt locks/dev.txt kan_ops/CMakeLists.txt $(CPP)
 	@echo "Installing into $(VENV), which takes minutes and says nothing."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes --requirement locks/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/dev.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	@$(BIN)/python -m kan_ops || true
 	touch $@
 
 $(VENV)/benchmarks: $(VENV)/installed locks/benchmarks.txt
-	$(BIN)/python -m pip install --quiet --require-hashes --requirement locks/benchmarks.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/benchmarks.txt
 	touch $@
 
 .venv-rival-%/installed: benchmarks/rivals/%.txt
