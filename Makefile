@@ -146,10 +146,11 @@ sbom: .venv-supply/installed $(VENV)/installed
 	.venv-supply/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
 	    --output-file build/sbom/environment.json $(VENV)
 
-# Known holes in the pinned versions, torch's too; asks the index for them.
+# Known holes in the pinned versions, torch's too; asks the index for them, and fails where it cannot
+# say of one.
 audit: .venv-supply/installed
 	for pins in constraints.txt constraints-cuda.txt; do \
-	    .venv-supply/bin/pip-audit --disable-pip --no-deps --requirement $$pins || exit; \
+	    .venv-supply/bin/pip-audit --strict --disable-pip --no-deps --requirement $$pins || exit; \
 	done
 
 $(VENV)/installed: pyproject.toml constraints.txt locks/dev.txt kan_ops/CMakeLists.txt $(CPP)
