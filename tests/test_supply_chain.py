@@ -133,7 +133,8 @@ def pin(folder: Path, answer: str) -> subprocess.CompletedProcess[str]:
     for path in ("Dockerfile", "deploy/compose.yaml"):
         if not (folder / Path(path).name).exists():
             shutil.copy(ROOT / path, folder)
-    command = ["sh", ROOT / "deploy/pin_images.sh", folder / "Dockerfile", folder / "compose.yaml"]
+    files = [ROOT / "deploy/pin_images.sh", folder / "Dockerfile", folder / "compose.yaml"]
+    command = ["sh", *map(str, files)]
     path_variable = f"{folder}:/usr/local/bin:/usr/bin:/bin"
     return subprocess.run(command, env={"PATH": path_variable}, capture_output=True, text=True)
 
