@@ -194,4 +194,4 @@ tests/node/node_modules/installed: tests/node/package.json tests/node/package-lo
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cuda $(OTHER_VENVS) $(OPTIONAL_CLIENTS) $(RIVALS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-cuda .venv-supply $(OTHER_VENVS) $(OPTIONAL_CLIENTS) $(RIVALS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
