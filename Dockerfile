@@ -1,10 +1,11 @@
 # Images of kanserve. `cpu` and `cuda` serve, `export` exports:
 #   docker build --target cpu --tag kanserve:cpu .
 #   docker run --read-only --cap-drop all -v ./models:/models:ro -p 8001:8001 kanserve:cpu
-# Each is the base image with one virtual environment in /opt/kanserve, of the versions that
-# constraints.txt pins. What built it (a compiler, pip and its cache) stays in stages of its own.
+# Each is the base image with one virtual environment in /opt/kanserve, of the files whose hashes are
+# in locks/ (`make lock`), which are of the versions that constraints.txt pins. What built it (a compiler, pip and its cache) stays in stages of its own.
 
-# CUDA comes with the environment, too, so every target has the same base.
+# CUDA comes with the environment, too, so every target has the same base. `make pin-images` pins it
+# by digest.
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 # The package as a wheel, with the operator's library in it.
@@ -15,10 +16,10 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
-COPY constraints.txt .
+COPY locks locks
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv tools \
-    && tools/bin/pip install --constraint constraints.txt cmake ninja scikit-build-core
+    && tools/bin/pip install --no-deps --require-hashes --requirement locks/build.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY export export
 COPY kan_bundle kan_bundle
@@ -33,27 +34,31 @@ RUN tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels .
 FROM wheel AS cpu-environment
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --without-pip /opt/kanserve \
-    && tools/bin/pip --python /opt/kanserve/bin/python install --constraint constraints.txt \
-        "$(echo wheels/*.whl)[cpu,otel]" cryptography \
+    && tools/bin/pip --python /opt/kanserve/bin/python install \
+        --no-deps --require-hashes --requirement locks/cpu.txt \
+    && tools/bin/pip --python /opt/kanserve/bin/python install --no-deps --no-index wheels/*.whl \
     && /opt/kanserve/bin/python -P -m kan_ops
 
 FROM wheel AS cuda-environment
-COPY constraints-cuda.txt .
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --without-pip /opt/kanserve \
     && tools/bin/pip --python /opt/kanserve/bin/python install \
-        --constraint constraints.txt --constraint constraints-cuda.txt \
-        "$(echo wheels/*.whl)[gpu,otel]" cryptography
+        --no-deps --require-hashes --requirement locks/cuda.txt \
+    && tools/bin/pip --python /opt/kanserve/bin/python install --no-deps --no-index wheels/*.whl
 
 FROM wheel AS export-environment
 # The index that has torch for CPUs alone, as torch's own installation page gives it: elsewhere
-# torch brings CUDA along, several GB that an export has no use for.
+# torch brings CUDA along, several GB that an export has no use for. Torch alone comes from it, and
+# from nowhere else: with an index beside another, either could offer any package of the other.
 ARG TORCH_INDEX=
+COPY constraints.txt .
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --without-pip /opt/kanserve \
+    && tools/bin/pip --python /opt/kanserve/bin/python install \
+        --no-deps --require-hashes --requirement locks/export.txt \
     && tools/bin/pip --python /opt/kanserve/bin/python install --constraint constraints.txt \
-        ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} \
-        "$(echo wheels/*.whl)[cpu,export,signing]" \
+        ${TORCH_INDEX:+--no-deps --index-url "${TORCH_INDEX}"} torch \
+    && tools/bin/pip --python /opt/kanserve/bin/python install --no-deps --no-index wheels/*.whl \
     && /opt/kanserve/bin/python -P -m kan_ops
 
 FROM ${PYTHON_IMAGE} AS base

@@ -15,7 +15,7 @@ OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
 OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules .venv-envoy
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container test-cuda test-layouts test-faults test-strangers fuzz fuzz-files fuzz-wire lint format protos clean
+.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container test-cuda test-layouts test-faults test-strangers fuzz fuzz-files fuzz-wire lint format protos lock pin-images sbom audit clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -117,15 +117,65 @@ protos: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. protos/*.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --grpc_python_out=. protos/inference.proto
 
-$(VENV)/installed: pyproject.toml constraints.txt kan_ops/CMakeLists.txt $(CPP)
+# The versions in constraints.txt with the SHA-256 of each of their files, for every platform: what
+# environments and images have, but for torch, whose builds for CPUs alone are on an index of their
+# own. Run it after a change of pyproject.toml or of a constraints file.
+EXTRAS := cpu export signing otel examples docs dev
+BUILD_TOOLS := cmake\nninja\nscikit-build-core
+UV_COMPILE = .venv-supply/bin/uv pip compile --quiet --universal --generate-hashes --no-annotate \
+    --no-header --constraint constraints.txt --output-file
+lock: .venv-supply/installed
+	rm -rf build/locks && mkdir -p build/locks locks
+	printf '$(BUILD_TOOLS)' | $(UV_COMPILE) build/locks/build.txt --python-version 3.11 -
+	printf cryptography | $(UV_COMPILE) build/locks/cpu.txt --python-version 3.11 - \
+	    pyproject.toml --extra cpu --extra otel
+	printf cryptography | $(UV_COMPILE) build/locks/cuda.txt --python-version 3.11 - \
+	    pyproject.toml --extra gpu --extra otel --constraint constraints-cuda.txt
+	$(UV_COMPILE) build/locks/export.txt --python-version 3.11 \
+	    pyproject.toml --extra cpu --extra export --extra signing
+	printf '$(BUILD_TOOLS)' | $(UV_COMPILE) build/locks/dev.txt --python-version 3.11.5 - \
+	    pyproject.toml $(EXTRAS:%=--extra %)
+	$(UV_COMPILE) build/locks/benchmarks.txt --python-version 3.11 pyproject.toml --extra benchmarks
+	sed -i -E '/^(torch|triton|cuda-.*|nvidia-.*)==/,/[^\\]$$/d' build/locks/export.txt build/locks/dev.txt
+	for lock in build/locks/*.txt; do \
+	    { echo "# Made by \`make lock\`."; cat $$lock; } > locks/$${lock##*/}; \
+	done
+
+# The base images by digest, in Dockerfile and deploy/compose.yaml: where their registry is reached,
+# with skopeo.
+pin-images:
+	sh deploy/pin_images.sh Dockerfile deploy/compose.yaml
+
+# What is in each image beside its base, as CycloneDX: build/sbom/NAME.json. And what is installed
+# here, which is what `make test` ran on.
+sbom: .venv-supply/installed $(VENV)/installed
+	mkdir -p build/sbom
+	for image in cpu cuda export; do \
+	    .venv-supply/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+	        --output-file build/sbom/$$image.json locks/$$image.txt || exit; \
+	done
+	.venv-supply/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	    --output-file build/sbom/environment.json $(VENV)
+
+# Known holes in the pinned versions, torch's too; asks the index for them, and fails where it cannot
+# say of one.
+audit: .venv-supply/installed
+	for pins in constraints.txt constraints-cuda.txt; do \
+	    .venv-supply/bin/pip-audit --strict --disable-pip --no-deps --requirement $$pins || exit; \
+	done
+
+$(VENV)/installed: pyproject.toml constraints.txt locks/dev.txt kan_ops/CMakeLists.txt $(CPP)
 	@echo "Installing into $(VENV), which takes minutes and says nothing."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,signing,otel,examples,docs,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/dev.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	@$(BIN)/python -m kan_ops || true
 	touch $@
 
-$(VENV)/benchmarks: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmarks]'
+$(VENV)/benchmarks: $(VENV)/installed locks/benchmarks.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/benchmarks.txt
 	touch $@
 
 .venv-rival-%/installed: benchmarks/rivals/%.txt
@@ -155,4 +205,4 @@ tests/node/node_modules/installed: tests/node/package.json tests/node/package-lo
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cuda $(OTHER_VENVS) $(OPTIONAL_CLIENTS) $(RIVALS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-cuda .venv-supply $(OTHER_VENVS) $(OPTIONAL_CLIENTS) $(RIVALS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@ A file, read again when it changes, has a table for each group:
 
     [inference]
     tokens_sha256 = ["9f86d081884c7d65..."]   # of tokens that callers send
-    certificates = ["client.example.com"]     # names in certificates; "*" is every verified one
+    certificates = ["dns:client.example.com"] # names in certificates; "*" is every verified one
 
     [admin]
     tokens_sha256 = ["60303ae22b998861..."]
@@ -12,18 +12,23 @@ A file, read again when it changes, has a table for each group:
     # anyone = true in a table lets everybody call what is in the group
 
 Only hashes of tokens are in it, so whoever reads it cannot call. A group without a table is closed.
+A name in a certificate has a type, because whoever may get a certificate for one type of name may
+not get one for another: `dns:`, `uri:`, `cn:` (the common name), `email:` or `ip:`. A name without
+a type is that of a host or a common name.
+
 `admin` is what changes which models are served; `inference` is the rest. Health and reflection are
 in no group: they tell nothing of models, and probes have no tokens. This module knows no gRPC.
 """
 
 import hashlib
+import ipaddress
 import tomllib
-from collections.abc import Set
-from functools import partial
+from collections.abc import Iterable, Mapping, Set
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from serving.errors import Forbidden, StartupError, Unauthenticated, VisibleError
 from serving.watched import Watched
@@ -35,7 +40,69 @@ NOT_ALLOWED = "this caller may not call what is in the group [{group}]"
 
 _BEARER = "bearer "
 _EVERY_CERTIFICATE = "*"
+# Types of names in a certificate, and gRPC's properties with them. The untyped property
+# x509_subject_alternative_name has all of them together.
+_PROPERTIES = {
+    "dns": "peer_dns",
+    "uri": "peer_uri",
+    "cn": "x509_common_name",
+    "email": "peer_email",
+    "ip": "peer_ip",
+}
+_CERTIFICATE = "x509_pem_cert"
+_HOST_TYPES = ("dns", "cn")  # of a name that is written without a type
+
+
+def certificate_names(auth_context: Mapping[str, Iterable[bytes]]) -> frozenset[str]:
+    """List the names in a caller's verified certificate, each with its type, such as `dns:a.b`.
+
+    Args:
+        auth_context: What gRPC knows of a connection, by property; without TLS, or without a
+            certificate of the client, it has none of a certificate.
+
+    Returns:
+        The names, and "*", which stands for every verified certificate; empty without one.
+    """
+    names = {
+        # Bytes that are no UTF-8 become what no name in a file can be.
+        _typed(kind, value.decode(errors="surrogateescape"))
+        for kind, key in _PROPERTIES.items()
+        for value in auth_context.get(key, ())
+    }
+    if names or auth_context.get(_CERTIFICATE):
+        names.add(_EVERY_CERTIFICATE)
+    return frozenset(names)
+
+
+def _typed(kind: str, name: str) -> str:
+    return f"{kind}:{name.lower() if kind == 'dns' else name}"
+
+
+def _as_written(entry: str) -> str:
+    """Check a name as the file has it.
+
+    Raises:
+        ValueError: It has no type that is known, or nothing follows it.
+    """
+    kind, colon, name = entry.partition(":")
+    if kind in _PROPERTIES and name:
+        if kind == "ip":
+            try:
+                return f"ip:{ipaddress.ip_address(name)}"
+            except ValueError as error:
+                raise ValueError(
+                    f"expected an IP address after ip:, found {name[:100]!r}"
+                ) from error
+        return _typed(kind, name)
+    if colon or not entry:
+        types = ", ".join(f"{each}:" for each in _PROPERTIES)
+        remedy = f"; write uri:{entry}, if that is a URI" if "//" in entry else ""
+        raise ValueError(f"expected one of {types} before a name, found {entry[:100]!r}{remedy}")
+    return entry
+
+
 _Hash = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$", to_lower=True)]
+_Name = Annotated[str, AfterValidator(_as_written)]
 
 
 class _Callers(BaseModel):
@@ -44,7 +111,7 @@ class _Callers(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens_sha256: frozenset[_Hash] = frozenset()
-    certificates: frozenset[str] = frozenset()
+    certificates: frozenset[_Name] = frozenset()
     anyone: bool = False
 
     def include(self, token: str | None, names: Set[str]) -> bool:
@@ -53,8 +120,19 @@ class _Callers(BaseModel):
 
     def name(self, token: str | None, names: Set[str]) -> bool:
         """Whether a caller is among them because of who it is."""
-        return token in self.tokens_sha256 or bool(
-            names and self.certificates & (names | {_EVERY_CERTIFICATE})
+        return token in self.tokens_sha256 or not self._typed_names.isdisjoint(names)
+
+    @cached_property
+    def _typed_names(self) -> frozenset[str]:
+        """The names as `certificate_names` has them."""
+        return frozenset(
+            typed
+            for entry in self.certificates
+            for typed in (
+                [entry]
+                if ":" in entry or entry == _EVERY_CERTIFICATE
+                else [_typed(kind, entry) for kind in _HOST_TYPES]
+            )
         )
 
 
@@ -97,7 +175,7 @@ class Access:
         Args:
             group: Of the call.
             authorization: What the caller sent under that name, if it did.
-            names: In its verified certificate, if it has shown one.
+            names: Of its verified certificate, as `certificate_names` lists them.
         """
         rules = self._rules.get()
         token = _token_hash(authorization)
@@ -134,9 +212,15 @@ def _read(file: Path) -> _Rules:
     """
     try:
         with file.open("rb") as content:
-            return _Rules.model_validate(tomllib.load(content))
+            tables = tomllib.load(content)
     except OSError as error:
         raise StartupError(f"--access {file}: cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise StartupError(f"--access {file}: expected TOML: lists or tables too deep") from error
+    except ValueError as error:  # also of text that is not UTF-8, and of numbers too long to read
+        raise StartupError(f"--access {file}: expected TOML: {error}") from error
+    try:
+        return _Rules.model_validate(tables)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in fault["loc"])

@@ -5,12 +5,11 @@ from typing import Any
 
 import grpc
 
-from serving.access import Access, Group
+from serving.access import Access, Group, certificate_names
 from serving.errors import TooLarge
 from serving.room import peer_of
 
 _AUTHORIZATION = "authorization"
-_NAMES = ("x509_common_name", "x509_subject_alternative_name")  # in a certificate
 _ENTRY_BYTES = 32  # that HTTP/2 counts for each entry beside its name and value
 
 
@@ -68,7 +67,7 @@ class Callers:
         names: Set[str] = frozenset()
         if self._access is not None and self._access.asks_for_certificates:
             found: Any = context.auth_context()  # lists of bytes by key, whatever its types say
-            names = {name.decode(errors="replace") for key in _NAMES for name in found.get(key, ())}
+            names = certificate_names(found)
         return (sent[0] if len(sent) == 1 else None), names
 
 

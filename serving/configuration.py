@@ -59,7 +59,13 @@ class ConfigFile(PydanticBaseSettingsSource):
                 values = tomllib.load(file)
         except OSError as error:
             raise SettingsError(f"--config {path}: cannot be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:  # tomllib's own, and Python's
+        except RecursionError as error:
+            raise SettingsError(
+                f"--config {path}: expected TOML: lists or tables too deep"
+            ) from error
+        except (
+            ValueError
+        ) as error:  # also of text that is not UTF-8, and of numbers too long to read
             raise SettingsError(f"--config {path}: expected TOML: {error}") from error
         for name in _NOT_IN_A_FILE:
             if name in values:

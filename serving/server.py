@@ -229,7 +229,11 @@ def running(
             if several
             else cleanup.enter_context(
                 exposition.served(
-                    registry, partial(read_report, repository), address, settings.metrics_port
+                    registry,
+                    partial(read_report, repository),
+                    address,
+                    settings.metrics_port,
+                    (settings.host, *settings.metrics_hosts),
                 )
             ),
             health_address,

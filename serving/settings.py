@@ -105,6 +105,11 @@ class Settings(BaseSettings):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         8002, description="port for Prometheus, at /metrics; 0 takes a free one"
     )
+    metrics_hosts: tuple[str, ...] = Field(
+        (),
+        description="names under which the metrics port answers, beside IP addresses, localhost, "
+        "host and this machine's name: others may be a web page's, which reads through a browser",
+    )
     health_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
         None,
         description="another port for grpc.health.v1 alone, never with TLS, for probes that know "

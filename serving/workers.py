@@ -311,7 +311,13 @@ def keeping(settings: Settings) -> Iterator[KeptServer]:
         workers = Workers(own, deaths)
         registry.register(_Collector(workers))
         metrics_address = cleanup.enter_context(
-            exposition.served(registry, workers.report, address, settings.metrics_port)
+            exposition.served(
+                registry,
+                workers.report,
+                address,
+                settings.metrics_port,
+                (settings.host, *settings.metrics_hosts),
+            )
         )
         cleanup.callback(addresses.withdraw, settings)
         cleanup.callback(workers.close)

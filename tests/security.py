@@ -7,6 +7,16 @@ from pathlib import Path
 
 import grpc
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import NameOID
 
 
 @dataclass(frozen=True)
@@ -50,15 +60,43 @@ class Authority:
         leaf.private_key_pem.write_to_path(key)
         return cert, key
 
+    def write_named(
+        self, *names: x509.GeneralName, common_name: str | None = None
+    ) -> tuple[Path, Path]:
+        """Give a client a certificate with names of any types."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        signer = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
+        signing = load_pem_private_key(self.ca.private_key_pem.bytes(), None)
+        assert isinstance(signing, ec.EllipticCurvePrivateKey)
+        subject = [x509.NameAttribute(NameOID.COMMON_NAME, common_name)] if common_name else []
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name(subject))
+            .issuer_name(signer.subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(signer.not_valid_before_utc)
+            .not_valid_after(signer.not_valid_after_utc)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        certificate = builder.sign(signing, SHA256())
+        files = self.folder / "named.pem", self.folder / "named.key"
+        files[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+        files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        return files
+
     def settings(self, *, mutual: bool = False) -> dict[str, Path]:
         own = {"tls_cert": self.cert, "tls_key": self.key}
         return own | ({"tls_client_ca": self.roots} if mutual else {})
 
-    def channel(self, address: str, client: str | None = None) -> grpc.Channel:
+    def channel(
+        self, address: str, client: str | None = None, *, files: tuple[Path, Path] | None = None
+    ) -> grpc.Channel:
         """A channel that trusts this authority, with a client's certificate of that name."""
         pair: tuple[bytes | None, bytes | None] = (None, None)
-        if client is not None:
-            cert, key = self.write_client(client)
+        if client is not None or files is not None:
+            cert, key = files or self.write_client(str(client))
             pair = key.read_bytes(), cert.read_bytes()
         credentials = grpc.ssl_channel_credentials(self.roots.read_bytes(), *pair)
         return grpc.secure_channel(address, credentials)

@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import arrivals
-from serving.access import Access
+from serving.access import Access, certificate_names
 from serving.errors import Forbidden, StartupError, Unauthenticated
 from serving.watched import Watched
 from tests.conftest import STATE_DICTS, run_module
@@ -144,9 +146,75 @@ def test_certificates_open_their_group_alone(repository: Path, tmp_path: Path) -
 
 def test_every_verified_certificate_may_be_let_in(tmp_path: Path) -> None:
     access = Access(write_access(tmp_path / "a.toml", certificates={"inference": ["*"]}))
-    assert access.refusal("inference", None, {"anybody"}) is None
-    assert isinstance(access.refusal("inference", None, set()), Unauthenticated)
-    assert isinstance(access.refusal("admin", None, {"anybody"}), Forbidden)
+    for known in ({"peer_dns": [b"anybody"]}, {"x509_pem_cert": [b"of nobody by name"]}):
+        assert access.refusal("inference", None, certificate_names(known)) is None
+        assert isinstance(access.refusal("admin", None, certificate_names(known)), Forbidden)
+    for unknown in ({}, {"transport_security_type": [b"ssl"]}):
+        names = certificate_names(unknown)
+        assert isinstance(access.refusal("inference", None, names), Unauthenticated)
+
+
+# One text, as names of different types in different certificates.
+NAMED: dict[str, tuple[list[x509.GeneralName], str | None]] = {
+    "dns": ([x509.DNSName("client.example")], None),
+    "uri": ([x509.UniformResourceIdentifier("client.example")], None),
+    "email": ([x509.RFC822Name("client.example")], None),
+    "cn": ([], "client.example"),
+    "other": ([x509.RegisteredID(x509.ObjectIdentifier("1.2.3"))], None),
+}
+
+
+@pytest.mark.parametrize("rule", ["", *NAMED])
+@pytest.mark.usefixtures("_either_way")
+def test_a_name_counts_as_what_the_certificate_says_it_is(
+    repository: Path, tmp_path: Path, rule: str
+) -> None:
+    authority = Authority.make(tmp_path / "ca")
+    text = {"": "client.example", "other": "other types of SAN"}.get(rule, f"{rule}:client.example")
+    access = write_access(tmp_path / "access.toml", certificates={"inference": [text]})
+    with served(repository, access=access, **authority.settings(mutual=True)) as (server, _):
+        for kind, (names, common_name) in NAMED.items():
+            files = authority.write_named(*names, common_name=common_name)
+            with authority.channel(server.address, files=files) as channel:
+                found = status(infer, GRPCInferenceServiceStub(channel))
+            fits = kind == rule or (rule == "" and kind in ("dns", "cn"))
+            expected = grpc.StatusCode.OK if fits else grpc.StatusCode.PERMISSION_DENIED
+            assert found is (grpc.StatusCode.PERMISSION_DENIED if kind == "other" else expected)
+
+
+def test_every_type_of_name_is_known_from_a_real_connection(
+    repository: Path, tmp_path: Path
+) -> None:
+    authority = Authority.make(tmp_path / "ca")
+    files = authority.write_named(
+        x509.DNSName("a.example"),
+        x509.UniformResourceIdentifier("spiffe://kan.example/client"),
+        x509.RFC822Name("b@kan.example"),
+        x509.IPAddress(ip_address("2001:db8::1")),
+        common_name="The Client",
+    )
+    for rule, code in (
+        ("dns:A.Example", grpc.StatusCode.OK),  # the case of a host's name does not count
+        ("uri:spiffe://kan.example/client", grpc.StatusCode.OK),
+        ("uri:spiffe://kan.example/Client", grpc.StatusCode.PERMISSION_DENIED),
+        ("email:b@kan.example", grpc.StatusCode.OK),
+        ("ip:2001:db8:0:0::1", grpc.StatusCode.OK),
+        ("cn:The Client", grpc.StatusCode.OK),
+        ("cn:the client", grpc.StatusCode.PERMISSION_DENIED),
+        ("dns:*", grpc.StatusCode.PERMISSION_DENIED),
+    ):
+        access = write_access(tmp_path / "access.toml", certificates={"inference": [rule]})
+        with (
+            served(repository, access=access, **authority.settings(mutual=True)) as (server, _),
+            authority.channel(server.address, files=files) as channel,
+        ):
+            assert status(infer, GRPCInferenceServiceStub(channel)) is code, rule
+
+
+def test_bytes_that_are_no_text_equal_no_name_in_a_file(tmp_path: Path) -> None:
+    file = write_access(tmp_path / "a.toml", certificates={"inference": ["cn:a\ufffd"]})
+    names = certificate_names({"x509_common_name": [b"a\xff"]})
+    assert isinstance(Access(file).refusal("inference", None, names), Forbidden)
 
 
 def test_refusals_are_counted(repository: Path, tmp_path: Path) -> None:
@@ -169,6 +237,20 @@ def test_refusals_are_counted(repository: Path, tmp_path: Path) -> None:
         ("[reader]", "reader: Extra inputs are not permitted"),
         ('[inference]\ntokens_sha256 = ["secret"]', "inference.tokens_sha256.0: String should"),
         ("[inference]\ntoken = 1", "inference.token: Extra inputs"),
+        ("x = " + "[" * 100_000, "expected TOML: lists or tables too deep"),
+        ("x = " + "1" * 5_000, "expected TOML: Exceeds the limit"),
+        *(
+            (f"[admin]\ncertificates = [{name!r}]", told)
+            for name, told in (
+                ("spiffe://kan.example/a", "expected one of dns:, uri:, cn:, email:, ip: before a"),
+                ("spiffe://kan.example/a", "found 'spiffe://kan.example/a'; write uri:spiffe://k"),
+                ("::1", "expected one of dns:, uri:, cn:, email:, ip: before a name, found '::1'"),
+                ("DNS:a", "expected one of dns:"),
+                ("uri:", "expected one of dns:"),
+                ("", "expected one of dns:"),
+                ("ip:client", "expected an IP address after ip:, found 'client'"),
+            )
+        ),
     ],
 )
 def test_what_is_no_rule_is_refused_at_the_start(

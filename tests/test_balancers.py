@@ -18,6 +18,7 @@ from h2.events import DataReceived, RequestReceived, StreamEnded
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client import KanClient, Unavailable
+from tests.chaos import ways
 from tests.chaos.replicas import Replica, replicas
 from tests.chaos.ways import (
     BALANCERS,
@@ -200,6 +201,39 @@ def test_models_are_not_loaded_in_one_server_of_three(address: str) -> None:
             with pytest.raises(grpc.RpcError) as refused:
                 method(request, timeout=WAIT_S)
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+# Each limit of a caller, as the files have it, and a smaller one that a test goes over.
+LIMITS = {
+    "rate=2000r/s": "rate=1r/s",
+    "burst=2000": "burst=5",
+    "sc_http_req_rate(0) gt 2000": "sc_http_req_rate(0) gt 5",
+    "max_tokens: 2000, tokens_per_fill: 2000": "max_tokens: 5, tokens_per_fill: 5",
+    "fill_interval: 1s": "fill_interval: 60s",
+}
+
+
+@behind_each_balancer
+def test_one_caller_takes_no_more_than_the_balancer_lets_it(
+    way: Way, servers: list[Replica], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in BALANCERS.iterdir():
+        text = file.read_text()
+        limited = re.sub("|".join(map(re.escape, LIMITS)), lambda m: LIMITS[m[0]], text)
+        assert limited != text
+        (tmp_path / file.name).write_text(limited)
+    monkeypatch.setattr(ways, "BALANCERS", tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with (
+        way.open([server.address for server in servers], folder) as (address,),
+        grpc.insecure_channel(address) as channel,
+    ):
+        live, request = GRPCInferenceServiceStub(channel).ServerLive, pb.ServerLiveRequest()
+        calls = [live.future(request, timeout=WAIT_S) for _ in range(40)]
+        codes = [call.code() for call in calls]
+    assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert codes.count(grpc.StatusCode.OK) <= 20
 
 
 @behind_each_balancer

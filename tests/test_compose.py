@@ -1,5 +1,6 @@
 """deploy/compose.yaml and what it mounts: valid, and in agreement with the server and its image."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -25,7 +26,11 @@ def settings_of(service: dict[str, Any]) -> Settings:
     given = {"KANSERVE_HOST": image["KANSERVE_HOST"],
              "KANSERVE_MODEL_REPOSITORY": image["KANSERVE_MODEL_REPOSITORY"],
              **service["environment"]}  # fmt: skip
-    return Settings(**{key.removeprefix("KANSERVE_").lower(): v for key, v in given.items()})
+    read: dict[str, Any] = {
+        key.removeprefix("KANSERVE_").lower(): json.loads(value) if value.startswith("[") else value
+        for key, value in given.items()
+    }
+    return Settings(**read)
 
 
 def seconds(text: str) -> float:
@@ -102,6 +107,8 @@ def test_prometheus_scrapes_every_server_where_its_metrics_are() -> None:
     (group,) = job["static_configs"]
     port = settings_of(SERVERS["kanserve-1"]).metrics_port
     assert group["targets"] == [f"{name}:{port}" for name in SERVERS]
+    for one in SERVERS.values():  # a name that is not listed would get 421
+        assert {*SERVERS} <= {*settings_of(one).metrics_hosts}
     assert config["rule_files"] == ["alerts.yml"]
 
 
@@ -114,3 +121,9 @@ def test_prometheus_takes_its_configuration_and_finds_its_rules() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 rules found" in done.stdout
+
+
+def test_a_server_cannot_fill_the_memory_by_its_files() -> None:
+    for one in SERVERS.values():
+        (mount,) = one["tmpfs"]
+        assert re.fullmatch(r"/tmp:size=\d+m", mount)

@@ -239,6 +239,18 @@ def test_pods_may_do_nothing_but_serve(
         assert context["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_no_pod_fills_the_disk_of_its_node(deployment: Manifest) -> None:
+    pods = (
+        deployment["spec"]["template"]["spec"],
+        read(KSERVE / "clusterservingruntime.yaml")["spec"],
+    )
+    for pod in pods:
+        empty = [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume]
+        assert empty
+        for volume in empty:
+            assert 0 < _bytes(volume["sizeLimit"]) <= 1024 * MIB
+
+
 def test_probes_ask_for_what_the_server_answers(
     container: Manifest, runtime: Manifest, repository: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The way to the servers: addresses, and what gRPC does by itself on it.
+"""The way to the servers, and what gRPC does by itself on it. Addresses are read in targets.py.
 
 Requests are spread over every address and sent to those that say they are ready; what one of them
 leaves unanswered (UNAVAILABLE, CANCELLED) is asked of another; calls wait for a server that is not
@@ -9,12 +9,9 @@ gRPC does not survive a fork. Channels that are open in a process stay untouched
 because they share its connections; a child opens channels of its own, with connections of its own.
 """
 
-import ipaddress
 import json
 import os
-import re
-import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from serving.client.credentials import Bearer, Tls, Token
 from serving.client.errors import ClientError, Forked, TimedOut, WrongSetting, never_reached
 from serving.client.errors import translated as translated_error
 from serving.client.handshake import Endpoint, find_tls_fault
+from serving.client.targets import common_name, find_places
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 INFER = f"/{SERVICE}/ModelInfer"
@@ -52,10 +50,16 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     # By default a server that was away is looked for again after up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # Not from DNS, which others answer: what is below is the whole configuration.
+    ("grpc.service_config_disable_resolution", 1),
 )
 _OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
-_URI = re.compile(r"(?P<scheme>dns|ipv4|ipv6|unix|unix-abstract|xds):(//[^/]*/)?(?P<path>.*)")
-_HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:/\s]+):(?P<port>[0-9]{1,5})")
+# Through a proxy (http_proxy, grpc_proxy, https_proxy) a connection to a loopback address would
+# leave this machine. GRPC_ADDRESS_HTTP_PROXY counts in spite of the first option.
+_NO_PROXY = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.address_http_proxy_enabled_addresses", ""),
+)
 
 
 def service_config() -> dict[str, Any]:
@@ -211,22 +215,19 @@ def connection_to(
         WrongSetting: An address cannot be used, TLS cannot be had this way, or a token would go
             over the network in clear.
     """
-    places = _places(addresses)
     if token is not None and token_file is not None:
         raise WrongSetting("expected a token or a file with one, found both; leave one out")
     shown: Token | None = None
     if token is not None or token_file is not None:
         shown = Token(token, Path(token_file) if token_file is not None else None)
-        shown.metadata()  # what is wrong with it is told now
-        if tls is None and not all(map(_is_this_machine, places.hosts)):
-            raise WrongSetting(
-                f"{places.where}: a token is sent over TLS, or to this machine alone, because "
-                "anybody on the way could read and use it; give a CA (ca, --ca)"
-            )
-    options = _OPTIONS
+    in_clear = shown is not None and tls is None
+    places = find_places(addresses, only_loopback=in_clear)
+    if shown is not None:
+        shown.metadata()  # raises what is wrong with it
+    options = _OPTIONS + (_NO_PROXY if in_clear else ())
     if only_ready:
         options += (("grpc.service_config", json.dumps(service_config())),)
-    name = (tls.server_name or _common_name(places)) if tls is not None else None
+    name = (tls.server_name or common_name(places)) if tls is not None else None
     if name is not None:
         options += (("grpc.ssl_target_name_override", name),)
     credentials = tls.channel_credentials() if tls is not None else None
@@ -236,109 +237,3 @@ def connection_to(
     return Connection(
         places.target, places.where, places.endpoints, tls, name, credentials, options, shown
     )
-
-
-def each_of(addresses: str) -> list[str]:
-    """Part addresses with commas between into single ones; a target as gRPC writes it is one."""
-    return [addresses] if _as_target(addresses) else addresses.split(",")
-
-
-def _as_target(addresses: str) -> re.Match[str] | None:
-    uri = _URI.fullmatch(addresses.strip())
-    return uri if uri and not uri["path"].isdigit() else None  # a host may be called dns
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where servers are: for gRPC, for messages, and host by host; no host is a file."""
-
-    target: str
-    where: str
-    hosts: tuple[str, ...]
-    endpoints: tuple[Endpoint, ...]
-
-
-def _places(addresses: str | Sequence[str]) -> _Places:
-    if isinstance(addresses, str):
-        uri = _as_target(addresses)
-        if uri:
-            if uri["scheme"].startswith("unix"):
-                return _Places(addresses, addresses, (), ())
-            hosts = tuple(place.rpartition(":")[0] for place in uri["path"].split(","))
-            with_ports = map(_HOST_PORT.fullmatch, uri["path"].split(","))
-            endpoints = tuple(_endpoint(each) for each in with_ports if each)
-            return _Places(addresses, addresses, hosts, endpoints)
-        addresses = addresses.split(",")
-    given: Any = addresses  # not everybody's types are checked
-    listed = [_host_port(each) for each in (given if isinstance(given, Iterable) else [given])]
-    if not listed:
-        raise WrongSetting("expected at least one address, found none; give host:port")
-    where = ",".join(f"{host}:{port}" for host, port in listed)
-    hosts = tuple(host for host, _ in listed)
-    endpoints = tuple((host.strip("[]"), port) for host, port in listed)
-    if len(listed) == 1 and _numeric(hosts[0]) is None:
-        return _Places(f"dns:///{where}", where, hosts, endpoints)
-    found = [(_looked_up(host), port) for host, port in listed]
-    versions = {address.version for address, _ in found}
-    if len(versions) > 1:
-        raise WrongSetting(
-            f"{where}: expected addresses all of IPv4 or all of IPv6, found both; give a name that "
-            "stands for all of them, as dns:///name:port"
-        )
-    if versions == {4}:
-        target = "ipv4:" + ",".join(f"{ip}:{port}" for ip, port in found)
-    else:
-        target = "ipv6:" + ",".join(f"[{ip}]:{port}" for ip, port in found)
-    return _Places(target, where, hosts, endpoints)
-
-
-def _endpoint(found: re.Match[str]) -> Endpoint:
-    return found["host"].strip("[]"), int(found["port"])
-
-
-def _host_port(address: object) -> tuple[str, int]:
-    text = address.strip() if isinstance(address, str) else ""
-    found = _HOST_PORT.fullmatch(text)
-    if found is None or not 0 < int(found["port"]) < 2**16:
-        shown = text[:100] if isinstance(address, str) else address
-        raise WrongSetting(
-            f"address {shown!r}: expected host:port, such as 127.0.0.1:8001 or [::1]:8001"
-        )
-    return found["host"], int(found["port"])
-
-
-def _numeric(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return None
-
-
-def _looked_up(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Find the one address that a host stands for: IPv4 if there are both."""
-    numeric = _numeric(host)
-    if numeric is not None:
-        return numeric
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise WrongSetting(f"{host}: no address of that name: {error.strerror}") from error
-    addresses = sorted(str(info[4][0]) for info in found)
-    return ipaddress.ip_address(min(addresses, key=lambda address: ":" in address))
-
-
-def _is_this_machine(host: str) -> bool:
-    numeric = _numeric(host)
-    return host == "localhost" if numeric is None else numeric.is_loopback
-
-
-def _common_name(places: _Places) -> str | None:
-    """Find what the certificates of several servers are for; None lets gRPC take the address's."""
-    if len(places.hosts) < 2:
-        return None
-    if len(set(places.hosts)) > 1:
-        raise WrongSetting(
-            f"{places.where}: expected the name that the certificates of all these servers are "
-            "for, found none; give it (server_name, --server-name)"
-        )
-    return places.hosts[0].strip("[]")

@@ -15,9 +15,10 @@ from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc as pb_grpc
 
 from kan_bundle.escaping import escape
-from serving.client.channel import SERVICE, Connection, connection_to, each_of
+from serving.client.channel import SERVICE, Connection, connection_to
 from serving.client.errors import ClientError, Refused, Unavailable
 from serving.client.flags import reached_by
+from serving.client.targets import each_of
 
 
 def health(arguments: Namespace) -> int:

@@ -32,6 +32,10 @@ _ASSETS = {
         for name in ("status", "models", "history", "prometheus", "chart", "words")
     },
 }
+_OTHER_HOST = (
+    "expected an IP address, localhost or a name of this server as the host, found another name; "
+    "ask by its address, or have the name added to --metrics-hosts"
+)
 _REPORT = re.compile(r"/reports/([^/]+)/([^/]+)")
 _TEXT = "text/plain; charset=utf-8"
 
@@ -46,18 +50,25 @@ _REPORT_POLICY = (
 )
 
 
-def make_app(registry: CollectorRegistry, read_report: ReadReport) -> WSGIApplication:
+def make_app(
+    registry: CollectorRegistry,
+    read_report: ReadReport,
+    is_own_host: Callable[[str | None], bool],
+) -> WSGIApplication:
     """Make the application behind the port.
 
     Args:
         registry: What /metrics tells.
         read_report: Gives what /reports/MODEL/VERSION shows.
+        is_own_host: Whether a request with this Host is answered.
     """
     metrics: WSGIApplication = make_wsgi_app(registry)
     folder = files("serving.observability") / "status"
     assets = {path: (kind, (folder / name).read_bytes()) for path, (name, kind) in _ASSETS.items()}
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if not is_own_host(environ.get("HTTP_HOST")):
+            return _refuse(start_response, "421 Misdirected Request", _OTHER_HOST)
         path = environ["PATH_INFO"]
         if path == "/metrics":
             return metrics(environ, start_response)
