@@ -12,6 +12,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is 
 # exports take 1.5 times as long. Read when torch is imported, also by programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,9 @@ from export.report import Report
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server, running
 from serving.settings import Settings
+from tests import forkserver
 from tests.browsing import FLAGS
+from tests.registry import read_operators_once
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -47,6 +50,15 @@ hypothesis.settings.register_profile(
     "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("patient")
+
+
+read_operators_once()
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported from the garbage collector: half a million objects that stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -153,9 +165,23 @@ def browser() -> "Iterator[Browser]":
 def run_module(
     *arguments: str | Path, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -W error -m ARGUMENTS` in a process of its own."""
+    """Run `python -W error -m ARGUMENTS` in a new interpreter."""
+    return _run([sys.executable, "-W", "error", "-m", *map(str, arguments)], environment)
+
+
+def run_export(
+    *arguments: str | Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -W error -m export ARGUMENTS` in a fork of a warm process (forkserver.py)."""
+    words = forkserver.command("-W", "error", "-m", "export", *map(str, arguments))
+    return _run(words, environment)
+
+
+def _run(
+    command: list[str], environment: dict[str, str] | None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", *map(str, arguments)],
+        command,
         cwd=ROOT,
         env=os.environ | (environment or {}),
         capture_output=True,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from export import spelling
-from tests.conftest import GOLDENS, ROOT, run_module
+from tests.conftest import GOLDENS, ROOT, run_export
 from tests.edges import uneven
 from tests.ports import free_port
 
@@ -177,7 +177,7 @@ def test_spelling_follows_what_is_installed(
 
 @pytest.mark.parametrize("words", [["--help"], ["plot", "--help"]])
 def test_help_has_one_spelling(words: list[str]) -> None:
-    text = run_module("export", *words, environment={"COLUMNS": "500"}).stdout
+    text = run_export(*words, environment={"COLUMNS": "500"}).stdout
     spellings = [name in text for name in ("kan-export ", "python -m export ")]
     assert sum(spellings) == 1
     assert "kan-serve" in text or "python -m serving" in text or words[0] == "plot"

@@ -22,7 +22,7 @@ from export.parts import swapped
 from export.runtimes import load_onnx
 from kan_bundle.manifest import Precision
 from kan_model import KAN, KANLinear
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, run_export
 
 Make = Callable[[KAN], KAN]
 
@@ -168,7 +168,7 @@ def test_the_opset_that_is_asked_for_is_written(
 
 
 def test_the_command_takes_an_opset(tmp_path: Path) -> None:
-    run = run_module("export", GOLDENS / "uniform_4x8x3.pt", "--opset", "17", "--output", tmp_path)
+    run = run_export(GOLDENS / "uniform_4x8x3.pt", "--opset", "17", "--output", tmp_path)
     assert run.returncode == 0, run.stderr
     model = onnx.load(tmp_path / "uniform_4x8x3" / "1" / "model.onnx")
     assert [(i.domain, i.version) for i in model.opset_import] == [("", 17), ("kanserve", 1)]
