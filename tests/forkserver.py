@@ -9,9 +9,6 @@ paths, streams, signals, torch's random numbers. Tests of the start itself run a
 imports, flags and variables of Python, what is not installed.
 """
 
-# ruff: noqa: PTH
-# (pathlib would double the time in which a client starts.)
-
 import atexit
 import functools
 import json
