@@ -12,11 +12,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is 
 # exports take 1.5 times as long. Read when torch is imported, also by programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import fcntl
 import gc
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +42,9 @@ from tests.registry import read_operators_once
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+Shared = Callable[[str, Callable[[Path], object]], Path]
+"""Takes a name, and what fills a folder; returns the folder."""
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -116,15 +121,37 @@ def quiet() -> Report:
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Makes a folder once for all processes of a run. Read only: copy to change."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # it has a folder of its own in that of the run
+        root = root.parent
+
+    def share(name: str, make: Callable[[Path], object]) -> Path:
+        place = root / f"shared-{name}"
+        with place.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not place.exists():
+                unfinished = Path(tempfile.mkdtemp(dir=root))
+                make(unfinished)
+                unfinished.rename(place)
+        return place
+
+    return share
+
+
+@pytest.fixture(scope="session")
+def repository(shared: Shared) -> Path:
     """A model repository with version 1 of every golden state dict. Read only: copy to change."""
-    root = tmp_path_factory.mktemp("models")
-    report = Report(Console(file=io.StringIO()))
-    for golden in STATE_DICTS:
-        export_checkpoint(
-            golden.checkpoint, output=root, activation=golden.activation, report=report
-        )
-    return root
+
+    def make(root: Path) -> None:
+        report = Report(Console(file=io.StringIO()))
+        for golden in STATE_DICTS:
+            export_checkpoint(
+                golden.checkpoint, output=root, activation=golden.activation, report=report
+            )
+
+    return shared("models", make)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from export import spelling
+from tests import forkserver
 from tests.conftest import GOLDENS, ROOT, run_export
 from tests.edges import uneven
 from tests.ports import free_port
@@ -45,9 +46,10 @@ def printed(stderr: str) -> dict[str, str]:
 
 
 def export(folder: Path, *flags: str | Path, path: str | None = None) -> dict[str, str]:
-    command = [sys.executable, "-m", "export", *map(str, flags)]
+    words = ("-m", "export", *map(str, flags))
     done = subprocess.run(
-        command,
+        # With another PATH, a new interpreter looks for the commands there.
+        forkserver.command(*words) if path is None else [sys.executable, *words],
         cwd=folder,
         env=environment(path),
         capture_output=True,
