@@ -220,10 +220,11 @@ def _become(request: dict[str, Any], descriptors: Sequence[int]) -> list[str]:
             setattr(sys, name, None)
             setattr(sys, f"__{name}__", None)
             continue
-        options = {"encoding": encoding or None} | ({"errors": errors} if errors else {})
-        if number == 2:
-            options.pop("errors", None)
-        getattr(sys, name).reconfigure(line_buffering=number == 2 or os.isatty(number), **options)
+        stream: Any = getattr(sys, name)
+        own = stream.errors if number == 2 or not errors else errors
+        stream.reconfigure(encoding=encoding or None, errors=own)
+        if number == 1:
+            stream.reconfigure(line_buffering=os.isatty(1))
     if different:
         sys.exit(f"{', '.join(different)}: only a new interpreter follows it, start one")
     if words[:2] == ["-W", "error"]:
@@ -237,8 +238,11 @@ def _become(request: dict[str, Any], descriptors: Sequence[int]) -> list[str]:
             DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning
         ):  # fmt: skip
             warnings.simplefilter("ignore", category, append=True)
-    first = {"-m": os.getcwd(), "-c": ""}.get(words[0], os.path.dirname(words[0]))
-    sys.path[:1] = [first, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    first = {"-m": os.getcwd(), "-c": ""}.get(words[0])
+    if first is None:
+        first = os.path.dirname(os.path.realpath(words[0]))
+    given = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [first, *dict.fromkeys((*given, *sys.path[1:]))]
     return words
 
 
@@ -286,7 +290,8 @@ if __name__ == "__main__":
     if sys.argv[1] != "--serve":
         code = _forward(sys.argv[1], sys.argv[2:])
         if code < 0:
-            signal.signal(-code, signal.SIG_DFL)
+            with suppress(OSError):  # SIGKILL has no handler
+                signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         os._exit(code)
     atexit.register(_exit)  # before all others, so that it comes last
