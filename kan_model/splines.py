@@ -37,6 +37,8 @@ def uniform_knots(
     Returns:
         Knots, shape (in_features, G + 2k + 1), in torch's default dtype.
     """
+    if torch.get_default_device().type == "meta":  # arithmetic there imports torch's compiler: 2 s
+        return torch.empty(in_features, grid_size + 2 * order + 1)
     low, high = grid_range
     step = (high - low) / grid_size
     knots = torch.arange(-order, grid_size + order + 1) * step + low  # (K,)

@@ -12,10 +12,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is 
 # exports take 1.5 times as long. Read when torch is imported, also by programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import fcntl
+import gc
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,10 +36,15 @@ from export.report import Report
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server, running
 from serving.settings import Settings
+from tests import forkserver
 from tests.browsing import FLAGS
+from tests.registry import read_operators_once
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+Shared = Callable[[str, Callable[[Path], object]], Path]
+"""Takes a name, and what fills a folder; returns the folder."""
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
@@ -47,6 +55,15 @@ hypothesis.settings.register_profile(
     "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("patient")
+
+
+read_operators_once()
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported from the garbage collector: half a million objects that stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -104,15 +121,37 @@ def quiet() -> Report:
 
 
 @pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Makes a folder once for all processes of a run. Read only: copy to change."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # it has a folder of its own in that of the run
+        root = root.parent
+
+    def share(name: str, make: Callable[[Path], object]) -> Path:
+        place = root / f"shared-{name}"
+        with place.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not place.exists():
+                unfinished = Path(tempfile.mkdtemp(dir=root))
+                make(unfinished)
+                unfinished.rename(place)
+        return place
+
+    return share
+
+
+@pytest.fixture(scope="session")
+def repository(shared: Shared) -> Path:
     """A model repository with version 1 of every golden state dict. Read only: copy to change."""
-    root = tmp_path_factory.mktemp("models")
-    report = Report(Console(file=io.StringIO()))
-    for golden in STATE_DICTS:
-        export_checkpoint(
-            golden.checkpoint, output=root, activation=golden.activation, report=report
-        )
-    return root
+
+    def make(root: Path) -> None:
+        report = Report(Console(file=io.StringIO()))
+        for golden in STATE_DICTS:
+            export_checkpoint(
+                golden.checkpoint, output=root, activation=golden.activation, report=report
+            )
+
+    return shared("models", make)
 
 
 @pytest.fixture(scope="session")
@@ -153,9 +192,23 @@ def browser() -> "Iterator[Browser]":
 def run_module(
     *arguments: str | Path, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -W error -m ARGUMENTS` in a process of its own."""
+    """Run `python -W error -m ARGUMENTS` in a new interpreter."""
+    return _run([sys.executable, "-W", "error", "-m", *map(str, arguments)], environment)
+
+
+def run_export(
+    *arguments: str | Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -W error -m export ARGUMENTS` in a fork of a warm process (forkserver.py)."""
+    words = forkserver.command("-W", "error", "-m", "export", *map(str, arguments))
+    return _run(words, environment)
+
+
+def _run(
+    command: list[str], environment: dict[str, str] | None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", *map(str, arguments)],
+        command,
         cwd=ROOT,
         env=os.environ | (environment or {}),
         capture_output=True,

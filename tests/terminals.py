@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tests import forkserver
 from tests.conftest import ROOT
 
 _DEADLINE_S = 120.0
@@ -58,6 +59,7 @@ def on_terminal(
     columns: int = 80,
     environment: dict[str, str] | None = None,
     stdout_too: bool = False,
+    new_interpreter: bool = False,
     interfere: Callable[[subprocess.Popen[bytes], str], None] = lambda process, raw: None,
 ) -> Shown:
     """Run `python -m COMMAND` with a terminal for stderr.
@@ -67,14 +69,16 @@ def on_terminal(
         columns: Width of the terminal.
         environment: Further variables.
         stdout_too: Whether stdout is the terminal, or a pipe.
+        new_interpreter: Whether to start one, or to fork a warm process (forkserver.py).
         interfere: Is given the process and what the terminal has got, whenever that grows.
     """
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (40, columns))
     without = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CI"}
     inherited = {key: value for key, value in os.environ.items() if key not in without}
+    words = ("-m", *command)
     process = subprocess.Popen(
-        [sys.executable, "-m", *command],
+        [sys.executable, *words] if new_interpreter else forkserver.command(*words),
         cwd=ROOT,
         env=inherited | {"TERM": "xterm-256color", "LANG": "C.UTF-8"} | (environment or {}),
         stdin=theirs,

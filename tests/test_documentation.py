@@ -28,7 +28,7 @@ from export.__main__ import main as export_main
 from kan_model import KAN
 from serving.server import Server
 from serving.settings import Settings
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Shared
 from tests.pages import PAGES, Block, commands, read_blocks
 from tests.ports import free_port
 from tests.test_tritonclient import PYTHON as TRITONCLIENT
@@ -126,16 +126,18 @@ def _is_export(line: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def belongings(shared: Shared) -> Path:
     """A reader's own: a checkpoint, rows, and the model exported from it."""
-    folder = tmp_path_factory.mktemp("reader")
+    return shared("reader", _make_belongings)
+
+
+def _make_belongings(folder: Path) -> None:
     torch.manual_seed(0)
     torch.save(KAN([64, 64, 10]).state_dict(), folder / "model.pt")
     rows = np.random.default_rng(0).uniform(-1, 1, (16, 64))
     np.save(folder / "x.npy", rows.astype(np.float32))
     (folder / "row.json").write_text(json.dumps(rows[0].tolist()))
     export_checkpoint(folder / "model.pt", output=folder / "models", activation="silu")
-    return folder
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from kan_bundle.manifest import read_manifest
 from kan_bundle.scores import ExpectedRecord
 from kan_model import KAN
 from tests import oracle
-from tests.conftest import GOLDENS, Golden, run_module
+from tests.conftest import GOLDENS, Golden, run_export
 from tests.edges import arrays, uneven, within
 
 GELU = GOLDENS / "gelu_4x6x2.pt"
@@ -48,7 +48,7 @@ def test_right_answers_pass_and_confirm_the_activation(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", golden.x[finite])
     np.save(tmp_path / "y.npy", golden.y64[finite])
     files = ["--samples", str(tmp_path / "x.npy"), "--expected", str(tmp_path / "y.npy")]
-    done = run_module("export", UNIFORM, "--output", tmp_path / "models", *files)
+    done = run_export(UNIFORM, "--output", tmp_path / "models", *files)
     assert done.returncode == 0, done.stderr
     assert "ASSUMED" not in done.stderr
     assert "warning" not in done.stderr
@@ -86,7 +86,7 @@ def test_a_wrong_activation_is_refused_and_the_right_one_named(
     np.save(tmp_path / "x.npy", golden.x[finite])
     np.save(tmp_path / "y.npy", golden.y64[finite].astype(np.float32))
     files = ["--samples", str(tmp_path / "x.npy"), "--expected", str(tmp_path / "y.npy")]
-    done = run_module("export", GELU, "--output", tmp_path / "models", *files, *flags, "--quiet")
+    done = run_export(GELU, "--output", tmp_path / "models", *files, *flags, "--quiet")
     assert (done.returncode, done.stdout) == (1, "")
     message = done.stderr.replace("\n", " ")
     assert message.startswith("error: --expected: output[")
@@ -285,9 +285,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, expected: Any, message: st
 def test_expected_answers_are_about_samples(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rows of --samples, and there are none"):
         export_module(uneven([4, 2]), name="m", output=tmp_path, expected=np.zeros((2, 2)))
-    done = run_module("export", UNIFORM, "--expected", "y.npy")
+    done = run_export(UNIFORM, "--expected", "y.npy")
     assert done.returncode == 2
     assert "--expected: is about the rows of --samples; give both" in done.stderr
-    done = run_module("export", "inspect", UNIFORM, "--expected", "y.npy")
+    done = run_export("inspect", UNIFORM, "--expected", "y.npy")
     assert done.returncode == 2
     assert "inspect exports nothing; leave out --expected" in done.stderr

@@ -18,7 +18,8 @@ from export import tables
 from export.__main__ import main
 from export.errors import Ended
 from kan_bundle.manifest import read_manifest
-from tests.conftest import GOLDENS, ROOT, Golden, run_module
+from tests import forkserver
+from tests.conftest import GOLDENS, ROOT, Golden, run_export, run_module
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
 
@@ -61,7 +62,7 @@ def test_a_stdout_that_cannot_be_written_is_told(tmp_path: Path, where: str) -> 
     else:
         reader, stdout = os.pipe()
         os.close(reader)
-    command = [sys.executable, "-m", "export", str(UNIFORM), "--output", str(tmp_path / "models")]
+    command = forkserver.command("-m", "export", str(UNIFORM), "--output", str(tmp_path / "models"))
     done = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
     os.close(stdout)
     assert done.returncode == 1
@@ -79,7 +80,7 @@ def test_a_file_that_there_is_no_room_for_ends_the_export_and_nothing_is_left(
     limited += (
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, {largest})); sys.exit(main())"
     )
-    command = [sys.executable, "-c", limited, str(UNIFORM), "--output", str(tmp_path / "models")]
+    command = forkserver.command("-c", limited, str(UNIFORM), "--output", str(tmp_path / "models"))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
@@ -89,7 +90,7 @@ def test_a_file_that_there_is_no_room_for_ends_the_export_and_nothing_is_left(
 
 
 def test_json_is_the_path_and_the_manifest(tmp_path: Path) -> None:
-    done = run_module("export", UNIFORM, "--output", tmp_path, "--activation", "silu", "--json")
+    done = run_export(UNIFORM, "--output", tmp_path, "--activation", "silu", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert Path(summary["path"]) == tmp_path / "uniform_4x8x3" / "1"
@@ -137,7 +138,7 @@ def test_what_is_refused_gives_one_message_and_writes_nothing(
 ) -> None:
     if "--output" not in arguments:
         arguments = [*arguments, "--output", str(tmp_path / "models")]
-    done = run_module("export", *arguments)
+    done = run_export(*arguments)
     assert done.returncode == code, done.stderr
     assert message in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr

@@ -14,7 +14,7 @@ from export import (
 )
 from tests import zoo
 from tests.bundles import CLOSE, run_onnx
-from tests.conftest import run_module
+from tests.conftest import run_export
 from tests.states import saved
 
 BAD: dict[str, tuple[list[str], list[str]]] = {
@@ -73,7 +73,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
 def test_what_does_not_fit_gives_one_message_and_writes_nothing(tmp_path: Path, case: str) -> None:
     flags, messages = BAD[case]
     path = saved(tmp_path, zoo.conv_net().state_dict())
-    done = run_module("export", path, *flags, "--output", tmp_path / "models")
+    done = run_export(path, *flags, "--output", tmp_path / "models")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("error: ") == 1
     for message in messages:
@@ -112,7 +112,7 @@ def test_weights_that_are_there_twice_must_be_chosen(tmp_path: Path) -> None:
 def test_what_the_users_code_prints_is_no_result(tmp_path: Path) -> None:
     path = saved(tmp_path, zoo.conv_net().state_dict())
     flags = ["--model", "tests.zoo:talking_net", "--input-shape", "3,8,8"]
-    done = run_module("export", path, *flags, "--output", tmp_path / "models")
+    done = run_export(path, *flags, "--output", tmp_path / "models")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/models/model/1\n"
     assert "a factory may print" in done.stderr

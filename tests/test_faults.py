@@ -6,13 +6,15 @@ from kan_bundle.manifest import Precision
 from tests.faults import try_faults
 
 
-@pytest.mark.parametrize(("subject", "precision"), [("two outputs", "fp32"), ("kan", "int8")])
-def test_a_fault_that_changes_an_answer_is_refused(subject: str, precision: Precision) -> None:
-    outcomes = list(try_faults(subject, precision, most=25))
+@pytest.mark.parametrize(
+    ("subject", "precision", "most"), [("two outputs", "fp32", 60), ("kan", "int8", 25)]
+)
+def test_a_fault_that_changes_an_answer_is_refused(
+    subject: str, precision: Precision, most: int
+) -> None:
+    outcomes = list(try_faults(subject, precision, most=most))
     assert sum(outcome.effect > 2 for outcome in outcomes) >= 15
     assert [outcome.fault.what for outcome in outcomes if outcome.missed] == []
-
-
-def test_faults_of_every_kind_are_tried() -> None:
-    kinds = {outcome.fault.kind for outcome in try_faults("two outputs", "fp32", most=60)}
-    assert {"knots", "weight", "node", "type", "nan", "output"} <= kinds
+    if most == 60:  # enough for every kind
+        kinds = {outcome.fault.kind for outcome in outcomes}
+        assert {"knots", "weight", "node", "type", "nan", "output"} <= kinds

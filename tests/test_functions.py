@@ -17,7 +17,7 @@ from export.conversion.onnx_graph import DEFAULT_OPSET
 from export.runtimes import load_onnx
 from kan_bundle.manifest import Manifest
 from kan_model import KAN, KANLinear
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, run_export
 from tests.operators import Operator, make_knots, run, session
 
 FUSED = "onnxruntime cpu, fused"
@@ -208,9 +208,7 @@ def test_what_the_operator_does_not_know_is_written_as_before(
 
 @pytest.mark.filterwarnings("ignore:.*does not say which base activation")
 def test_the_command_writes_inline(tmp_path: Path) -> None:
-    done = run_module(
-        "export", GOLDENS / "uniform_4x8x3.pt", "--inline", "--output", tmp_path, "--name", "m"
-    )
+    done = run_export(GOLDENS / "uniform_4x8x3.pt", "--inline", "--output", tmp_path, "--name", "m")
     assert done.returncode == 0, done.stderr
     model = read(tmp_path)
     assert not model.functions

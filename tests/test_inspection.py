@@ -7,7 +7,7 @@ from torch import nn
 
 from kan_model import CheckpointError, inspect_checkpoint
 from tests import zoo
-from tests.conftest import GOLDENS, Golden, run_module
+from tests.conftest import GOLDENS, Golden, run_export
 from tests.states import good, saved, with_value
 
 
@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 def test_the_command_prints_what_is_in_the_file_and_exports_nothing(tmp_path: Path) -> None:
     path = saved(tmp_path, {"state_dict": good()})
-    done = run_module("export", "inspect", path)
+    done = run_export("inspect", path)
     assert (done.returncode, done.stderr) == (0, "")
     for expected in (
         "KAN with prefix 'state_dict.'",
@@ -102,7 +102,7 @@ def test_the_command_prints_json_and_says_by_its_code_what_an_export_would_do(
     tmp_path: Path,
 ) -> None:
     path = saved(tmp_path, good() | {"classifier.weight": torch.zeros(2, 2)})
-    done = run_module("export", path, "--inspect", "--json")
+    done = run_export(path, "--inspect", "--json")
     assert (done.returncode, done.stderr) == (1, "")
     found = json.loads(done.stdout)
     assert found["other_tensors"] == ["classifier.weight"]
@@ -113,7 +113,7 @@ def test_the_command_prints_json_and_says_by_its_code_what_an_export_would_do(
 @pytest.mark.parametrize("name", ["model[red].pt", "[b]model.pt"])
 def test_names_with_markup_are_shown_as_they_are(tmp_path: Path, name: str) -> None:
     torch.save(good() | {"x\x1b[2J": torch.zeros(1)}, tmp_path / name)
-    done = run_module("export", "inspect", tmp_path / name)
+    done = run_export("inspect", tmp_path / name)
     assert done.returncode == 1
     assert name in done.stdout
     assert "\x1b" not in done.stdout + done.stderr
@@ -131,16 +131,16 @@ def test_tensors_that_cannot_be_worked_with_are_faults_not_failures(tmp_path: Pa
 
 def test_inspection_prints_json_that_is_json(tmp_path: Path) -> None:
     path = saved(tmp_path, with_value(good(), "layers.1.grid", (2, 4), float("nan")))
-    done = run_module("export", "inspect", path, "--json")
+    done = run_export("inspect", path, "--json")
     found = json.loads(done.stdout, parse_constant=pytest.fail)
     assert found["kans"][0]["layers"][1]["grid_range"] is None
 
 
 def test_the_activation_may_be_named_and_export_only_flags_may_not(tmp_path: Path) -> None:
     path = saved(tmp_path, zoo.KAN([2, 1], base_activation=nn.PReLU).state_dict())
-    assert run_module("export", "inspect", path).returncode == 1
-    named = run_module("export", "inspect", path, "--activation", "torch.nn:PReLU")
+    assert run_export("inspect", path).returncode == 1
+    named = run_export("inspect", path, "--activation", "torch.nn:PReLU")
     assert named.returncode == 0, named.stdout
-    wrong = run_module("export", "inspect", path, "--model", "a:b")
+    wrong = run_export("inspect", path, "--model", "a:b")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "leave out --model" in wrong.stderr

@@ -23,7 +23,7 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.client import ModelNotFound, Unavailable
 from tests.bundles import CLOSE, publish, run_onnx
 from tests.clients import both_ways
-from tests.conftest import run_module
+from tests.conftest import Shared, run_module
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
 
@@ -47,8 +47,12 @@ class Bundles:
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
-    root = tmp_path_factory.mktemp("two")
+def bundles(shared: Shared) -> Bundles:
+    root = shared("two", _export_two)
+    return Bundles(root / "m" / "1", root / "m" / "2")
+
+
+def _export_two(root: Path) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         torch.save(KAN([4, 8, 3]).state_dict(), root / "m.pt")
@@ -58,7 +62,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
             activation="silu",
             report=Report(Console(file=io.StringIO())),
         )
-    return Bundles(root / "m" / "1", root / "m" / "2")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from export import export_checkpoint
 from kan_bundle.errors import LayoutError
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, run_export
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
 
@@ -20,7 +20,7 @@ def test_a_checkpoint_of_any_file_name_is_exported_under_a_name_that_is_reported
     tmp_path: Path, file: str, name: str
 ) -> None:
     shutil.copy(UNIFORM, tmp_path / file)
-    done = run_module("export", tmp_path / file, "--output", tmp_path / "models")
+    done = run_export(tmp_path / file, "--output", tmp_path / "models")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/models/{name}/1\n")
     assert f"the model is named {name}, from {file}" in done.stderr
 

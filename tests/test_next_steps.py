@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from export import spelling
-from tests.conftest import GOLDENS, ROOT, run_module
+from tests import forkserver
+from tests.conftest import GOLDENS, ROOT, run_export
 from tests.edges import uneven
 from tests.ports import free_port
 
@@ -45,9 +46,10 @@ def printed(stderr: str) -> dict[str, str]:
 
 
 def export(folder: Path, *flags: str | Path, path: str | None = None) -> dict[str, str]:
-    command = [sys.executable, "-m", "export", *map(str, flags)]
+    words = ("-m", "export", *map(str, flags))
     done = subprocess.run(
-        command,
+        # With another PATH, a new interpreter looks for the commands there.
+        forkserver.command(*words) if path is None else [sys.executable, *words],
         cwd=folder,
         env=environment(path),
         capture_output=True,
@@ -177,7 +179,7 @@ def test_spelling_follows_what_is_installed(
 
 @pytest.mark.parametrize("words", [["--help"], ["plot", "--help"]])
 def test_help_has_one_spelling(words: list[str]) -> None:
-    text = run_module("export", *words, environment={"COLUMNS": "500"}).stdout
+    text = run_export(*words, environment={"COLUMNS": "500"}).stdout
     spellings = [name in text for name in ("kan-export ", "python -m export ")]
     assert sum(spellings) == 1
     assert "kan-serve" in text or "python -m serving" in text or words[0] == "plot"

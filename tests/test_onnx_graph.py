@@ -22,7 +22,7 @@ from export.parts import swapped
 from export.runtimes import load_onnx
 from kan_bundle.manifest import Precision
 from kan_model import KAN, KANLinear
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, Shared, run_export
 
 Make = Callable[[KAN], KAN]
 
@@ -69,11 +69,21 @@ def test_the_file_is_little_more_than_the_weights(tmp_path: Path, make: Make, in
     assert list(map(list, sizes)) == [[784 * 9, 64]], "the weights of the large layer, once"
 
 
-@pytest.mark.parametrize("make", [lambda kan: kan, adapted], ids=["uniform", "adapted"])
-def test_a_layer_is_one_product_with_the_names_of_the_network(tmp_path: Path, make: Make) -> None:
-    model = write(make(KAN([4, 5, 3])), tmp_path / "m.onnx")
-    nodes = {node.name: node for node in model.graph.node}
-    assert len(nodes) == len(model.graph.node)
+def shared_graph(shared: Shared, knots: str, precision: Precision) -> onnx.GraphProto:
+    """Write a KAN, with uniform or adapted knots, once for all tests."""
+
+    def make(folder: Path) -> None:
+        kan = KAN([4, 5, 3])
+        write(adapted(kan) if knots == "adapted" else kan, folder / "m.onnx", precision=precision)
+
+    return onnx.load(shared(f"graph-{knots}-{precision}", make) / "m.onnx").graph
+
+
+@pytest.mark.parametrize("knots", ["uniform", "adapted"])
+def test_a_layer_is_one_product_with_the_names_of_the_network(shared: Shared, knots: str) -> None:
+    graph = shared_graph(shared, knots, "fp32")
+    nodes = {node.name: node for node in graph.node}
+    assert len(nodes) == len(graph.node)
     products = [name for name, n in nodes.items() if n.op_type in ("MatMul", "Gemm")]
     assert products == ["layers.0", "layers.1"]
     assert nodes["layers.0"].input == ["layers.0/basis", "layers.0.product.weight"]
@@ -81,13 +91,13 @@ def test_a_layer_is_one_product_with_the_names_of_the_network(tmp_path: Path, ma
     readable = re.compile(r"layers\.[01](/(basis|activation))?(/[a-z]+(_\d+)?)?")
     assert all(readable.fullmatch(name) for name in nodes)
     parts = re.compile(r"layers\.[01]\.(product\.weight|basis\.knots)|constants/\d+")
-    assert all(parts.fullmatch(t.name) for t in model.graph.initializer)
+    assert all(parts.fullmatch(t.name) for t in graph.initializer)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("make", [lambda kan: kan, adapted], ids=["uniform", "adapted"])
-def test_nothing_is_left_over_or_double(tmp_path: Path, make: Make, precision: Precision) -> None:
-    graph = write(make(KAN([4, 5, 3])), tmp_path / "m.onnx", precision=precision).graph
+@pytest.mark.parametrize("knots", ["uniform", "adapted"])
+def test_nothing_is_left_over_or_double(shared: Shared, knots: str, precision: Precision) -> None:
+    graph = shared_graph(shared, knots, precision)
     used = {name for node in graph.node for name in node.input}
     used |= {output.name for output in graph.output}
     assert {t.name for t in graph.initializer} <= used
@@ -106,11 +116,11 @@ def test_nothing_is_left_over_or_double(tmp_path: Path, make: Make, precision: P
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("make", [lambda kan: kan, adapted], ids=["uniform", "adapted"])
+@pytest.mark.parametrize("knots", ["uniform", "adapted"])
 def test_the_batch_is_the_only_size_without_a_number(
-    tmp_path: Path, make: Make, precision: Precision
+    shared: Shared, knots: str, precision: Precision
 ) -> None:
-    graph = write(make(KAN([4, 5, 3])), tmp_path / "m.onnx", precision=precision).graph
+    graph = shared_graph(shared, knots, precision)
     values = [*graph.input, *graph.output, *graph.value_info]
     names = {v.name for v in values}
     assert {output for node in graph.node for output in node.output} <= names
@@ -168,7 +178,7 @@ def test_the_opset_that_is_asked_for_is_written(
 
 
 def test_the_command_takes_an_opset(tmp_path: Path) -> None:
-    run = run_module("export", GOLDENS / "uniform_4x8x3.pt", "--opset", "17", "--output", tmp_path)
+    run = run_export(GOLDENS / "uniform_4x8x3.pt", "--opset", "17", "--output", tmp_path)
     assert run.returncode == 0, run.stderr
     model = onnx.load(tmp_path / "uniform_4x8x3" / "1" / "model.onnx")
     assert [(i.domain, i.version) for i in model.opset_import] == [("", 17), ("kanserve", 1)]

@@ -16,7 +16,8 @@ from export.curves import LayerCurves, layer_curves
 from export.errors import InputError
 from export.plots import Edges, plot_edge, plot_layer, plot_network, read_curves
 from kan_model import KAN, CheckpointError
-from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden, run_module
+from tests import forkserver
+from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden, run_export
 from tests.edges import WithKAN
 from tests.layers import golden_layers, phi
 
@@ -74,7 +75,7 @@ def test_an_activation_that_nobody_names_is_assumed_with_a_warning(tmp_path: Pat
         read_curves(UNIFORM.checkpoint)
     read_curves(UNIFORM.checkpoint, activation="silu")
     read_curves(GOLDENS / "pickled_module_4x6x2.pt")  # which tells it
-    done = run_module("export", "plot", UNIFORM.checkpoint, "-o", tmp_path / "kan.svg")
+    done = run_export("plot", UNIFORM.checkpoint, "-o", tmp_path / "kan.svg")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/kan.svg\n")
     assert done.stderr.startswith("warning: the file does not say which base activation")
 
@@ -96,11 +97,11 @@ def test_the_command_writes_what_the_name_says(
 
 def test_the_command_prints_the_file_alone(tmp_path: Path) -> None:
     file = tmp_path / "kan.svg"
-    done = run_module("export", "plot", GOLDENS / "uniform_4x8x3.pt", "-o", file)
+    done = run_export("plot", GOLDENS / "uniform_4x8x3.pt", "-o", file)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{file}\n"
     assert "<svg" in file.read_text()
-    refused = run_module("export", "plot", tmp_path / "none.pt", "-o", file)
+    refused = run_export("plot", tmp_path / "none.pt", "-o", file)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "none.pt: no such file" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -116,7 +117,7 @@ def test_a_picture_that_there_is_no_room_for_leaves_the_one_that_is_there(tmp_pa
     )
     words = ["plot", GOLDENS / "uniform_4x8x3.pt", "--activation", "silu", "-o", file]
     done = subprocess.run(
-        [sys.executable, "-c", limited, *map(str, words)],
+        forkserver.command("-c", limited, *map(str, words)),
         cwd=ROOT,
         capture_output=True,
         text=True,

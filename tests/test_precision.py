@@ -26,7 +26,7 @@ from export.network import describe_network
 from export.runtimes import load_onnx
 from kan_bundle.manifest import Form, Manifest, Precision
 from kan_model import KAN, KANLinear
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, run_export
 from tests.layers import answers_of_the_oracle, make_layer, write_and_run
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
@@ -262,8 +262,8 @@ def test_one_number_has_no_argmax(tmp_path: Path) -> None:
 
 
 def test_the_command_tells_the_agreement(tmp_path: Path) -> None:
-    run = run_module(
-        *("export", UNIFORM, "--precision", "int8", "--activation", "silu"),
+    run = run_export(
+        *(UNIFORM, "--precision", "int8", "--activation", "silu"),
         *("--output", tmp_path, "--json"),
     )
     assert run.returncode == 0, run.stderr
@@ -280,11 +280,11 @@ def test_a_wrong_precision_is_refused(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(3, 2))
     with pytest.raises(InputError, match="the network has none; leave it out"):
         export_module(network, name="m", output=tmp_path, input_shape="3", precision="int8")
-    assert run_module("export", UNIFORM, "--precision", "fp8").returncode == 2
-    inspected = run_module("export", "inspect", UNIFORM, "--precision", "int8", "--opset", "18")
+    assert run_export(UNIFORM, "--precision", "fp8").returncode == 2
+    inspected = run_export("inspect", UNIFORM, "--precision", "int8", "--opset", "18")
     assert inspected.returncode == 2
     assert "leave out --opset, --precision" in inspected.stderr
-    refused = run_module("export", UNIFORM, "--opset", "16")
+    refused = run_export(UNIFORM, "--opset", "16")
     assert refused.returncode == 2
     assert "expected 17 to" in refused.stderr
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from kan_bundle.integrity import record_file
 from kan_bundle.manifest import read_manifest
 from kan_model import KANLinear
 from tests.browsing import TRAP, contrast, draw_all, opened, shown
-from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden
+from tests.conftest import GOLDENS, ROOT, STATE_DICTS, Golden, Shared
 from tests.layers import golden_layers, phi
 from tests.servers import served
 
@@ -31,9 +31,12 @@ PHONE = {"width": 390, "height": 800}
 
 
 @pytest.fixture(scope="module")
-def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sampled(shared: Shared) -> Path:
     """Versions of one checkpoint: 1 in int8, 2 as it is, with samples, timed; some are outside."""
-    root = tmp_path_factory.mktemp("sampled")
+    return shared("sampled", _export_sampled) / "models" / NAME
+
+
+def _export_sampled(root: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(0, 0.6, (400, 4)).astype(np.float32)
     x[:, 2] *= 0.05
@@ -50,7 +53,6 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             benchmark=precision == "fp32",
             report=Report.silent(),
         )
-    return root / "models" / NAME
 
 
 def numbers_in(text: str) -> list[float]:

@@ -18,7 +18,7 @@ from kan_bundle.signature import read_public_key, read_signature
 from kan_model import KAN
 from serving.server import running
 from serving.settings import Settings
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, run_export, run_module
 from tests.signing import Keys, keys, load, write_keys
 
 __all__ = ["keys"]
@@ -246,7 +246,7 @@ def test_the_command_refuses_in_a_line(
     tmp_path: Path, arguments: tuple[str, ...], code: int, reason: str
 ) -> None:
     checkpoint = GOLDENS / f"{MODEL}.pt"
-    done = run_module("export", checkpoint, "--output", tmp_path / "models", *arguments)
+    done = run_export(checkpoint, "--output", tmp_path / "models", *arguments)
     assert done.returncode == code
     assert reason in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Shared
 from tests.pages import PAGES
 
 BUILD_S = 300
@@ -21,9 +21,12 @@ BESIDE = ("SECURITY", "CHANGELOG", "CONTRIBUTING")
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(shared: Shared) -> Path:
     """The site, built as `make docs` does; every link and every anchor leads somewhere."""
-    folder = tmp_path_factory.mktemp("site")
+    return shared("site", _build)
+
+
+def _build(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
         cwd=ROOT,
@@ -34,7 +37,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr  # with --quiet strict would see none
-    return folder
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -21,7 +21,7 @@ from kan_bundle.manifest import read_manifest
 from kan_model import KAN, KANLinear
 from kan_model.splines import b_spline_basis
 from tests import oracle
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, run_export
 from tests.edges import WithKAN, arrays, pruned, uneven, within, zeroed
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
@@ -236,7 +236,7 @@ def test_a_threshold_is_a_share(tmp_path: Path, quiet: Report, threshold: float)
 
 @pytest.mark.parametrize("text", ["-0.1", "1", "nan", "inf", "a tenth", ""])
 def test_the_command_takes_a_share_alone(text: str) -> None:
-    done = run_module("export", UNIFORM, f"--prune={text}")
+    done = run_export(UNIFORM, f"--prune={text}")
     assert done.returncode == 2
     assert "--prune: expected a number from 0 to below 1" in done.stderr
     assert done.stdout == ""

@@ -13,7 +13,7 @@ from export.network import describe_network
 from export.sparsity import THRESHOLDS, prune_further, prune_network
 from kan_model.inspection import inspect_checkpoint
 from tests import oracle
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, run_export
 from tests.edges import WithKAN, arrays, pruned, uneven, within, zeroed
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
@@ -43,12 +43,12 @@ def test_the_table_is_what_an_export_would_find() -> None:
 def test_inspect_shows_it_on_stdout(tmp_path: Path) -> None:
     torch.save(uneven([5, 7, 3]).state_dict(), tmp_path / "m.pt")
     flags = ["--activation", "silu", "--sparsity"]
-    done = run_module("export", "inspect", tmp_path / "m.pt", *flags)
+    done = run_export("inspect", tmp_path / "m.pt", *flags)
     assert done.returncode == 0, done.stderr
     assert "What leaving edges out would change" in done.stdout
     table = done.stdout.partition("What leaving edges out would change")[2]
     assert max(map(len, table.splitlines())) <= 80
-    as_json = run_module("export", "inspect", tmp_path / "m.pt", *flags, "--json")
+    as_json = run_export("inspect", tmp_path / "m.pt", *flags, "--json")
     steps = json.loads(as_json.stdout)["sparsity"]
     assert [step["threshold"] for step in steps] == list(THRESHOLDS)
     for step in steps:
@@ -98,7 +98,7 @@ def test_inspect_takes_a_network_of_your_own(tmp_path: Path) -> None:
         (["--samples", str(tmp_path / "x.npy")], "samples"),
     ):
         flags = ["--model", "tests.edges:WithKAN", *data, "--json"]
-        done = run_module("export", "inspect", tmp_path / "m.pt", "--sparsity", *flags)
+        done = run_export("inspect", tmp_path / "m.pt", "--sparsity", *flags)
         assert done.returncode == 0, done.stderr
         step = json.loads(done.stdout)["sparsity"][-1]
         assert [layer["name"] for layer in step["layers"]] == ["head.layers.0", "head.layers.1"]
@@ -117,7 +117,7 @@ def test_inspect_takes_a_network_of_your_own(tmp_path: Path) -> None:
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags: list[str], message: str) -> None:
-    done = run_module("export", *flags)
+    done = run_export(*flags)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
 

@@ -8,14 +8,14 @@ import pytest
 from export import WarningsError, export_checkpoint, export_module
 from export.report import Report
 from kan_model import KAN
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, run_export
 from tests.edges import uneven, within
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
 
 
 def test_a_warning_is_a_refusal_with_its_text(tmp_path: Path) -> None:
-    done = run_module("export", UNIFORM, "--output", tmp_path / "models", "--strict")
+    done = run_export(UNIFORM, "--output", tmp_path / "models", "--strict")
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: the file does not say which base activation was trained")
@@ -57,6 +57,6 @@ def test_python_gets_the_error_and_not_the_warnings_one_by_one(tmp_path: Path) -
 
 
 def test_inspect_has_nothing_to_be_strict_about() -> None:
-    done = run_module("export", "inspect", UNIFORM, "--strict")
+    done = run_export("inspect", UNIFORM, "--strict")
     assert done.returncode == 2
     assert "leave out --strict" in done.stderr

@@ -20,7 +20,7 @@ from kan_bundle.manifest import read_manifest
 from kan_bundle.scores import TargetsRecord
 from kan_model import KAN
 from tests import oracle
-from tests.conftest import run_module
+from tests.conftest import run_export
 from tests.edges import arrays, pruned, uneven, within
 
 
@@ -128,7 +128,6 @@ def test_inspect_shows_the_score_at_every_threshold(tmp_path: Path) -> None:
     np.save(tmp_path / "labels.npy", labels)
     files = ["--samples", str(tmp_path / "x.npy"), "--targets", str(tmp_path / "labels.npy")]
     command = [
-        "export",
         "inspect",
         str(tmp_path / "m.pt"),
         "--activation",
@@ -136,12 +135,12 @@ def test_inspect_shows_the_score_at_every_threshold(tmp_path: Path) -> None:
         "--sparsity",
         *files,
     ]
-    done = run_module(*command)
+    done = run_export(*command)
     assert done.returncode == 0, done.stderr
     table = done.stdout.partition("What leaving edges out would change")[2]
     assert max(map(len, table.splitlines())) <= 80
     assert "checkpoint, on 60 rows of the samples: accuracy 100 %" in done.stdout
-    found = json.loads(run_module(*command, "--json").stdout)
+    found = json.loads(run_export(*command, "--json").stdout)
     assert found["targets"][0]["scores"][0]["accuracy"] == 1
     for step in found["sparsity"]:
         expected = pruned(kan, step["threshold"], x, torch.from_numpy(x)).argmax(axis=1) == labels

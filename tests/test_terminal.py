@@ -22,7 +22,7 @@ from torch import nn
 from export.__main__ import main
 from export.arguments import examples, make_parser
 from kan_model import KAN
-from tests.conftest import GOLDENS, ROOT, run_module
+from tests.conftest import GOLDENS, ROOT, run_export, run_module
 from tests.terminals import COLOUR, on_terminal
 
 UNIFORM = str(GOLDENS / "uniform_4x8x3.pt")
@@ -89,7 +89,8 @@ def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path) -> None:
 
 def test_a_terminal_without_unicode_is_written_to_in_ascii(tmp_path: Path) -> None:
     environment = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    shown = on_terminal("export", UNIFORM, "--output", str(tmp_path), environment=environment)
+    options = ("--output", str(tmp_path))
+    shown = on_terminal("export", UNIFORM, *options, environment=environment, new_interpreter=True)
     assert shown.code == 0
     assert shown.raw.isascii()
     assert "\\u" not in shown.raw
@@ -97,7 +98,7 @@ def test_a_terminal_without_unicode_is_written_to_in_ascii(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1"}])
 def test_a_log_has_no_codes_that_move(tmp_path: Path, environment: dict[str, str]) -> None:
-    done = run_module("export", UNIFORM, "--output", tmp_path, environment=environment)
+    done = run_export(UNIFORM, "--output", tmp_path, environment=environment)
     assert done.returncode == 0
     assert done.stdout == f"{tmp_path}/uniform_4x8x3/1\n"
     assert bool(COLOUR.search(done.stderr)) == ("FORCE_COLOR" in environment)
@@ -164,7 +165,7 @@ def test_quiet_tells_warnings_and_errors_alone(tmp_path: Path) -> None:
     assert told.startswith("warning: the file does not say which base activation was trained")
     assert told.endswith("name it with --activation")
     options = ("--output", str(tmp_path), "--quiet", "--activation", "silu")
-    assert on_terminal("export", UNIFORM, *options).raw == ""
+    assert on_terminal("export", UNIFORM, *options, new_interpreter=True).raw == ""
     refused = on_terminal("export", "none.pt", *options)
     assert refused.code == 1
     assert "error: none.pt: no such file" in refused.raw
@@ -200,7 +201,7 @@ def test_help_comes_without_torch() -> None:
 
 
 def test_help_fits_into_80_columns_and_names_every_flag() -> None:
-    done = run_module("export", "--help", environment={"COLUMNS": "80"})
+    done = run_export("--help", environment={"COLUMNS": "80"})
     assert done.returncode == 0
     assert max(map(len, done.stdout.splitlines())) <= 80
     for action in make_parser()._actions:

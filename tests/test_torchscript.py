@@ -13,7 +13,7 @@ from export import ConversionError, InputError, export_module
 from export.runtimes import load_onnx
 from kan_bundle.manifest import read_manifest
 from kan_model import KAN, KANLinear
-from tests.conftest import GOLDENS, run_module
+from tests.conftest import GOLDENS, run_export
 
 
 class WithProperty(nn.Module):
@@ -110,5 +110,5 @@ def test_another_choice_is_refused(tmp_path: Path) -> None:
             output=tmp_path,
             torchscript="yes",  # type: ignore[arg-type]
         )
-    run = run_module("export", GOLDENS / "uniform_4x8x3.pt", "--torchscript", "yes")
+    run = run_export(GOLDENS / "uniform_4x8x3.pt", "--torchscript", "yes")
     assert run.returncode == 2

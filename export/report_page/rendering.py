@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from torch import Tensor
 
 from export.benchmark import Benchmark
@@ -82,36 +82,32 @@ def render_page(exported: Exported) -> str:
     chain = network.kan is not None and len(drawn) == len(network.layers)
     layers = _describe_layers(network, drawn, chain=chain)
     style, script = _asset("report.css"), "\n".join(_asset(name) for name in _SCRIPTS)
-    return (
-        _environment()
-        .from_string(_asset("report.html"))
-        .render(
-            exported=exported,
-            manifest=exported.manifest,
-            verdict=_verdict(exported.manifest),
-            attention=[*exported.warnings, *_pruned(exported.manifest.pruning), *_outside(layers)]
-            + [_not_drawn(name, why) for name, why in why_not.items() if why is not None],
-            charts=[
-                (d, draw_histogram(d), draw_scatter(d, from_grid=has_grid(network)))
-                for d in exported.deviations
-            ],
-            from_grid=has_grid(network),
-            plane={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
-            | {"top": TOP, "bottom": BOTTOM},
-            speeds=_table_of_speeds(exported.benchmark),
-            fastest=_fastest,
-            layers=layers,
-            leading=network.leading,
-            diagrams=_diagrams(layers, chain=chain),
-            diagram_width=DIAGRAM_WIDTH,
-            box=BOX,
-            variants=[_describe_variant(m) for m in _in_order(exported)],
-            sampled=network.inputs.samples is not None,
-            data=embed(layers, chain=chain),
-            style=style,
-            script=script,
-            policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}",
-        )
+    return _template().render(
+        exported=exported,
+        manifest=exported.manifest,
+        verdict=_verdict(exported.manifest),
+        attention=[*exported.warnings, *_pruned(exported.manifest.pruning), *_outside(layers)]
+        + [_not_drawn(name, why) for name, why in why_not.items() if why is not None],
+        charts=[
+            (d, draw_histogram(d), draw_scatter(d, from_grid=has_grid(network)))
+            for d in exported.deviations
+        ],
+        from_grid=has_grid(network),
+        plane={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT}
+        | {"top": TOP, "bottom": BOTTOM},
+        speeds=_table_of_speeds(exported.benchmark),
+        fastest=_fastest,
+        layers=layers,
+        leading=network.leading,
+        diagrams=_diagrams(layers, chain=chain),
+        diagram_width=DIAGRAM_WIDTH,
+        box=BOX,
+        variants=[_describe_variant(m) for m in _in_order(exported)],
+        sampled=network.inputs.samples is not None,
+        data=embed(layers, chain=chain),
+        style=style,
+        script=script,
+        policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}",
     )
 
 
@@ -233,7 +229,8 @@ def _describe_variant(manifest: Manifest) -> dict[str, object]:
 
 
 @cache
-def _environment() -> Environment:
+def _template() -> Template:
+    """Compile the template, which takes as long as the rest of the page."""
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -253,7 +250,7 @@ def _environment() -> Environment:
         "expected": expected_sentence,
         "change": change_sentence,
     }
-    return environment
+    return environment.from_string(_asset("report.html"))
 
 
 @cache
