@@ -40,6 +40,14 @@ def _is_supported() -> bool:
             "request_deserializer",
             "response_serializer",
         ],
+        "_stream_response_in_pool": [
+            "rpc_event",
+            "state",
+            "behavior",
+            "argument_thunk",
+            "request_deserializer",
+            "response_serializer",
+        ],
         "_Context": ["rpc_event", "state", "request_deserializer"],
     }
     constants = ("_RECEIVE_MESSAGE_TOKEN", "_EMPTY_FLAGS", "_CLOSED")
@@ -67,7 +75,7 @@ class Arrival:
         context: What grpcio gives to handlers.
     """
 
-    __slots__ = ("_deadline", "_ended", "_gate", "_on_end", "_work", "context")
+    __slots__ = ("_connection", "_deadline", "_ended", "_gate", "_on_end", "_work", "context")
 
     def __init__(self, gate: Gate, work: tuple[Any, ...]) -> None:
         self._gate = gate
@@ -75,8 +83,16 @@ class Arrival:
         _, _, rpc_event, state, _, _, request_deserializer, _ = work
         self.context = _server._Context(rpc_event, state, request_deserializer)
         self._deadline = Deadline(self.context)
+        self._connection: str | None = None
         self._ended = False
         self._on_end: list[Callable[[Arrival], Any]] = []  # one, that one thread takes
+
+    @property
+    def connection(self) -> str:
+        """Its connection, which gRPC is asked for when it matters."""
+        if self._connection is None:
+            self._connection = self.context.peer()
+        return self._connection
 
     def add_done_callback(self, callback: "Callable[[Arrival], Any]") -> None:
         """Have something called at the end, which is all that grpcio asks of a future."""

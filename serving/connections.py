@@ -14,14 +14,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from serving.room import peer_of
+from serving.room import network_of
 
 HEALTH_CONNECTIONS = 64
 """To the port of health alone, if it has one."""
@@ -30,6 +30,7 @@ _KEPT_FILES = 128 + HEALTH_CONNECTIONS  # also for models, logs, metrics and lib
 _MOST = 4096  # connections by default, however many files may be open
 _FEWEST = 16
 _LOOK_S = 0.25
+_SPARE = 4
 _LOOKING_SHARE = 0.05  # of the time, at most, however many connections there are
 _FIRST_WORDS_BYTES = 24  # that every client of HTTP/2 begins with, RFC 9113, section 3.4
 _FILES = Path("/proc/self/fd")
@@ -55,25 +56,27 @@ def most_connections(wanted: int | None) -> int:
 
 
 @contextmanager
-def guarding(ports: Set[int], most: int, peer_share: float) -> Iterator[None]:
+def guarding(limits: Mapping[int, int], peer_share: float) -> Iterator[None]:
     """Close connections while there are too many, from a thread of its own.
 
     Args:
-        ports: Of this process, whose connections count.
-        most: Connections that there may be.
+        limits: Connections that there may be to each of this process's ports.
         peer_share: Part of them that one address may have.
     """
     if not _FILES.is_dir():
         yield
         return
     stopped = threading.Event()
-    guard = _Guard(ports, most, peer_share)
+    guard = _Guard(limits, peer_share)
 
     def look() -> None:
         pause = _LOOK_S
         while not stopped.wait(pause):
             started = time.monotonic()
-            guard.look()
+            try:
+                guard.look()
+            except Exception as error:  # it looks again
+                _log.error("connections_not_seen", exc_info=error)
             pause = max(_LOOK_S, (time.monotonic() - started) / _LOOKING_SHARE)
 
     thread = threading.Thread(target=look, name="connections", daemon=True)
@@ -83,6 +86,7 @@ def guarding(ports: Set[int], most: int, peer_share: float) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join()
+        guard.close()
 
 
 @dataclass(frozen=True)
@@ -90,78 +94,115 @@ class _Connection:
     """A connection, as the kernel sees it.
 
     Args:
-        file: A number of the process's own for its socket, as long as it is not closed.
-        peer: Whose it is; see `peer_of`.
-        port: The client's.
+        file: Its number among this process's open files.
+        socket: The kernel's number of its socket, which no other has while this one lives.
+        port: This process's.
+        peer: Whose it is; see `network_of`.
         idle_ms: Since its last bytes came.
         received: Bytes that have come.
     """
 
-    file: socket.socket
-    peer: str
+    file: int
+    socket: int
     port: int
+    peer: str
     idle_ms: int
     received: int
 
 
 class _Guard:
-    def __init__(self, ports: Set[int], most: int, peer_share: float) -> None:
-        self._ports = ports
-        self._most = most
-        self._most_each = max(1, int(most * peer_share))
-        self._silent: Set[tuple[str, int]] = frozenset()
+    def __init__(self, limits: Mapping[int, int], peer_share: float) -> None:
+        self._most_each = {port: max(1, int(most * peer_share)) for port, most in limits.items()}
+        self._silent: Set[int] = frozenset()
+        # To look takes a file or two, also when there are no more to be had.
+        self._spare = _spare_files()
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        for file in self._spare:
+            os.close(file)
+        self._spare = []
 
     def look(self) -> None:
         """Look at the connections once, and close those that are too many."""
-        # Below it no address can have too many.
-        if sum(1 for _ in _FILES.iterdir()) <= self._most_each:
-            self._silent = frozenset()
-            return
-        found = list(_connections(self._ports))
+        self.close()
         try:
-            self._close_some(found)
+            # Below it no address can have too many.
+            if sum(1 for _ in _FILES.iterdir()) > min(self._most_each.values()):
+                self._close_some(list(_connections(self._most_each.keys())))
+            else:
+                self._silent = frozenset()
         finally:
-            for each in found:
-                each.file.close()
+            self._spare = _spare_files()
 
     def _close_some(self, found: list[_Connection]) -> None:
-        silent = {
-            (each.peer, each.port): each for each in found if each.received < _FIRST_WORDS_BYTES
-        }
-        closed = [silent[key] for key in silent.keys() & self._silent]  # for two looks by now
-        self._silent = silent.keys() - {(each.peer, each.port) for each in closed}
+        of_port = Counter(each.port for each in found)
+        closed = [  # silent for two looks by now, at a port that may fill up
+            each
+            for each in found
+            if each.received < _FIRST_WORDS_BYTES
+            and each.socket in self._silent
+            and of_port[each.port] > self._most_each[each.port]
+        ]
+        self._silent = frozenset(
+            each.socket for each in found if each.received < _FIRST_WORDS_BYTES
+        )
         left = sorted(set(found) - set(closed), key=lambda each: -each.idle_ms)
-        taken = Counter(each.peer for each in left)
+        taken = Counter((each.port, each.peer) for each in left)
         for each in left:
-            if taken[each.peer] > self._most_each:
-                taken[each.peer] -= 1
+            if taken[each.port, each.peer] > self._most_each[each.port]:
+                taken[each.port, each.peer] -= 1
                 closed.append(each)
         for each in closed:
-            with suppress(OSError):  # it has gone by itself
-                each.file.shutdown(socket.SHUT_RDWR)
+            _shut_down(each)
         if closed:
-            worst, _ = Counter(each.peer for each in closed).most_common(1)[0]
-            _log.warning("connections_closed", connections=len(closed), of=len(found), peer=worst)
+            ((port, worst), _), *_ = Counter((e.port, e.peer) for e in closed).most_common(1)
+            _log.warning(
+                "connections_closed", connections=len(closed), of=len(found), port=port, peer=worst
+            )
 
 
-def _connections(ports: Set[int]) -> Iterator[_Connection]:
+def _spare_files() -> list[int]:
+    found: list[int] = []
+    with suppress(OSError):  # there are none to be had now
+        while len(found) < _SPARE:
+            found.append(os.open(os.devnull, os.O_RDONLY))
+    return found
+
+
+def _connections(ports: Collection[int]) -> Iterator[_Connection]:
     """Find the connections to some ports of this process."""
     for entry in _FILES.iterdir():
-        with suppress(OSError):  # closed in between, or no connection
+        with suppress(OSError, struct.error):  # closed in between, or no connection
             if not str(entry.readlink()).startswith("socket:"):
                 continue
-            file = socket.socket(fileno=os.dup(int(entry.name)))
-            try:
-                if (
-                    file.family in (socket.AF_INET, socket.AF_INET6)
-                    and file.getsockname()[1] in ports
-                ):
-                    host, port = file.getpeername()[:2]
-                    info = file.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-                    idle_ms, received = _TCP_INFO.unpack(info)
-                    peer = peer_of(f"tcp:{host}:{port}")
-                    yield _Connection(file, peer, port, idle_ms, received)
+            with _duplicate(int(entry.name)) as found:
+                if found.family not in (socket.AF_INET, socket.AF_INET6):
                     continue
-            except (OSError, struct.error):
-                pass
-            file.close()
+                port = found.getsockname()[1]
+                if port in ports:
+                    peer = network_of(found.getpeername()[0])
+                    info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+                    inode = os.fstat(found.fileno()).st_ino
+                    yield _Connection(int(entry.name), inode, port, peer, *_TCP_INFO.unpack(info))
+
+
+def _shut_down(connection: _Connection) -> None:
+    """End a connection, unless its file has become another one."""
+    with suppress(OSError), _duplicate(connection.file) as found:
+        if os.fstat(found.fileno()).st_ino == connection.socket:
+            found.shutdown(socket.SHUT_RDWR)
+
+
+def _duplicate(file: int) -> socket.socket:
+    """Take hold of an open socket, so that its number stays what it is.
+
+    Raises:
+        OSError: It is no socket, or closed.
+    """
+    own = os.dup(file)
+    try:
+        return socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        raise

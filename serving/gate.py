@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from serving.errors import Expired, Overloaded, VisibleError
+from serving.errors import Expired, ModelNotReady, Overloaded, VisibleError
 from serving.failures import Failure
 from serving.room import Room
 
@@ -41,12 +41,18 @@ class Gate:
         )
 
     def silent(self, *, late: bool) -> Failure:
-        """Tell how a call ends that has sent no message, because of the time or for its room."""
+        """Tell how a call ends whose message is not there, because of the time or for its room."""
         error: VisibleError
-        if late:
-            error = Expired(f"no message came within {self.room.patience_s:g} s")
+        if self.room.is_closing:
+            error = ModelNotReady("the server is stopping; go on elsewhere")
+        elif late:
+            error = Expired(
+                f"expected a whole message within {self.room.patience_s:g} s "
+                "(--receive-timeout-s), found less"
+            )
         else:
             error = Overloaded(
-                "no message came, and another call needs the room", self.retry_after_s()
+                "the message was not there yet, and another call needs the room",
+                self.retry_after_s(),
             )
         return self.refused(error)

@@ -95,7 +95,7 @@ def _after_gate(gate: Gate, behavior: Callable[..., Any]) -> Callable[..., Any]:
     """Let a call in and wait for its message, in a thread."""
 
     def behave(messages: Iterator[bytes], context: grpc.ServicerContext, *send: Any) -> Any:
-        call = InThread(context)
+        call = InThread(context, lambda: gate.silent(late=False))
         refusal = gate.refusal(context)
         if refusal is None and not gate.room.enter(call):
             refusal = gate.full()
@@ -103,7 +103,8 @@ def _after_gate(gate: Gate, behavior: Callable[..., Any]) -> Callable[..., Any]:
             refusal.end(context)
         try:
             message = next(messages, None)
-            gate.room.hear(call)
+            if not gate.room.hear(call):  # it was cancelled
+                return None
             if message is None:
                 NO_MESSAGE.end(context)
             return behavior(message, context, *send)
@@ -115,10 +116,23 @@ def _after_gate(gate: Gate, behavior: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, eq=False)
 class InThread:
-    """A call whose thread waits for its message."""
+    """A call whose thread waits for its message.
+
+    Args:
+        context: Of the call.
+        count: Counts that it was given up.
+    """
 
     context: grpc.ServicerContext
+    count: Callable[[], object] = lambda: None
+
+    @property
+    def connection(self) -> str:
+        """Its connection, as gRPC names it."""
+        name: str = self.context.peer()
+        return name
 
     def give_up(self, *, late: bool) -> None:
-        """End it; no status can be sent from another thread."""
+        """Cancel it, because no status can be sent from another thread."""
+        self.count()
         self.context.cancel()

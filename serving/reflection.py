@@ -86,12 +86,13 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
     ) -> Iterator[ServerReflectionRequest]:
         """Read the requests of a stream, each in time."""
         waiting = InThread(context)
-        while True:
-            self.silent.enter(waiting)
-            try:
-                raw = next(messages, None)
-            finally:
+        try:
+            while True:
                 self.silent.leave(waiting)
-            if raw is None:
-                return
-            yield parse(ServerReflectionRequest, raw, SMALL_BYTES)
+                self.silent.enter(waiting)  # until the next one: who reads no answers waits, too
+                raw = next(messages, None)
+                if raw is None:
+                    return
+                yield parse(ServerReflectionRequest, raw, SMALL_BYTES)
+        finally:
+            self.silent.leave(waiting)

@@ -1,9 +1,9 @@
 """Room for calls: how many there may be, and who must leave when there is none.
 
-A call that has sent no message costs its sender nothing, so it never keeps another out: the one
-that has waited for its message longest leaves for the next. What lasts as long as its client likes,
-streams and watches, is limited for each peer as well. This module knows gRPC only by the name that
-it gives to peers.
+A call whose message is not there costs its sender nothing, so it never keeps another out: one of
+the connection with the most of them leaves for the next. What lasts as long as its client likes,
+streams and watches, is limited for each peer as well. This module knows gRPC only by the names that
+it gives to connections.
 """
 
 import ipaddress
@@ -12,15 +12,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Protocol
 from urllib.parse import unquote
 
+import structlog
+
 _LOOK_S = 0.5
+_AT_THE_END_S = 1.0  # that a call may take to send its message while the server stops
 _IPV6_PREFIX = 64  # the addresses of one household or one machine
+_AT_ONCE = 16  # of so many places one is emptied at a time, because to choose takes a while
+
+_log = structlog.get_logger()
 
 
 class Silent(Protocol):
-    """A call that has sent no message yet."""
+    """A call whose message is not there yet."""
+
+    @property
+    def connection(self) -> str:
+        """Its connection, as gRPC names it; see `peer_of`."""
 
     def give_up(self, *, late: bool) -> None:
         """End it.
@@ -39,18 +50,27 @@ class Room:
     Args:
         most: Calls at a time.
         patience_s: How long one may take to send its message, in seconds.
+        most_silent: Calls at a time whose messages are not there, each of which may take as much
+            memory as the largest message; as many as `most` if None.
         clock: Seconds, never going back.
 
     Attributes:
         most: As above.
         patience_s: As above.
+        is_closing: Whether calls have to hurry, because the server stops.
     """
 
     def __init__(
-        self, most: int, patience_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        most: int,
+        patience_s: float,
+        most_silent: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.most = most
         self.patience_s = patience_s
+        self.is_closing = False
+        self._most_silent = most_silent or most
         self._clock = clock
         self._silent: dict[Silent, float] = {}  # and since when, the oldest first
         self._heard: set[Silent] = set()
@@ -62,21 +82,22 @@ class Room:
 
     @property
     def silent(self) -> int:
-        """Count the calls that have sent no message."""
+        """Count the calls whose messages are not there."""
         return len(self._silent)
 
     def enter(self, call: Silent) -> bool:
-        """Take a call in that has sent no message; tell whether there is room for it."""
-        oldest = None
+        """Take a call in whose message is not there; tell whether there is room for it."""
+        leaving: list[Silent] = []
         with self._lock:
-            if len(self) >= self.most:
+            if len(self) >= self.most or len(self._silent) >= self._most_silent:
                 if not self._silent:
                     return False
-                oldest = next(iter(self._silent))
-                del self._silent[oldest]
+                leaving = self._choose()
+                for each in leaving:
+                    del self._silent[each]
             self._silent[call] = self._clock()
-        if oldest is not None:
-            oldest.give_up(late=False)
+        for each in leaving:
+            each.give_up(late=False)
         return True
 
     def hear(self, call: Silent) -> bool:
@@ -97,7 +118,8 @@ class Room:
         """End the calls that have taken too long to send a message."""
         late = []
         with self._lock:
-            before = self._clock() - self.patience_s
+            patience_s = min(self.patience_s, _AT_THE_END_S) if self.is_closing else self.patience_s
+            before = self._clock() - patience_s
             for call, since in self._silent.items():
                 if since > before:
                     break
@@ -106,6 +128,27 @@ class Room:
                 del self._silent[call]
         for call in late:
             call.give_up(late=True)
+
+    def close(self) -> None:
+        """Have calls whose messages are not there end soon, because the server stops."""
+        self.is_closing = True
+
+    def _choose(self) -> list[Silent]:
+        """Choose who leaves: the oldest calls of the connection with the most.
+
+        Of connections with as many, one of the address with the most.
+        """
+        of_connection = Counter(call.connection for call in self._silent)
+        of_address: Counter[str] = Counter()
+        for connection, count in of_connection.items():
+            of_address[peer_of(connection)] += count
+
+        def weight(call: Silent) -> tuple[int, int]:
+            return of_connection[call.connection], of_address[peer_of(call.connection)]
+
+        worst = max(self._silent, key=weight).connection  # of equals the oldest
+        calls = [call for call in self._silent if call.connection == worst]
+        return calls[: max(1, min(self.most // _AT_ONCE, len(calls) // 2))]
 
 
 @contextmanager
@@ -116,7 +159,10 @@ def watching(rooms: Sequence[Room]) -> Iterator[None]:
     def look() -> None:
         while not stopped.wait(_LOOK_S):
             for room in rooms:
-                room.end_late()
+                try:
+                    room.end_late()
+                except Exception as error:  # the others are looked at
+                    _log.error("late_calls_not_ended", exc_info=error)
 
     thread = threading.Thread(target=look, name="late-calls", daemon=True)
     thread.start()
@@ -169,17 +215,24 @@ class Places:
                 del self._taken[peer]
 
 
-def peer_of(name: str) -> str:
+@lru_cache(4096)
+def peer_of(connection: str) -> str:
     """Find whose a connection is: an address, or the network of an IPv6 address.
 
     Args:
-        name: As gRPC writes it: `ipv4:192.0.2.1:40000`, `ipv6:%5B2001:db8::1%5D:40000`, `unix:`.
+        connection: As gRPC names it: `ipv4:192.0.2.1:40000`, `ipv6:%5B2001:db8::1%5D:40000`,
+            `unix:`.
     """
-    host = unquote(name).partition(":")[2].rpartition(":")[0].strip("[]").partition("%")[0]
+    host = unquote(connection).partition(":")[2].rpartition(":")[0].strip("[]")
+    return network_of(host) if host else connection
+
+
+def network_of(host: str) -> str:
+    """Give a numeric address as it is, and of IPv6 its network."""
     try:
-        address = ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return host if host else name
+        return host
     if address.version == 6 and address.ipv4_mapped is None:
         return str(ipaddress.ip_network((address, _IPV6_PREFIX), strict=False))
     return str(getattr(address, "ipv4_mapped", None) or address)

@@ -106,8 +106,8 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self._retry_after_s = retry_after_s
         patience_s = probes.patience_s
         self._requests = Room(limits.max_requests, patience_s)
-        self._calls = Room(_SERVICE_CALLS, patience_s)
-        self._controls = Room(_CONTROL_CALLS, patience_s)
+        self._calls = Room(_SERVICE_CALLS, patience_s, probes.most)
+        self._controls = Room(_CONTROL_CALLS, patience_s, probes.most)
         self.rooms: Mapping[str, Room] = {
             "requests": self._requests,
             "calls": self._calls,
@@ -263,8 +263,13 @@ class RpcHandlers(grpc.GenericRpcHandler):
                 raise Overloaded("the server has no room for another stream", self._retry_after_s())
         except VisibleError as error:
             self._refused("ModelStreamInfer", error).end(context)
-        strict = _STRICT in {(key, value) for key, value in context.invocation_metadata()}
-        stream = _Stream(context, send, Deadline(context))
+        try:
+            self._answer_stream(requests, _Stream(context, send, Deadline(context)))
+        finally:
+            self._places.give_back(peer)
+
+    def _answer_stream(self, requests: Iterator[bytes], stream: "_Stream") -> None:
+        strict = _STRICT in {(key, value) for key, value in stream.context.invocation_metadata()}
         with self._lock:
             self._open.add(stream)
         try:
@@ -272,15 +277,14 @@ class RpcHandlers(grpc.GenericRpcHandler):
                 with stream.busy:
                     if stream.ended:
                         return
-                    send(self._stream_response(raw, stream, strict=strict))
+                    stream.send(self._stream_response(raw, stream, strict=strict))
                 if self._closing.is_set():
                     break
             if self._closing.is_set():
                 stream.end_if_idle()
             else:
-                send(None)
+                stream.send(None)
         finally:
-            self._places.give_back(peer)
             with self._lock:
                 self._open.discard(stream)
 

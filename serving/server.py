@@ -49,6 +49,7 @@ _log = structlog.get_logger()
 _LOOK_S = 0.05
 _SIGN_OF_LIFE_S = 20.0
 _FIRST_WORDS_S = 10.0  # for TLS, and for what HTTP/2 begins with
+_IDLE_HEALTH_S = 60.0  # for a connection to the port of health without a call or a watch
 _PROBE_BYTES = 64 * 2**20  # of messages that callers who need not be known may be sending
 _MOST_PROBES = 256  # calls of theirs at a time
 _FEWEST_PROBES = 4  # which is enough, as a probe's message comes with its headers
@@ -111,6 +112,8 @@ class Server:
         """
         self._handlers.close()  # streams would last as long as their clients like
         stopped = self._grpc_server.stop(grace_s)
+        for room in self.rooms.values():
+            room.close()
         self._health.close()
         self._reflection.close()
         while not stopped.wait(_LOOK_S) and not now():
@@ -241,7 +244,7 @@ def running(
             keeper,
             registry,
             readiness,
-            handlers.rooms,
+            {**handlers.rooms, "health port": at_health_port},
             settings,
             grpc_server,
             handlers,
@@ -249,7 +252,10 @@ def running(
             reflections,
         )
         cleanup.callback(server.close)
-        cleanup.enter_context(guarding({addresses.port_of(server.address)}, most, share))
+        limits = {addresses.port_of(server.address): most}
+        if health_address:
+            limits[addresses.port_of(health_address)] = HEALTH_CONNECTIONS
+        cleanup.enter_context(guarding(limits, share))
         if settings.model_control == "poll":
             cleanup.enter_context(polling(keeper, settings.poll_s))
         grpc_server.start()
@@ -394,7 +400,10 @@ def _plain_health(
     server = grpc.server(
         ThreadPoolExecutor(1, "other"),
         handlers=[handlers],
-        options=_options(settings, messages.SMALL_BYTES, HEALTH_CONNECTIONS),
+        options=[
+            *_options(settings, messages.SMALL_BYTES, HEALTH_CONNECTIONS),
+            ("grpc.max_connection_idle_ms", _ms(_IDLE_HEALTH_S)),
+        ],
     )
     try:
         port = server.add_insecure_port(addresses.joined(address, settings.health_port))

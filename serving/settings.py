@@ -181,7 +181,7 @@ class Settings(BaseSettings):
         "unless --access knows the caller; 1 where every caller comes through one balancer",
     )
     receive_timeout_s: Annotated[float, Field(ge=0.1, le=_DAY_S)] = Field(
-        30.0, description="longest that a call may take to send its message"
+        60.0, description="longest that a call may take to send its message"
     )
     max_connections: Annotated[int, Field(ge=16, le=2**20)] | None = Field(
         None,

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,10 +36,13 @@ class Process:
 
 @contextmanager
 def serving(
-    *arguments: str | Path, python: str = sys.executable, environment: dict[str, str] | None = None
+    *arguments: str | Path,
+    python: str = sys.executable,
+    environment: dict[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[Process]:
     ports = ("--grpc-port", "0", "--metrics-port", "0")
-    command = [python, "-m", "serving", *map(str, arguments), *ports]
+    command = [*prefix, python, "-m", "serving", *map(str, arguments), *ports]
     with subprocess.Popen(
         command,
         cwd=ROOT,

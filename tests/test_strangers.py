@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import threading
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from tests import strangers
 from tests.conftest import STATE_DICTS
 from tests.frames import frames
 from tests.intruder import kinds
+from tests.processes import serving
 from tests.security import bearer, write_access
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
@@ -139,7 +141,9 @@ def test_calls_that_send_no_message_keep_nobody_out(repository: Path, method: st
         served(repository, max_requests=16, max_message_bytes=2**24) as (server, stub),
         grpc.insecure_channel(server.address) as channel,
         frames(server.address) as silent,
+        frames(server.address, "127.0.0.2") as slow,
     ):
+        begun = slow.call(UNARY[5])  # its message comes when all others have
         for _ in range(300):
             silent.call(method)
         await_true(lambda: any(len(room) == room.most for room in server.rooms.values()))
@@ -149,6 +153,8 @@ def test_calls_that_send_no_message_keep_nobody_out(repository: Path, method: st
             assert stub.ModelReady(pb.ModelReadyRequest(name=UNIFORM.name), timeout=WAIT_S).ready
             check: Any = channel.unary_unary(f"/{HEALTH}/Check")
             assert health_pb2.HealthCheckResponse.FromString(check(b"", timeout=WAIT_S)).status == 1
+        slow.send(begun, b"", compressed=False)
+        assert slow.statuses(1) == ["0"]
 
 
 def test_calls_that_send_no_message_in_time_are_ended(repository: Path) -> None:
@@ -282,16 +288,11 @@ def test_places_are_shared_out_by_address_and_some_are_kept_for_who_is_known() -
 def test_the_call_that_was_silent_longest_makes_room() -> None:
     ended: list[tuple[str, bool]] = []
 
-    class Call:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def give_up(self, *, late: bool) -> None:
-            ended.append((self.name, late))
-
     now = 0.0
     room = Room(2, patience_s=5.0, clock=lambda: now)
-    first, second, third, fourth = map(Call, ("first", "second", "third", "fourth"))
+    first, second, third, fourth = (
+        Waiting(name, "ipv4:192.0.2.1:1", ended) for name in ("first", "second", "third", "fourth")
+    )
     assert room.enter(first)
     assert room.enter(second)
     assert room.hear(first)
@@ -309,6 +310,36 @@ def test_the_call_that_was_silent_longest_makes_room() -> None:
     room.end_late()
     assert ended[1:] == [("fourth", True)]
     assert len(room) == 1
+    fifth = Waiting("fifth", "ipv4:192.0.2.1:1", ended)
+    assert room.enter(fifth)
+    room.close()  # the server stops
+    now = 6.0
+    room.end_late()
+    assert ended[2:] == [("fifth", True)]
+
+
+def test_of_calls_without_a_message_those_of_the_busiest_leave() -> None:
+    """A call that is slow keeps its place while others of one connection, or address, pour in."""
+    ended: list[tuple[str, bool]] = []
+    room = Room(8, patience_s=5.0)
+    honest = Waiting("honest", "ipv4:192.0.2.1:1", ended)
+    assert room.enter(honest)
+    for i in range(50):
+        assert room.enter(Waiting("flood", "ipv4:192.0.2.1:2", ended))
+        assert room.enter(Waiting("spread", f"ipv4:192.0.2.2:{i}", ended))
+    assert len(ended) == 93
+    assert ("honest", False) not in ended
+    assert room.hear(honest)
+
+
+class Waiting:
+    def __init__(self, name: str, connection: str, ended: list[tuple[str, bool]]) -> None:
+        self.name = name
+        self.connection = connection
+        self.ended = ended
+
+    def give_up(self, *, late: bool) -> None:
+        self.ended.append((self.name, late))
 
 
 @pytest.mark.parametrize(
@@ -357,6 +388,14 @@ def flooding(address: str, source: str, count: int, first: bytes) -> Iterator[No
             process.kill()
 
 
+def is_answered(address: str, method: str, message: bytes) -> bool:
+    """Whether a client that has just come is answered."""
+    options = (("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 100))
+    with grpc.insecure_channel(address, options=options) as channel:
+        call: Any = channel.unary_unary(method)
+        return bool(call(message, wait_for_ready=True, timeout=WAIT_S))
+
+
 @pytest.mark.parametrize(
     ("source", "first"),
     [("127.0.0.1", b""), ("127.0.0.2", _PREFACE)],
@@ -364,14 +403,37 @@ def flooding(address: str, source: str, count: int, first: bytes) -> Iterator[No
 )
 def test_connections_keep_nobody_out(repository: Path, source: str, first: bytes) -> None:
     with (
-        served(repository, max_connections=64) as (server, stub),
+        served(repository, max_connections=64, health_port=0) as (server, stub),
         flooding(server.address, source, 200, first),
+        flooding(server.health_address, source, 200, first),
     ):
         for _ in range(3):
-            with grpc.insecure_channel(
-                server.address, options=(("grpc.use_local_subchannel_pool", 1),)
-            ) as channel:
-                newcomer = GRPCInferenceServiceStub(channel)
-                answer = newcomer.ModelInfer(ROW, wait_for_ready=True, timeout=WAIT_S)
-                assert raw_output(answer).shape == (1, 3)
+            assert is_answered(server.address, UNARY[2], ROW.SerializeToString())
+            assert is_answered(server.health_address, UNARY[5], b"")
         assert raw_output(stub.ModelInfer(ROW, wait_for_ready=True, timeout=WAIT_S)).shape == (1, 3)
+
+
+def test_connections_are_seen_where_few_files_may_be_open(repository: Path) -> None:
+    """To look at them takes no file for each."""
+    few = ("prlimit", "--nofile=256:256")
+    with (
+        serving("--model-repository", repository, prefix=few) as process,
+        flooding(process.address, "127.0.0.2", 600, _PREFACE),
+    ):
+        for _ in range(3):
+            assert is_answered(process.address, UNARY[2], ROW.SerializeToString())
+        metrics = process.events[-1]["metrics"]
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=WAIT_S) as page:
+            assert b"kanserve_ready" in page.read()
+
+
+def test_a_call_without_a_message_holds_no_stop_up(repository: Path) -> None:
+    with (
+        served(repository, receive_timeout_s=WAIT_S) as (server, _),
+        frames(server.address) as silent,
+    ):
+        for method in (UNARY[2], UNARY[5]):
+            silent.call(method)
+        await_true(lambda: sum(room.silent for room in server.rooms.values()) == 2)
+        server.stop(WAIT_S, now=lambda: False)
+        assert silent.statuses(2) == ["14"] * 2  # UNAVAILABLE: elsewhere it is answered
