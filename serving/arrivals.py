@@ -120,8 +120,11 @@ class Arrival:
         self._end(None)
 
     def give_up(self, *, late: bool) -> None:
-        """End, because no message has come."""
-        self.fail(self._gate.silent(late=late))
+        """End, because no message has come, or because its answer is not taken."""
+        if self._ended:
+            self.context.cancel()
+        else:
+            self.fail(self._gate.silent(late=late))
 
     def run(self, message: bytes) -> None:
         """Do what grpcio would have done in a thread, in this one, with the message that came."""
@@ -132,9 +135,9 @@ class Arrival:
             self.leave()
 
     def leave(self) -> None:
-        """End with nothing to be sent. It has no effect the second time."""
+        """End with nothing more to be sent. It has no effect the second time."""
         self._ended = True
-        self._gate.room.leave(self)
+        self._gate.room.answer(self)
         with suppress(IndexError):
             self._on_end.pop()(self)
 
@@ -170,6 +173,7 @@ class Arrivals(ThreadPoolExecutor):
         if refusal is not None:
             arrival.fail(refusal)
             return None  # as grpcio does for calls that it refuses itself
+        arrival.add_callback(lambda: self._gate.room.leave(arrival))
         _, rpc_event, state, _, _, request_deserializer, _ = args
         take = _server._receive_message(state, rpc_event.call, request_deserializer)
 

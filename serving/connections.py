@@ -31,6 +31,7 @@ _MOST = 4096  # connections by default, however many files may be open
 _FEWEST = 16
 _LOOK_S = 0.25
 _SPARE = 4
+_KEPT_SHARE = 0.875  # of the connections that may be taken before the idlest are closed
 _LOOKING_SHARE = 0.05  # of the time, at most, however many connections there are
 _FIRST_WORDS_BYTES = 24  # that every client of HTTP/2 begins with, RFC 9113, section 3.4
 _FILES = Path("/proc/self/fd")
@@ -112,6 +113,7 @@ class _Connection:
 
 class _Guard:
     def __init__(self, limits: Mapping[int, int], peer_share: float) -> None:
+        self._limits = limits
         self._most_each = {port: max(1, int(most * peer_share)) for port, most in limits.items()}
         self._silent: Set[int] = frozenset()
         # To look takes a file or two, also when there are no more to be had.
@@ -153,6 +155,15 @@ class _Guard:
             if taken[each.port, each.peer] > self._most_each[each.port]:
                 taken[each.port, each.peer] -= 1
                 closed.append(each)
+        for port, most in self._limits.items():  # some room is kept for who comes
+            at_port = [each for each in left if each.port == port and each not in closed]
+            of_peer = Counter(each.peer for each in at_port)
+            for _ in range(len(at_port) - int(most * _KEPT_SHARE)):
+                ((worst, _),) = of_peer.most_common(1)
+                idlest = next(each for each in at_port if each.peer == worst)
+                at_port.remove(idlest)
+                of_peer[worst] -= 1
+                closed.append(idlest)
         for each in closed:
             _shut_down(each)
         if closed:

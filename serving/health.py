@@ -22,7 +22,7 @@ from serving.callers import Callers, address_of
 from serving.errors import VisibleError
 from serving.failures import Failure, failure_of
 from serving.gate import Gate
-from serving.messages import SMALL_BYTES, parse
+from serving.messages import PROBE_BYTES, parse
 from serving.pools import one_message
 from serving.room import Places, Room
 
@@ -193,7 +193,7 @@ class HealthHandlers(grpc.GenericRpcHandler):
 def _service(raw: bytes, context: grpc.ServicerContext) -> str:
     """Read which service is asked for."""
     try:
-        name: str = parse(pb.HealthCheckRequest, raw, SMALL_BYTES).service
+        name: str = parse(pb.HealthCheckRequest, raw, PROBE_BYTES).service
     except VisibleError as error:
         _refused(error).end(context)
     return name

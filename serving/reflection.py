@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, Serv
 from serving.callers import Callers, address_of
 from serving.errors import Overloaded, VisibleError
 from serving.failures import failure_of
-from serving.messages import SMALL_BYTES, parse
+from serving.messages import PROBE_BYTES, parse
 from serving.pools import Behavior, InThread
 from serving.room import Places, Room
 
@@ -31,15 +31,22 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
         callers: Looked at for what is too large alone; reflection is open to everybody.
         peer_share: Part of the streams that one address may have.
         patience_s: How long a stream may ask nothing, in seconds.
+        most_silent: Streams at a time that ask nothing, each of which may be sending a message as
+            large as any may be.
     """
 
     def __init__(
-        self, services: tuple[str, ...], callers: Callers, peer_share: float, patience_s: float
+        self,
+        services: tuple[str, ...],
+        callers: Callers,
+        peer_share: float,
+        patience_s: float,
+        most_silent: int,
     ) -> None:
         self._answer = reflection.ReflectionServicer(services).ServerReflectionInfo
         self._callers = callers
         self._places = Places(_STREAMS, peer_share)
-        self.silent = Room(_STREAMS, patience_s)
+        self.silent = Room(_STREAMS, patience_s, most_silent)
         self._open: set[grpc.ServicerContext] = set()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_STREAMS + 1, "reflection")
@@ -93,6 +100,6 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
                 raw = next(messages, None)
                 if raw is None:
                     return
-                yield parse(ServerReflectionRequest, raw, SMALL_BYTES)
+                yield parse(ServerReflectionRequest, raw, PROBE_BYTES)
         finally:
             self.silent.leave(waiting)

@@ -10,7 +10,7 @@ import ipaddress
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Protocol
@@ -27,7 +27,7 @@ _log = structlog.get_logger()
 
 
 class Silent(Protocol):
-    """A call whose message is not there yet."""
+    """A call whose message is not there yet, or whose answer is not taken."""
 
     @property
     def connection(self) -> str:
@@ -74,11 +74,12 @@ class Room:
         self._clock = clock
         self._silent: dict[Silent, float] = {}  # and since when, the oldest first
         self._heard: set[Silent] = set()
+        self._answered: dict[Silent, float] = {}  # and since when
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Count the calls that are here."""
-        return len(self._silent) + len(self._heard)
+        return len(self._silent) + len(self._heard) + len(self._answered)
 
     @property
     def silent(self) -> int:
@@ -89,12 +90,14 @@ class Room:
         """Take a call in whose message is not there; tell whether there is room for it."""
         leaving: list[Silent] = []
         with self._lock:
-            if len(self) >= self.most or len(self._silent) >= self._most_silent:
-                if not self._silent:
+            if len(self._silent) >= self._most_silent:
+                leaving = _choose(self._silent, self.most)
+            elif len(self) >= self.most:
+                leaving = _choose({**self._silent, **self._answered}, self.most)
+                if not leaving:
                     return False
-                leaving = self._choose()
-                for each in leaving:
-                    del self._silent[each]
+            for each in leaving:
+                self._remove(each)
             self._silent[call] = self._clock()
         for each in leaving:
             each.give_up(late=False)
@@ -108,24 +111,31 @@ class Room:
             self._heard.add(call)
         return True
 
+    def answer(self, call: Silent) -> None:
+        """Note that a call has its answer, which its client has yet to take."""
+        with self._lock:
+            if call in self._heard:  # it has not left
+                self._heard.discard(call)
+                self._answered[call] = self._clock()
+
     def leave(self, call: Silent) -> None:
         """Let a call go. It has no effect the second time."""
         with self._lock:
-            self._silent.pop(call, None)
-            self._heard.discard(call)
+            self._remove(call)
 
     def end_late(self) -> None:
-        """End the calls that have taken too long to send a message."""
+        """End the calls that have taken too long to send a message, or to take an answer."""
         late = []
         with self._lock:
             patience_s = min(self.patience_s, _AT_THE_END_S) if self.is_closing else self.patience_s
             before = self._clock() - patience_s
-            for call, since in self._silent.items():
-                if since > before:
-                    break
-                late.append(call)
+            for calls in (self._silent, self._answered):
+                for call, since in calls.items():
+                    if since > before:
+                        break
+                    late.append(call)
             for call in late:
-                del self._silent[call]
+                self._remove(call)
         for call in late:
             call.give_up(late=True)
 
@@ -133,22 +143,33 @@ class Room:
         """Have calls whose messages are not there end soon, because the server stops."""
         self.is_closing = True
 
-    def _choose(self) -> list[Silent]:
-        """Choose who leaves: the oldest calls of the connection with the most.
+    def _remove(self, call: Silent) -> None:
+        self._silent.pop(call, None)
+        self._heard.discard(call)
+        self._answered.pop(call, None)
 
-        Of connections with as many, one of the address with the most.
-        """
-        of_connection = Counter(call.connection for call in self._silent)
-        of_address: Counter[str] = Counter()
-        for connection, count in of_connection.items():
-            of_address[peer_of(connection)] += count
 
-        def weight(call: Silent) -> tuple[int, int]:
-            return of_connection[call.connection], of_address[peer_of(call.connection)]
+def _choose(calls: Iterable[Silent], most: int) -> list[Silent]:
+    """Choose who leaves: the oldest calls of the connection with the most.
 
-        worst = max(self._silent, key=weight).connection  # of equals the oldest
-        calls = [call for call in self._silent if call.connection == worst]
-        return calls[: max(1, min(self.most // _AT_ONCE, len(calls) // 2))]
+    Of connections with as many, one of the address with the most.
+
+    Args:
+        calls: The oldest first.
+        most: Calls that there may be.
+    """
+    calls = list(calls)
+    of_connection = Counter(call.connection for call in calls)
+    of_address: Counter[str] = Counter()
+    for connection, count in of_connection.items():
+        of_address[peer_of(connection)] += count
+
+    def weight(connection: str) -> tuple[int, int]:
+        return of_connection[connection], of_address[peer_of(connection)]
+
+    worst = max(of_connection, key=weight, default=None)  # of equals that of the oldest
+    chosen = [call for call in calls if call.connection == worst]
+    return chosen[: max(1, min(most // _AT_ONCE, len(chosen) // 2))]
 
 
 @contextmanager

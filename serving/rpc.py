@@ -24,7 +24,7 @@ from serving.deadline import Deadline
 from serving.errors import NotOffered, Overloaded, VisibleError
 from serving.failures import Failure, failure_of
 from serving.gate import Gate
-from serving.messages import SMALL_BYTES, is_compressed, parse
+from serving.messages import PROBE_BYTES, SMALL_BYTES, is_compressed, parse
 from serving.observability.telemetry import Record, Telemetry
 from serving.pools import Behavior, one_message
 from serving.room import Places, Room
@@ -60,6 +60,7 @@ class Limits:
         max_requests: Requests in the server at a time, beside those of streams.
         max_streams: Streams open at a time.
         max_message_bytes: Largest message, once it is inflated.
+        most_silent: Calls without tensors at a time whose message is not there.
         peer_share: Part of what is limited that one address may have, while it is not known whose.
     """
 
@@ -67,6 +68,7 @@ class Limits:
     max_streams: int
     max_message_bytes: int
     peer_share: float
+    most_silent: int
 
 
 class RpcHandlers(grpc.GenericRpcHandler):
@@ -106,8 +108,8 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self._retry_after_s = retry_after_s
         patience_s = probes.patience_s
         self._requests = Room(limits.max_requests, patience_s)
-        self._calls = Room(_SERVICE_CALLS, patience_s, probes.most)
-        self._controls = Room(_CONTROL_CALLS, patience_s, probes.most)
+        self._calls = Room(_SERVICE_CALLS, patience_s, limits.most_silent)
+        self._controls = Room(_CONTROL_CALLS, patience_s, limits.most_silent)
         self.rooms: Mapping[str, Room] = {
             "requests": self._requests,
             "calls": self._calls,
@@ -165,7 +167,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
         def behavior(raw: bytes, context: grpc.ServicerContext) -> Message:
             request = None
             try:
-                request = parse(request_type, raw, SMALL_BYTES)
+                request = parse(request_type, raw, PROBE_BYTES if name in _OPEN else SMALL_BYTES)
                 response: Message = method(request)
             except Exception as error:
                 failure = failure_of(name, request, error)

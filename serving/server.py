@@ -52,7 +52,7 @@ _FIRST_WORDS_S = 10.0  # for TLS, and for what HTTP/2 begins with
 _IDLE_HEALTH_S = 60.0  # for a connection to the port of health without a call or a watch
 _PROBE_BYTES = 64 * 2**20  # of messages that callers who need not be known may be sending
 _MOST_PROBES = 256  # calls of theirs at a time
-_FEWEST_PROBES = 4  # which is enough, as a probe's message comes with its headers
+_FEWEST_PROBES = 2  # sending, which is enough, as a probe's message comes with its headers
 _FEWEST_PROBES_IN_THREADS = 64  # which take longer to find it there
 
 
@@ -196,19 +196,20 @@ def running(
         callers = Callers(access, settings.max_metadata_bytes)
         share, patience_s = settings.max_peer_share, settings.receive_timeout_s
         limit = loader.max_message_bytes
-        probes = Room(_most_probes(limit), patience_s)
+        most_silent = _most_probes(limit)
+        probes = Room(_MOST_PROBES, patience_s, most_silent)
         handlers = RpcHandlers(
             service,
             Telemetry(counters, tracing, log_requests=settings.log_requests == "on"),
             callers,
             probes,
-            Limits(settings.max_requests, settings.max_streams, limit, share),
+            Limits(settings.max_requests, settings.max_streams, limit, share, most_silent),
             is_full,
             dispatcher.seconds,
         )
         cleanup.callback(handlers.shutdown)
         names = (SERVICE, health.SERVICE, reflection.SERVICE)
-        reflections = reflection.ReflectionHandlers(names, callers, share, patience_s)
+        reflections = reflection.ReflectionHandlers(names, callers, share, patience_s, most_silent)
         cleanup.callback(reflections.shutdown)
         healths = health.HealthHandlers(status, callers, probes, share)
         at_health_port = Room(_MOST_PROBES, patience_s)

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving import arrivals
-from serving.messages import inflate, is_compressed
+from serving.errors import InvalidRequest
+from serving.messages import PROBE_BYTES, inflate, is_compressed, parse
 from serving.room import Places, Room, peer_of
 from tests import strangers
 from tests.conftest import STATE_DICTS
@@ -28,7 +30,7 @@ from tests.intruder import kinds
 from tests.processes import serving
 from tests.security import bearer, write_access
 from tests.servers import WAIT_S, await_true, served
-from tests.wire import raw_output, raw_request
+from tests.wire import raw_output, raw_request, typed_request
 
 UNIFORM = STATE_DICTS[0]
 ROW = raw_request(UNIFORM.x[:1])
@@ -111,6 +113,42 @@ def test_a_message_is_inflated_whole_or_not_at_all(form: str) -> None:
             inflate(damaged, 2**20)
 
 
+@pytest.mark.parametrize("limit", [PROBE_BYTES, 2**22])
+def test_blocks_that_hold_nothing_are_not_inflated_on_and_on(limit: int) -> None:
+    """They cost the processor a second for each megabyte, and never reach a limit."""
+    empty = zlib.compressobj(wbits=-15)
+    block = empty.flush(zlib.Z_FULL_FLUSH) + b"\0\0\0\xff\xff"  # stored, of no bytes
+    content = b"\x78\x9c" + block * (2**20 // len(block))
+    with pytest.raises(Exception, match="cannot be inflated"):
+        inflate(content, limit)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda request: [request.inputs.add() for _ in range(2**14)],
+        lambda request: [request.outputs.add() for _ in range(2**14)],
+        lambda request: request.raw_input_contents.extend([b""] * 2**14),
+        lambda request: request.inputs[0].contents.bytes_contents.extend([b""] * 2**14),
+        lambda request: request.inputs[0].shape.extend([1] * 2**14),
+        lambda request: [request.parameters[str(i)].ParseFromString(b"") for i in range(2**14)],
+    ],
+    ids=["inputs", "outputs", "raw", "bytes", "shape", "parameters"],
+)
+def test_many_small_parts_are_not_parsed(change: Callable[[pb.ModelInferRequest], Any]) -> None:
+    request = pb.ModelInferRequest.FromString(ROW.SerializeToString())
+    change(request)
+    with pytest.raises(InvalidRequest, match=r"expected a (request|shape) of"):
+        parse(pb.ModelInferRequest, request.SerializeToString(), 2**26)
+
+
+def test_large_requests_are_parsed() -> None:
+    rows = raw_request(np.zeros((2**16, 4), np.float32))
+    typed = typed_request(np.zeros((2**12, 4), np.float32))
+    for request in (rows, typed):
+        assert parse(pb.ModelInferRequest, request.SerializeToString(), 2**26) == request
+
+
 def test_no_message_of_ours_begins_as_a_compressed_one_does() -> None:
     """The first byte holds the number and the kind of a field; RFC 1950 and 1952 say the rest."""
     kinds = {"varint": 0, "fixed64": 1, "bytes": 2, "fixed32": 5}
@@ -157,9 +195,22 @@ def test_calls_that_send_no_message_keep_nobody_out(repository: Path, method: st
         assert slow.statuses(1) == ["0"]
 
 
+def test_answers_that_nobody_takes_hold_their_places_for_a_while(repository: Path) -> None:
+    with (
+        served(repository, max_requests=8, receive_timeout_s=0.1) as (server, stub),
+        frames(server.address) as rude,
+    ):
+        rude.h2.update_settings({4: 0})  # SETTINGS_INITIAL_WINDOW_SIZE
+        rude.flush()
+        for _ in range(20):
+            rude.send(rude.call(UNARY[2]), ROW.SerializeToString(), compressed=False)
+        assert raw_output(stub.ModelInfer(ROW, timeout=WAIT_S)).shape == (1, 3)
+        await_true(lambda: not any(map(len, server.rooms.values())))
+
+
 def test_calls_that_send_no_message_in_time_are_ended(repository: Path) -> None:
     with (
-        served(repository, receive_timeout_s=0.1) as (server, stub),
+        served(repository, receive_timeout_s=0.1, max_message_bytes=2**20) as (server, stub),
         frames(server.address) as silent,
     ):
         for method in UNARY:
