@@ -14,7 +14,7 @@ A file, read again when it changes, has a table for each group:
 Only hashes of tokens are in it, so whoever reads it cannot call. A group without a table is closed.
 A name in a certificate has a type, because whoever may get a certificate for one type of name may
 not get one for another: `dns:`, `uri:`, `cn:` (the common name), `email:` or `ip:`. A name without
-a type is that of a host or a common name.
+a type is that of a host or a common name; it has neither a colon nor an `@`, and is no IP address.
 
 `admin` is what changes which models are served; `inference` is the rest. Health and reflection are
 in no group: they tell nothing of models, and probes have no tokens. This module knows no gRPC.
@@ -22,6 +22,7 @@ in no group: they tell nothing of models, and probes have no tokens. This module
 
 import hashlib
 import ipaddress
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Set
 from functools import cached_property, partial
@@ -50,6 +51,7 @@ _PROPERTIES = {
     "ip": "peer_ip",
 }
 _CERTIFICATE = "x509_pem_cert"
+_URI_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _HOST_TYPES = ("dns", "cn")  # of a name that is written without a type
 
 
@@ -82,7 +84,8 @@ def _as_written(entry: str) -> str:
     """Check a name as the file has it.
 
     Raises:
-        ValueError: It has no type that is known, or nothing follows it.
+        ValueError: It has no type that is known, or nothing follows it, or it has no type and
+            cannot be the name of a host.
     """
     kind, colon, name = entry.partition(":")
     if kind in _PROPERTIES and name:
@@ -94,11 +97,43 @@ def _as_written(entry: str) -> str:
                     f"expected an IP address after ip:, found {name[:100]!r}"
                 ) from error
         return _typed(kind, name)
-    if colon or not entry:
+    if colon or "@" in entry or not entry or _is_address(entry):
         types = ", ".join(f"{each}:" for each in _PROPERTIES)
-        remedy = f"; write uri:{entry}, if that is a URI" if "//" in entry else ""
-        raise ValueError(f"expected one of {types} before a name, found {entry[:100]!r}{remedy}")
+        raise ValueError(
+            f"expected one of {types} before a name, found {entry[:100]!r}{_remedy(entry)}"
+        )
     return entry
+
+
+def _remedy(entry: str) -> str:
+    """Tell how to write an entry that has no type that is known."""
+    kind, colon, name = entry.partition(":")
+    host, _, port = entry.rpartition(":")
+    if not name and (not entry or kind in _PROPERTIES):
+        return "; write the name after the type, such as dns:client.example.com"
+    if _is_address(entry):
+        typed = f"ip:{entry.strip('[]')}"
+    elif colon and kind.lower() in _PROPERTIES:
+        typed = f"{kind.lower()}:{name}"
+    elif port.isdecimal():
+        typed = f"ip:{host.strip('[]')}" if _is_address(host) else host
+        return f"; write {typed[:100]}, because names in certificates have no port"
+    elif _URI_SCHEME.fullmatch(kind) and colon:
+        typed = f"uri:{entry}"
+    elif "@" in entry:
+        typed = f"email:{entry}"
+    else:
+        typed = f"cn:{entry}"
+    common = "" if typed.startswith("cn:") else f", or cn:{entry[:100]} if that is the common name"
+    return f"; write {typed[:100]}{common}"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 _Hash = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$", to_lower=True)]
@@ -163,7 +198,7 @@ class Access:
 
     @property
     def asks_for_certificates(self) -> bool:
-        """Whether certificates matter, which are not known before a call is taken in."""
+        """Whether a rule names certificates, so that the names of a caller's are read."""
         rules = self._rules.get()
         return bool(rules.inference.certificates or rules.admin.certificates)
 

@@ -29,7 +29,7 @@ from tests.chaos.ways import (
     nginx_command,
     rendered,
 )
-from tests.conftest import STATE_DICTS
+from tests.conftest import ROOT, STATE_DICTS
 from tests.ports import free_port
 from tests.servers import WAIT_S, await_true
 from tests.wire import raw_output, raw_request
@@ -205,10 +205,10 @@ def test_models_are_not_loaded_in_one_server_of_three(address: str) -> None:
 
 # Each limit of a caller, as the files have it, and a smaller one that a test goes over.
 LIMITS = {
-    "rate=2000r/s": "rate=1r/s",
-    "burst=2000": "burst=5",
-    "sc_http_req_rate(0) gt 2000": "sc_http_req_rate(0) gt 5",
-    "max_tokens: 2000, tokens_per_fill: 2000": "max_tokens: 5, tokens_per_fill: 5",
+    "rate=20000r/s": "rate=1r/s",
+    "burst=20000": "burst=5",
+    "sc_gpc0_rate(0) ge 20000": "sc_gpc0_rate(0) ge 5",
+    "max_tokens: 20000, tokens_per_fill: 20000": "max_tokens: 5, tokens_per_fill: 5",
     "fill_interval: 1s": "fill_interval: 60s",
 }
 
@@ -232,8 +232,31 @@ def test_one_caller_takes_no_more_than_the_balancer_lets_it(
         live, request = GRPCInferenceServiceStub(channel).ServerLive, pb.ServerLiveRequest()
         calls = [live.future(request, timeout=WAIT_S) for _ in range(40)]
         codes = [call.code() for call in calls]
+        rejected = [c for c in calls if c.code() is grpc.StatusCode.RESOURCE_EXHAUSTED]
+        for call in rejected:
+            assert int(dict(call.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+        check = health_pb2_grpc.HealthStub(channel).Check
+        for _ in range(40):
+            found = check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+            assert found.status == health_pb2.HealthCheckResponse.SERVING
     assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert codes.count(grpc.StatusCode.OK) <= 20
+
+
+def test_a_caller_may_send_more_than_a_server_answers() -> None:
+    page = (ROOT / "docs" / "serving-speed.md").read_text()
+    (found,) = re.findall(r"\| \*\*kanserve\*\* \| ([\d,]+) \|", page)
+    answered_per_s = int(found.replace(",", ""))
+    limit = r"rate=(\d+)r/s|burst=(\d+)|sc_gpc0_rate\(0\) ge (\d+)|tokens(?:_per_fill)?: (\d+)"
+    for file in BALANCERS.iterdir():
+        limits = [int("".join(match)) for match in re.findall(limit, file.read_text())]
+        assert limits, file
+        assert min(limits) > 2 * answered_per_s, file
+
+
+def test_every_file_says_what_share_servers_are_to_let_a_balancer_have() -> None:
+    for file in BALANCERS.iterdir():
+        assert "--max-peer-share 1:" in file.read_text(), file
 
 
 @behind_each_balancer

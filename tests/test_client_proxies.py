@@ -18,6 +18,7 @@ from protos.inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from serving.client import AsyncKanClient, KanClient, Tls, WrongSetting
 from serving.client.__main__ import main
 from tests.bare import Bare, answering
+from tests.ports import free_port
 from tests.servers import WAIT_S
 
 TOKEN = "s3cret-token"
@@ -252,3 +253,60 @@ def test_localhost_is_resolved_here_and_leads_to_this_machine_alone(
     found.append("::1")
     with KanClient("localhost:1", token=TOKEN) as client:
         assert client._connection.target == "ipv6:[::1]:1"
+
+
+IPV4_AND_IPV6 = [
+    (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::1", 0, 0, 0)),
+    (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 0)),
+]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_token_reaches_the_server_that_listens_at_one_address_of_localhost(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    if host == "::1" and not has_ipv6_loopback():
+        pytest.skip("this machine has no ::1")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: IPV4_AND_IPV6)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as server:
+        server.bind((host, 0))
+        server.listen()
+        port = server.getsockname()[1]
+        shown = f"ipv6:[::1]:{port}" if ":" in host else f"ipv4:127.0.0.1:{port}"
+        for address in (f"localhost:{port}", f"LOCALHOST:{port}", f"dns:///localhost:{port}"):
+            with KanClient(address, token=TOKEN) as client:
+                assert client._connection.target == shown
+        several = [f"localhost:{port}", "localhost:1"]
+        with KanClient(several, token=TOKEN) as client:
+            assert client._connection.target.startswith(shown)
+
+
+def test_localhost_is_of_the_kind_of_the_literal_addresses_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: IPV4_AND_IPV6)
+    for literal, target in (
+        ("[::1]:2", "ipv6:[::1]:1,[::1]:2"),
+        ("127.0.0.2:2", "ipv4:127.0.0.1:1,127.0.0.2:2"),
+    ):
+        with KanClient(["localhost:1", literal], token=TOKEN) as client:
+            assert client._connection.target == target
+    with pytest.raises(WrongSetting, match="all of IPv4 or all of IPv6, found both"):
+        KanClient(["127.0.0.1:1", "[::1]:2"], token=TOKEN)
+
+
+def test_localhost_without_any_server_is_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: IPV4_AND_IPV6)
+    port = free_port()
+    with KanClient(f"localhost:{port}", token=TOKEN) as client:
+        assert client._connection.target == f"ipv4:127.0.0.1:{port}"
+
+
+def has_ipv6_loopback() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from export.conversion.onnx_graph import LARGEST_INLINE
 from serving.settings import Settings
 from tests.conftest import ROOT
 
@@ -126,4 +127,17 @@ def test_prometheus_takes_its_configuration_and_finds_its_rules() -> None:
 def test_a_server_cannot_fill_the_memory_by_its_files() -> None:
     for one in SERVERS.values():
         (mount,) = one["tmpfs"]
-        assert re.fullmatch(r"/tmp:size=\d+m", mount)
+        size = re.fullmatch(r"/tmp:size=(\d+)m", mount)
+        assert size
+        assert int(size[1]) <= int(one["mem_limit"].removesuffix("m")) / 4
+
+
+def test_what_servers_write_fits_into_their_folder_for_files() -> None:
+    """Copies of the weights of signed models, which only models above a size have."""
+    for one in SERVERS.values():
+        assert settings_of(one).max_model_bytes <= LARGEST_INLINE
+
+
+def test_the_balancer_may_have_all_streams_and_connections() -> None:
+    for one in SERVERS.values():
+        assert settings_of(one).max_peer_share == 1

@@ -239,16 +239,29 @@ def test_pods_may_do_nothing_but_serve(
         assert context["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_no_pod_fills_the_disk_of_its_node(deployment: Manifest) -> None:
+def test_copies_of_weights_fit_and_no_pod_fills_the_disk_of_its_node(
+    deployment: Manifest, container: Manifest, runtime: Manifest, no_settings: pytest.MonkeyPatch
+) -> None:
+    """A signed version has its copy; a version that is replaced keeps its own meanwhile."""
+    for name, value in environment(container).items():
+        no_settings.setenv(name, value)
+    of_deployment = read_settings(Settings, [])
+    for name in environment(container):
+        no_settings.delenv(name)
     pods = (
-        deployment["spec"]["template"]["spec"],
-        read(KSERVE / "clusterservingruntime.yaml")["spec"],
+        (deployment["spec"]["template"]["spec"], of_deployment),
+        (
+            read(KSERVE / "clusterservingruntime.yaml")["spec"],
+            read_settings(Settings, runtime["args"]),
+        ),
     )
-    for pod in pods:
+    for pod, settings in pods:
+        assert settings.version_policy == "latest:1"
+        largest = settings.max_model_bytes * (1 + 1)
         empty = [volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume]
         assert empty
         for volume in empty:
-            assert 0 < _bytes(volume["sizeLimit"]) <= 1024 * MIB
+            assert largest < _bytes(volume["sizeLimit"]) <= 1.25 * largest
 
 
 def test_probes_ask_for_what_the_server_answers(

@@ -22,7 +22,11 @@ def no_report(model: str, version: str) -> bytes:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     with exposition.served(
-        CollectorRegistry(), no_report, "127.0.0.1", 0, ("kan-1", "Kan.Example")
+        CollectorRegistry(),
+        no_report,
+        "127.0.0.1",
+        0,
+        ("kan-1", "Kan.Example", "absolute.example."),
     ) as address:
         yield address
 
@@ -69,6 +73,11 @@ def status(address: str, *headers: str, path: str = "/metrics") -> int:
         ":8002",
         "localhost:x",
         "localhöst",
+        "localhost..",
+        ".",
+        ".:8002",
+        "evil.example.",
+        "[localhost]",
     ],
 )
 def test_a_name_that_may_be_a_web_pages_is_not_answered(address: str, host: str, path: str) -> None:
@@ -89,10 +98,32 @@ def test_a_name_that_may_be_a_web_pages_is_not_answered(address: str, host: str,
         "kan.example",
         "KAN.EXAMPLE:80",
         HOSTNAME,
+        "localhost.",
+        "localhost.:8002",
+        "Kan-1.",
+        "kan.example.:8002",
+        f"{HOSTNAME}.",
+        "127.0.0.1.",
+        "absolute.example",
+        "absolute.example.",
     ],
 )
 def test_addresses_and_the_servers_own_names_are_answered(address: str, host: str) -> None:
     assert status(address, f"Host: {host}") == 200
+
+
+@pytest.mark.parametrize("qualified", ["kan-9.fleet.example", "Kan-9.Fleet.Example."])
+def test_this_machines_fully_qualified_name_is_answered(
+    address: str, monkeypatch: pytest.MonkeyPatch, qualified: str
+) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda: qualified)
+    exposition._qualified_names.cache_clear()
+    try:
+        assert status(address, "Host: kan-9.fleet.example") == 200
+        assert status(address, "Host: KAN-9.fleet.example.:8002") == 200
+        assert status(address, "Host: fleet.example") == 421
+    finally:
+        exposition._qualified_names.cache_clear()
 
 
 def test_no_browser_leaves_the_host_out_so_who_does_is_answered(address: str) -> None:

@@ -25,7 +25,7 @@ from serving.client.credentials import Bearer, Tls, Token
 from serving.client.errors import ClientError, Forked, TimedOut, WrongSetting, never_reached
 from serving.client.errors import translated as translated_error
 from serving.client.handshake import Endpoint, find_tls_fault
-from serving.client.targets import common_name, find_places
+from serving.client.targets import common_name, parse_target
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 INFER = f"/{SERVICE}/ModelInfer"
@@ -221,13 +221,13 @@ def connection_to(
     if token is not None or token_file is not None:
         shown = Token(token, Path(token_file) if token_file is not None else None)
     in_clear = shown is not None and tls is None
-    places = find_places(addresses, only_loopback=in_clear)
+    target = parse_target(addresses, only_loopback=in_clear)
     if shown is not None:
         shown.metadata()  # raises what is wrong with it
     options = _OPTIONS + (_NO_PROXY if in_clear else ())
     if only_ready:
         options += (("grpc.service_config", json.dumps(service_config())),)
-    name = (tls.server_name or common_name(places)) if tls is not None else None
+    name = (tls.server_name or common_name(target)) if tls is not None else None
     if name is not None:
         options += (("grpc.ssl_target_name_override", name),)
     credentials = tls.channel_credentials() if tls is not None else None
@@ -235,5 +235,5 @@ def connection_to(
         bearer = grpc.metadata_call_credentials(Bearer(shown))
         credentials = grpc.composite_channel_credentials(credentials, bearer)
     return Connection(
-        places.target, places.where, places.endpoints, tls, name, credentials, options, shown
+        target.uri, target.where, target.endpoints, tls, name, credentials, options, shown
     )

@@ -2,7 +2,7 @@
 
 A token without TLS goes to this machine alone. For it no name, no resolver and no control plane
 decides where a connection leads: its targets are literal loopback addresses, and Unix sockets.
-Nothing here connects.
+Nothing is sent here; one connection finds out which loopback address of `localhost` has a server.
 """
 
 import ipaddress
@@ -22,27 +22,29 @@ _URI = re.compile(
 _URI_PATH = re.compile(r"(?:[\w.~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})+", re.ASCII)
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:/\s]+):(?P<port>[0-9]{1,5})")
 
+_PROBE_S = 0.5  # for a connection to this machine to be accepted
+
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where servers are.
+class Target:
+    """One server or several, as a channel connects to them.
 
     Attributes:
-        target: As gRPC names it.
+        uri: As gRPC names it.
         where: As the caller named it, for messages.
         hosts: Host by host, in brackets as written; empty for a Unix socket.
         endpoints: Hosts and ports, where there are some.
     """
 
-    target: str
+    uri: str
     where: str
     hosts: tuple[str, ...]
     endpoints: tuple[Endpoint, ...]
 
 
-def find_places(addresses: str | Sequence[str], *, only_loopback: bool) -> Places:
+def parse_target(addresses: str | Sequence[str], *, only_loopback: bool) -> Target:
     """Find what gRPC is to connect to.
 
     Args:
@@ -64,9 +66,9 @@ def find_places(addresses: str | Sequence[str], *, only_loopback: bool) -> Place
                     raise _not_in_clear(addresses)
                 # Who may connect to a file, its permissions say; who may take an abstract name, as
                 # who may take a port of a loopback address, nothing does. Both stay on the machine.
-                return Places(addresses, addresses, (), ())
+                return Target(addresses, addresses, (), ())
             if not only_loopback:
-                return _places_of_target(addresses, uri["path"].split(","))
+                return _uri_target(addresses, uri["path"].split(","))
             if uri["scheme"] == "xds" or uri["authority"]:
                 # A control plane, or a name server that the target names, says where that is.
                 raise _not_in_clear(addresses)
@@ -80,14 +82,14 @@ def find_places(addresses: str | Sequence[str], *, only_loopback: bool) -> Place
         where = ",".join(f"{host}:{port}" for host, port in listed)
     hosts = tuple(host for host, _ in listed)
     if only_loopback:
-        found = [(_loopback(host, where), port) for host, port in listed]
+        found = _loopback_endpoints(listed, where)
         endpoints = tuple((str(ip), port) for ip, port in found)
-        return Places(_literal(found, where), where, hosts, endpoints)
+        return Target(_literal(found, where), where, hosts, endpoints)
     endpoints = tuple((host.strip("[]"), port) for host, port in listed)
     if len(listed) == 1 and _numeric(hosts[0]) is None:
-        return Places(f"dns:///{where}", where, hosts, endpoints)
+        return Target(f"dns:///{where}", where, hosts, endpoints)
     found = [(_looked_up(host)[0], port) for host, port in listed]
-    return Places(_literal(found, where), where, hosts, endpoints)
+    return Target(_literal(found, where), where, hosts, endpoints)
 
 
 def each_of(addresses: str) -> list[str]:
@@ -95,20 +97,20 @@ def each_of(addresses: str) -> list[str]:
     return [addresses] if _as_target(addresses) else addresses.split(",")
 
 
-def common_name(places: Places) -> str | None:
+def common_name(target: Target) -> str | None:
     """Find what the certificates of several servers are for; None lets gRPC take the address's.
 
     Raises:
         WrongSetting: They have several names.
     """
-    if len(places.hosts) < 2:
+    if len(target.hosts) < 2:
         return None
-    if len(set(places.hosts)) > 1:
+    if len(set(target.hosts)) > 1:
         raise WrongSetting(
-            f"{places.where}: expected the name that the certificates of all these servers are "
+            f"{target.where}: expected the name that the certificates of all these servers are "
             "for, found none; give it (server_name, --server-name)"
         )
-    return places.hosts[0].strip("[]")
+    return target.hosts[0].strip("[]")
 
 
 def _as_target(addresses: str) -> re.Match[str] | None:
@@ -116,11 +118,11 @@ def _as_target(addresses: str) -> re.Match[str] | None:
     return uri if uri and not uri["path"].isdigit() else None  # a host may be called dns
 
 
-def _places_of_target(target: str, listed: list[str]) -> Places:
-    hosts = tuple(place.rpartition(":")[0] for place in listed)
+def _uri_target(uri: str, listed: list[str]) -> Target:
+    hosts = tuple(each.rpartition(":")[0] for each in listed)
     with_ports = [found for found in map(_HOST_PORT.fullmatch, listed) if found]
     endpoints = tuple((found["host"].strip("[]"), int(found["port"])) for found in with_ports)
-    return Places(target, target, hosts, endpoints)
+    return Target(uri, uri, hosts, endpoints)
 
 
 def _host_port(address: object) -> tuple[str, int]:
@@ -167,8 +169,39 @@ def _looked_up(host: str) -> list[_Address]:
     return [ipaddress.ip_address(address) for address in addresses]
 
 
-def _loopback(host: str, where: str) -> _Address:
-    """Find the loopback address that a token may go to in clear.
+def _loopback_endpoints(listed: list[tuple[str, int]], where: str) -> list[tuple[_Address, int]]:
+    """Choose the loopback addresses that a token may go to in clear.
+
+    A target of gRPC is all of IPv4 or all of IPv6. Where both are possible, because all hosts are
+    `localhost`, IPv4 is taken unless IPv6 alone has a server now.
+
+    Args:
+        listed: Hosts and ports.
+        where: As the caller named them, for messages.
+
+    Raises:
+        WrongSetting: A host has no loopback address.
+    """
+    found = [(_loopbacks(host, where), port) for host, port in listed]
+    alternatives = []
+    for version in (4, 6):
+        chosen = [
+            (next((ip for ip in ips if ip.version == version), None), port) for ips, port in found
+        ]
+        complete = [(ip, port) for ip, port in chosen if ip is not None]
+        if len(complete) == len(listed):
+            alternatives.append(complete)
+    if not alternatives:
+        return [(ips[0], port) for ips, port in found]
+    if len(alternatives) > 1:
+        for endpoints in alternatives:
+            if any(_accepts(ip, port) for ip, port in endpoints):
+                return endpoints
+    return alternatives[0]
+
+
+def _loopbacks(host: str, where: str) -> list[_Address]:
+    """List the loopback addresses of a host, IPv4 first.
 
     Raises:
         WrongSetting: There is none.
@@ -176,10 +209,23 @@ def _loopback(host: str, where: str) -> _Address:
     numeric = _numeric(host)
     if numeric is None and host.lower() != "localhost":
         raise _not_in_clear(where)
-    for address in [numeric] if numeric is not None else _looked_up("localhost"):
-        if address.is_loopback and "%" not in str(address):
-            return address
-    raise _not_in_clear(where)
+    addresses = [numeric] if numeric is not None else _looked_up("localhost")
+    loopbacks = [ip for ip in addresses if ip.is_loopback and "%" not in str(ip)]
+    if not loopbacks:
+        raise _not_in_clear(where)
+    return loopbacks
+
+
+def _accepts(ip: _Address, port: int) -> bool:
+    """Whether a connection to a loopback address is accepted now."""
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_PROBE_S)
+            probe.connect((str(ip), port))
+    except OSError:
+        return False
+    return True
 
 
 def _not_in_clear(where: str) -> WrongSetting:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import BytesIO
 from ipaddress import ip_address
 from socketserver import TCPServer, ThreadingMixIn
@@ -49,7 +50,8 @@ def served(
         read_report: Gives models' reports.
         host: Numeric address to listen on.
         port: 0 takes a free one.
-        names: What the server is called, beside localhost and this machine's name.
+        names: What the server is called, beside localhost and this machine's name, short and
+            fully qualified.
 
     Yields:
         Host and port taken.
@@ -65,8 +67,12 @@ def served(
             f"cannot listen on {host}:{port} for metrics: {error.strerror or error}; choose "
             "another --metrics-port (0 takes a free one) or --host"
         ) from error
-    own = {name.lower() for name in (*names, "localhost", socket.gethostname())}
-    server.set_app(make_app(registry, read_report, lambda host: is_own_host(host, own)))
+    own = {_canonical(name) for name in (*names, "localhost", socket.gethostname())} - {""}
+
+    def is_own(host: str | None) -> bool:
+        return is_own_host(host, own) or is_own_host(host, _qualified_names())
+
+    server.set_app(make_app(registry, read_report, is_own))
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     try:
@@ -86,16 +92,39 @@ def is_own_host(host: str | None, names: Collection[str]) -> bool:
 
     Args:
         host: What stands there, with or without a port.
-        names: Of the server, in lower case.
+        names: Of the server, in lower case and without a final dot.
     """
     if host is None:
         return True
     found = _HOST.fullmatch(host)
     if found is None:
         return False
-    with suppress(ValueError):
-        return bool(ip_address(found["ipv6"] or found["name"]))
-    return found["name"] is not None and found["name"].lower() in names
+    if found["ipv6"] is not None:
+        return _is_address(found["ipv6"])
+    name = _canonical(found["name"])
+    return name in names or _is_address(name)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _canonical(name: str) -> str:
+    """Write a host's name in lower case, and without the final dot of a fully qualified one."""
+    return name.lower().removesuffix(".")
+
+
+@cache
+def _qualified_names() -> frozenset[str]:
+    """List this machine's fully qualified name. The first call may wait for the name service.
+
+    No web page decides it: the lookup starts from the machine's own name.
+    """
+    return frozenset({_canonical(socket.getfqdn())} - {""})
 
 
 class _Handler(WSGIRequestHandler):
