@@ -26,7 +26,7 @@ READABLE_FORMATS = (1, 2)
 """Versions that are read. Format 1 has no rules for the values of inputs."""
 
 _STRICT = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
-_LARGEST = 8 * 2**20  # bytes; two numbers per input feature are the most of it
+_LARGEST = 16 * 2**20  # bytes; two numbers per input feature are the most of it
 _MOST_PARTS = 100_000  # objects and arrays in it; of what is in one of them, but for those numbers
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -310,11 +310,20 @@ _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"\n}\n\Z')
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write `manifest.json` into a version folder."""
+    """Write `manifest.json` into a version folder.
+
+    Raises:
+        ManifestError: It would be larger than `read_manifest` accepts.
+    """
     text = json.dumps(asdict(manifest) | {"digest": ""}, indent=2, allow_nan=False) + "\n"
     unsigned = text.encode()
     digest = hashlib.sha256(unsigned).hexdigest()
     signed = unsigned.removesuffix(b'""\n}\n') + f'"{digest}"\n}}\n'.encode()
+    if len(signed) > _LARGEST:
+        raise ManifestError(
+            f"{folder / MANIFEST_FILE}: has {len(signed):,} bytes, expected at most {_LARGEST:,}; "
+            "export a network with fewer input features, layers or tensors"
+        )
     (folder / MANIFEST_FILE).write_bytes(signed)
 
 
@@ -371,6 +380,8 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
     try:
         if raw.count(b"{") + raw.count(b"[") > _MOST_PARTS or raw.count(b":") > _MOST_PARTS:
             raise ValueError(f"expected at most {_MOST_PARTS:,} values")
+        if raw.count(b",") > _LARGEST // 8:  # as written, a number has a line of its own
+            raise ValueError(f"expected at most {_LARGEST // 8:,} numbers")
         content = json.loads(raw)
         if not isinstance(content, dict):
             raise ValueError("expected an object")
@@ -381,7 +392,8 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
                 f"formats {' and '.join(map(str, READABLE_FORMATS))}; export again, or use the "
                 "kanserve that wrote it"
             )
-        manifest = _ADAPTER.validate_json(json.dumps(content))
+        content.clear()  # its memory is needed
+        manifest = _ADAPTER.validate_json(raw[: found.start()].rstrip().removesuffix(b",") + b"}")
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: {_first_fault(error)}; export again") from error
     for needed in (MODEL_FILE, GOLDEN_FILE):

@@ -7,6 +7,7 @@ This module never unpickles objects, unless it is told to trust the file: `torch
 
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -49,6 +50,7 @@ from kan_model.state_dict import build_network
 Format = Literal["torch", "safetensors"]
 
 _OLD_FORMAT = re.compile(rb"\x80[\x02\x03]\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.")  # its magic number
+_GLOBALS_LOCK = threading.Lock()
 _MAPPED = 2**28  # bytes; larger files are mapped into memory, not copied
 _TRUST = (
     "if you trust whoever made the file as you trust a program, --trust-pickle opens it and runs "
@@ -301,7 +303,8 @@ def _unpickle_inert(path: Path, size: int, head: bytes) -> Any:
         if head[:2] == b"PK":
             archive = read_archive(path, size)
             with suppress(Exception):  # an opcode that torch refuses; it says so below
-                foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+                with _only_default_globals():
+                    foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
             findings = scan_archive(archive, foreign, size)
             del archive
         elif _OLD_FORMAT.match(head):
@@ -317,7 +320,11 @@ def _unpickle_inert(path: Path, size: int, head: bytes) -> Any:
         raise CheckpointError(f"{path}: {error}") from error
     allowed = pickles.stand_ins(foreign, findings.mappings, findings.lists)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+        with (
+            warnings.catch_warnings(),
+            _only_default_globals(),
+            torch.serialization.safe_globals(allowed),
+        ):
             warnings.simplefilter("ignore")  # the message below is the one that helps
             mapped = size > _MAPPED and head[:2] == b"PK"
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -329,6 +336,22 @@ def _unpickle_inert(path: Path, size: int, head: bytes) -> Any:
         raise CheckpointError(f"{path}: {_explain_pickle(path, head, foreign)}") from error
     except Exception as error:  # damaged files make the parser fail in any way there is
         raise CheckpointError(f"{path}: {_explain_unreadable(path, head)}") from error
+
+
+@contextmanager
+def _only_default_globals() -> Iterator[None]:
+    """Set aside the classes that other code has allowed torch to load, and restore them.
+
+    torch keeps one list per process. Reads of checkpoints take turns, and additions by other
+    threads are kept; a `torch.load` in another thread misses its own additions meanwhile.
+    """
+    with _GLOBALS_LOCK:
+        before = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            yield
+        finally:
+            torch.serialization.add_safe_globals(before)
 
 
 def _unpickle_trusted(path: Path) -> Any:

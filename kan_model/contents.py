@@ -3,7 +3,7 @@
 This module reads no files.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,9 +34,9 @@ def find_states(content: Any) -> Iterator[StateDict]:
         value, around, key, depth = open_ends.pop()
         if id(value) in seen or depth > _DEEPEST:
             continue
-        place = f"{around}{key}." if depth else ""
-        _require_short(place)
-        inside: list[tuple[object, Any]] = []
+        # A place that is too long stays so; all of it might be written again and again.
+        place = f"{around}{str(key)[:LONGEST_NAME]}."[: LONGEST_NAME + 1] if depth else ""
+        inside: Iterable[tuple[object, Any]] = ()
         if pickles.is_module(value):
             found = pickles.walk(value, MOST_NAMES - names)
             names += pickles.count_entries(found)
@@ -64,22 +64,21 @@ def find_states(content: Any) -> Iterator[StateDict]:
             if tensors:
                 yield StateDict(place, tensors)
         elif isinstance(value, list | tuple):
-            inside = list(enumerate(value))
+            inside = enumerate(value)
         else:
             continue
         seen.add(id(value))
-        open_ends += [
-            (part, place, inner, depth + 1)
-            for inner, part in reversed(inside)
-            if isinstance(inner, str | int) and isinstance(part, _HOLDERS)
-        ]
+        held: dict[int, tuple[Any, str, str | int, int]] = {}  # each object once
+        for inner, part in inside:
+            if isinstance(inner, str | int) and isinstance(part, _HOLDERS):
+                held.setdefault(id(part), (part, place, inner, depth + 1))
+        open_ends += reversed(held.values())
 
 
 def _require_short(name: str) -> None:
     if len(name) > LONGEST_NAME:
         raise CheckpointError(
-            f"{listed([name])}: is a name of {len(name):,} characters, expected at most "
-            f"{LONGEST_NAME:,}; {RESAVE}"
+            f"{listed([name])}: is a name of more than {LONGEST_NAME:,} characters; {RESAVE}"
         )
 
 

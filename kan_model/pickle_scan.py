@@ -31,7 +31,8 @@ from kan_model.pickle_calls import (
     shown_number,
 )
 
-_MOST_STEPS = 1_000_000  # opcodes
+_MOST_VALUES = 4_000_000  # None and booleans; what takes more time or memory counts as several
+_COSTS = dict.fromkeys("R\x81(]}\x8fQbcsut\x85\x86\x87)", 4) | dict.fromkeys("JKMG\x8aXUqrhj", 2)
 _UINT8, _UINT16, _UINT32, _INT32, _DOUBLE = (
     struct.Struct(form) for form in ("<B", "<H", "<I", "<i", ">d")
 )
@@ -153,7 +154,7 @@ class _Scan:
         self._content = content
         self._calls = calls
         self._note_storage = note_storage
-        self._at = self._steps = 0
+        self._at = self._values = 0
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
 
@@ -174,17 +175,21 @@ class _Scan:
         content, opcodes = self._content, _OPCODES
         try:
             while True:
-                self._steps += 1
-                if self._steps > _MOST_STEPS:
-                    raise Refused(f"has more than {_MOST_STEPS:,} steps")
                 opcode = content[self._at]
                 self._at += 1
                 if opcode == _STOP:
                     self.stack.pop()
                     return self._at
-                action = opcodes.get(opcode)
-                if action is None:
+                found = opcodes.get(opcode)
+                if found is None:
                     raise TorchRefuses(f"opcode {opcode}")
+                action, cost = found
+                self._values += cost
+                if self._values > _MOST_VALUES:
+                    raise Refused(
+                        f"holds too many values: expected at most {_MOST_VALUES:,}, where a number "
+                        "or a text counts as 2 and a tuple, list, dict or object as 4"
+                    )
                 action(self)
         except (IndexError, KeyError, UnicodeDecodeError) as error:
             raise UnreadableArchive("its pickle is damaged") from error
@@ -346,8 +351,8 @@ def _opening(kind: str) -> Callable[[_Scan], None]:
     return lambda scan: scan.stack.append(Group(kind))
 
 
-_OPCODES: dict[int, Callable[[_Scan], object]] = {
-    ord(opcode): action
+_OPCODES: dict[int, tuple[Callable[[_Scan], object], int]] = {
+    ord(opcode): (action, _COSTS.get(opcode, 1))
     for opcode, action in {
         "\x80": lambda scan: scan.take(1),  # the protocol
         "(": _Scan.mark,

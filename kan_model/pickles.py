@@ -7,7 +7,7 @@ files.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -147,7 +147,8 @@ def walk(root: Record, most: int = MOST_NAMES) -> Modules:
         name, record, depth = open_ends.pop()
         found.append((name, record))
         entries += count_entries(found[-1:])
-        if entries > most or depth > _DEEPEST or len(name) > LONGEST_NAME:
+        too_long = any(len(part) > LONGEST_NAME for part in (name, *_own_names(record)))
+        if entries > most or depth > _DEEPEST or too_long:
             raise CheckpointError(
                 f"the pickled module has more than {MOST_NAMES} modules inside, {_DEEPEST} within "
                 f"each other, or names of more than {LONGEST_NAME} characters"
@@ -159,6 +160,11 @@ def walk(root: Record, most: int = MOST_NAMES) -> Modules:
             elif child is not None:
                 raise CheckpointError(f"{inner}: expected a module, found a {type(child).__name__}")
     return found
+
+
+def _own_names(record: Record) -> Iterator[str]:
+    for kind in ("_parameters", "_buffers", "_modules"):
+        yield from (key for key, _ in _entries(record, kind) if isinstance(key, str))
 
 
 def tensors_of(root: Record) -> dict[str, Tensor]:

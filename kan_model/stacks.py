@@ -151,10 +151,15 @@ def find_stacks(state: StateDict) -> list[Stack]:
     found += [(stem, {0: layer}, True) for stem, layer in lone.items()]
     names = len(state.tensors) + len(state.classes)
     layers = sum(len(layers) for _, layers, _ in found)
-    if len(found) * names > _MOST_COMPARED or layers > _MOST_LAYERS:
+    if layers > _MOST_LAYERS:
         raise CheckpointError(
-            f"holds {len(found):,} KANs with {layers:,} layers among {names:,} tensors and "
-            f"modules, expected at most {_MOST_LAYERS:,} layers; save only the KAN's own state dict"
+            f"holds {len(found):,} KANs with {layers:,} layers, expected at most "
+            f"{_MOST_LAYERS:,} layers; save only the KAN's own state dict"
+        )
+    if len(found) * names > _MOST_COMPARED:
+        raise CheckpointError(
+            f"holds {len(found):,} KANs among {names:,} tensors and modules, expected at most "
+            f"{_MOST_COMPARED // names:,} KANs among that many; save only the KAN's own state dict"
         )
     known = {
         layer.stem + name

@@ -73,3 +73,14 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, legacy: bool) -> None:
     assert not trace.exists()
     torch.load(path, weights_only=False)
     assert trace.exists(), "the payload must be a real one"
+
+
+def test_very_many_lone_layers_are_refused_by_a_message_of_their_own(tmp_path: Path) -> None:
+    names = ("base_weight", "spline_weight", "grid", "spline_scaler")
+    state = {f"l{i}.{name}": torch.ones(1) for i in range(1200) for name in names}
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds 1,200 KANs among 4,800 tensors and modules, expected at most 1,041 KANs",
+    ):
+        load_checkpoint(tmp_path / "model.pt")

@@ -15,10 +15,10 @@ from structlog.testing import capture_logs
 from kan_bundle.errors import IntegrityError, LayoutError
 from kan_bundle.layout import BundleFolder
 from serving.errors import ModelNotFound, ModelNotReady
-from serving.models.control import Keeper
+from serving.models.control import Keeper, _stamp
 from serving.models.loading import LoadedModel
 from serving.models.policy import parse_policy
-from serving.models.repository import Repository
+from serving.models.repository import MOST_IDLE_MODELS, Repository
 
 
 @dataclass(eq=False)
@@ -283,3 +283,52 @@ def test_a_bogus_model_that_is_gone_is_no_longer_counted(kept: Kept) -> None:
     keeper.refresh()
     assert not kept.repository.models
     assert kept.repository.failed == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "model.onnx.data"])
+def test_a_change_beside_any_number_of_files_is_noticed(tmp_path: Path, name: str) -> None:
+    for number in range(300):
+        (tmp_path / f"x{number}").touch()
+    (tmp_path / name).write_text("old")
+    before = _stamp(tmp_path)
+    assert len(before) < 100
+    (tmp_path / name).write_text("newer")
+    assert _stamp(tmp_path) != before
+
+
+def test_all_models_that_were_unloaded_are_known(kept: Kept) -> None:
+    for number in range(200):
+        kept.write(1, "good", f"m{number}")
+    for number in range(MOST_IDLE_MODELS + 9):
+        kept.write(1, "bad", f"bad{number}")
+    keeper = kept.keeper("latest:1")
+    keeper.refresh()
+    for number in range(200):
+        keeper.unload(f"m{number}")
+    assert len(kept.repository.models) == 200 + MOST_IDLE_MODELS
+    with pytest.raises(ModelNotReady, match="it was unloaded; have it loaded again"):
+        kept.repository.find("m199", "")
+
+
+def test_a_model_is_visible_while_it_is_loading_beside_any_number_of_bad_ones(kept: Kept) -> None:
+    for number in range(MOST_IDLE_MODELS + 9):
+        kept.write(1, "bad", f"bad{number}")
+    keeper = kept.keeper("latest:1")
+    keeper.refresh()
+    kept.write(1, "good")
+    seen = []
+    kept.while_loading = lambda: seen.append(kept.states())
+    keeper.refresh(["m"])
+    assert seen == [{1: "LOADING"}]
+
+
+def test_a_model_that_has_failed_makes_room_for_one_that_the_policy_leaves_out(kept: Kept) -> None:
+    for number in range(MOST_IDLE_MODELS + 9):
+        kept.write(7, "bad", f"bad{number}")
+    keeper = kept.keeper("specific:7")
+    keeper.refresh()
+    kept.write(1, "good")
+    keeper.refresh()
+    assert len(kept.repository.models) == MOST_IDLE_MODELS
+    assert kept.states() == {1: "UNAVAILABLE"}

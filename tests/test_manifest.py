@@ -1,12 +1,13 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kan_bundle.errors import ManifestError
-from kan_bundle.manifest import Manifest, read_manifest, write_manifest
+from kan_bundle.manifest import InputRange, Manifest, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -110,3 +111,20 @@ def test_content_that_is_not_the_contract_is_refused(
     write_content(tmp_path, content | change)
     with pytest.raises(ManifestError, match=message):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path: Path, manifest: Manifest) -> None:
+    large = replace(manifest, versions={"x": "y" * 12 * 2**20})
+    write_manifest(large, tmp_path)
+    assert (tmp_path / "manifest.json").stat().st_size > 12 * 2**20
+    with pytest.raises(ManifestError, match="expected at most 16,777,216; export a network with"):
+        write_manifest(replace(manifest, versions={"x": "y" * 2**24}), tmp_path)
+
+
+def test_wide_inputs_fit_into_a_manifest(tmp_path: Path, manifest: Manifest) -> None:
+    ends = tuple(i / 3 for i in range(250_000))
+    write_manifest(replace(manifest, input_range=InputRange(ends, ends)), tmp_path)
+    assert (tmp_path / "manifest.json").stat().st_size > 8 * 2**20
+    found = read_manifest(tmp_path).input_range
+    assert found is not None
+    assert found.high == ends

@@ -6,7 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +306,27 @@ def test_a_module_that_holds_itself_is_refused(tmp_path: Path, network: zoo.KAN)
     network._modules["loop"] = network
     with pytest.raises(CheckpointError, match="more than 100000 modules"):
         load_checkpoint(saved(tmp_path, network))
+
+
+@pytest.fixture
+def numpy_allowed() -> Iterator[None]:
+    before = torch.serialization.get_safe_globals()
+    scalar = type(np.float64(0.5)).__reduce__(np.float64(0.5))[0]
+    torch.serialization.add_safe_globals([scalar, np.dtype, np.dtypes.Float64DType])
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
+@pytest.mark.usefixtures("numpy_allowed")
+def test_what_other_code_has_allowed_torch_to_load_changes_nothing(tmp_path: Path) -> None:
+    allowed = set(torch.serialization.get_safe_globals())
+    network = zoo.KAN([3, 4, 2]).eval()
+    content = {"model": network.state_dict(), "accuracy": np.float64(0.5)}
+    torch.save(content, tmp_path / "model.pt")
+    assert_same(tmp_path / "model.pt", network)
+    assert set(torch.serialization.get_safe_globals()) == allowed
+    torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="from before 1.6, so it is not opened"):
+        load_checkpoint(tmp_path / "old.pt")
+    assert set(torch.serialization.get_safe_globals()) == allowed

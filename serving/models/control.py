@@ -10,13 +10,22 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import structlog
 
 from kan_bundle.errors import BundleError, LayoutError, ManifestError
-from kan_bundle.layout import BundleFolder, find_bundles
+from kan_bundle.layout import (
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    REPORT_FILE,
+    SIGNATURE_FILE,
+    TORCHSCRIPT_FILE,
+    WEIGHTS_FILE,
+    BundleFolder,
+    find_bundles,
+)
 from serving.errors import ControlRefused, EngineError, ModelNotFound, StartupError
 from serving.models.loading import LoadedModel
 from serving.models.policy import VersionPolicy
@@ -40,6 +49,10 @@ Outcome = LoadedModel | Refusal
 _Stamp = tuple[tuple[str, int, int, int], ...]
 
 _MOST_FILES = 100  # of a version, which has about ten
+_BUNDLE_FILES = (
+    *(MANIFEST_FILE, SIGNATURE_FILE, MODEL_FILE, WEIGHTS_FILE),
+    *(TORCHSCRIPT_FILE, GOLDEN_FILE, REPORT_FILE),
+)
 _OTHER_POLICY = "start the server with --version-policy all"
 
 _log = structlog.get_logger()
@@ -130,7 +143,7 @@ class Keeper:
             versions = self._repository.models.get(name)
             if versions is None:
                 raise ModelNotFound(f"there is no model {name[:128]!r}")
-            unloaded = Version(None, "it was unloaded", "have it loaded again")
+            unloaded = Version(None, "it was unloaded", "have it loaded again", unloaded=True)
             self._publish(name, dict.fromkeys(versions, unloaded))
             self._tried.pop(name, None)
 
@@ -253,11 +266,22 @@ def _stamp(folder: Path) -> _Stamp:
     """Take what changes when any file of a folder does."""
     found = []
     with suppress(OSError):
-        for entry in islice(os.scandir(folder), _MOST_FILES):
+        for name in _names(folder):
             with suppress(OSError):
-                status = entry.stat()
-                found.append((entry.name, status.st_size, status.st_mtime_ns, status.st_ino))
+                status = (folder / name).stat()
+                found.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
     return tuple(sorted(found))
+
+
+def _names(folder: Path) -> Collection[str]:
+    """List the files of a folder; if it holds too many, only those that every bundle may have."""
+    names = set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            names.add(entry.name)
+            if len(names) > _MOST_FILES:
+                return _BUNDLE_FILES
+    return names
 
 
 def _public(error: Exception) -> str:

@@ -28,12 +28,19 @@ class Version:
             is well.
         remedy: What makes it served, for who asks for it; empty if the reason says all there is.
         loading: Whether what lies in its folder is being loaded.
+        unloaded: Whether a client has asked to unload it.
     """
 
     model: LoadedModel | None
     reason: str = ""
     remedy: str = ""
     loading: bool = False
+    unloaded: bool = False
+
+    @property
+    def is_exempt(self) -> bool:
+        """Whether it is known however many others there are."""
+        return self.model is not None or self.loading or self.unloaded
 
     @property
     def state(self) -> State:
@@ -46,17 +53,17 @@ class Version:
 Versions = Mapping[int, Version]
 
 MOST_UNSERVED = 32
-"""Versions of a model that are known without being served, the newest of them."""
+"""Versions of a model that are known without being served, loading or unloaded; the newest."""
 
 MOST_IDLE_MODELS = 128
-"""Models that are known without any version of them being served."""
+"""Models that are known though no version of them was ever served, is loading or was unloaded."""
 
 
 class Repository:
     """The models that are served. Safe to read from several threads.
 
     Folders that have never served anything cost no more than a line each in the log, however many
-    they are: only the newest of them are known here, and the rest are a number.
+    they are: only some of them are known here, and the rest are a number.
 
     Attributes:
         failed: Versions that have failed their checks, known here or not.
@@ -66,7 +73,8 @@ class Repository:
         self._models: Mapping[str, Versions] = MappingProxyType({})
         self._newest: Mapping[str, LoadedModel] = MappingProxyType({})
         self._served: Sequence[LoadedModel] = ()
-        self._idle: set[str] = set()
+        self._idle: dict[str, bool] = {}  # by name: whether it has failed
+        self._proven: set[str] = set()  # served at some time, and still known
         self.failed = 0
 
     @property
@@ -82,17 +90,22 @@ class Repository:
     def replace(self, name: str, versions: Versions) -> None:
         """Replace all that is known of a model at once; with no versions it is unknown.
 
-        Of what is not served, the newest `MOST_UNSERVED` versions are kept, of the first
-        `MOST_IDLE_MODELS` models. Only one thread may do so at a time.
+        Versions that are served, loading or unloaded are all kept. Of the others, the newest
+        `MOST_UNSERVED` of a model are kept, and, of models that were never served, the first
+        `MOST_IDLE_MODELS`; those that failed make room for others. Only one thread may call this
+        at a time.
         """
-        unserved = [number for number, version in versions.items() if version.model is None]
+        unserved = [number for number, version in versions.items() if not version.is_exempt]
         if len(unserved) > MOST_UNSERVED:
             left_out = set(sorted(unserved)[:-MOST_UNSERVED])
             versions = {n: version for n, version in versions.items() if n not in left_out}
-        self._idle.discard(name)
-        is_idle = not any(version.model for version in versions.values())
-        if versions and is_idle and not self._keep_idle(name):
+        self._idle.pop(name, None)
+        if versions and not self._has_room(name, versions):
             versions = {}
+        if any(version.model for version in versions.values()):
+            self._proven.add(name)
+        elif not versions:
+            self._proven.discard(name)
         if not versions and name not in self._models:
             return
         models, newest = dict(self._models), dict(self._newest)
@@ -106,11 +119,18 @@ class Repository:
         self._models, self._newest = MappingProxyType(models), MappingProxyType(newest)
         self._served = tuple(v.model for of in models.values() for v in of.values() if v.model)
 
-    def _keep_idle(self, name: str) -> bool:
-        """Note a model of which nothing is served, if there is room for it."""
-        if len(self._idle) < MOST_IDLE_MODELS:
-            self._idle.add(name)
-        return name in self._idle
+    def _has_room(self, name: str, versions: Versions) -> bool:
+        """Tell whether a model may be known; count it if it was never served."""
+        if name in self._proven or any(version.is_exempt for version in versions.values()):
+            return True
+        has_failed = not any(version.remedy for version in versions.values())
+        if len(self._idle) >= MOST_IDLE_MODELS:
+            failed = [] if has_failed else [name for name, bad in self._idle.items() if bad]
+            if not failed:
+                return False
+            self.replace(failed[-1], {})
+        self._idle[name] = has_failed
+        return True
 
     def find(self, name: str, version: str) -> LoadedModel:
         """Find the version that answers a request.
