@@ -57,6 +57,7 @@ class Room:
     Attributes:
         most: As above.
         patience_s: As above.
+        most_silent: As above.
         is_closing: Whether calls have to hurry, because the server stops.
     """
 
@@ -70,7 +71,7 @@ class Room:
         self.most = most
         self.patience_s = patience_s
         self.is_closing = False
-        self._most_silent = most_silent or most
+        self.most_silent = most_silent or most
         self._clock = clock
         self._silent: dict[Silent, float] = {}  # and since when, the oldest first
         self._heard: set[Silent] = set()
@@ -90,7 +91,7 @@ class Room:
         """Take a call in whose message is not there; tell whether there is room for it."""
         leaving: list[Silent] = []
         with self._lock:
-            if len(self._silent) >= self._most_silent:
+            if len(self._silent) >= self.most_silent:
                 leaving = _choose(self._silent, self.most)
             elif len(self) >= self.most:
                 leaving = _choose({**self._silent, **self._answered}, self.most)
