@@ -8,9 +8,9 @@ someone who can write to the repository: against that a bundle is signed (kan_bu
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -27,6 +27,7 @@ READABLE_FORMATS = (1, 2)
 
 _STRICT = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 _LARGEST = 16 * 2**20  # bytes; two numbers per input feature are the most of it
+_LARGEST_REST = 4 * 2**20  # bytes without those numbers
 _MOST_PARTS = 100_000  # objects and arrays in it; of what is in one of them, but for those numbers
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -306,6 +307,7 @@ class Manifest:
 
 
 _ADAPTER = TypeAdapter(Manifest)
+_REQUIRED = [field.name for field in fields(Manifest) if field.default is MISSING]
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"\n}\n\Z')
 
 
@@ -392,6 +394,7 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
                 f"formats {' and '.join(map(str, READABLE_FORMATS))}; export again, or use the "
                 "kanserve that wrote it"
             )
+        _require_modest(content)
         content.clear()  # its memory is needed
         manifest = _ADAPTER.validate_json(raw[: found.start()].rstrip().removesuffix(b",") + b"}")
     except (ValueError, RecursionError) as error:
@@ -400,6 +403,22 @@ def parse_manifest(raw: bytes, folder: Path) -> Manifest:
         if needed not in manifest.files:
             raise ManifestError(f"{path}: lists no {needed}; export again")
     return manifest
+
+
+def _require_modest(content: dict[str, Any]) -> None:
+    """Refuse what pydantic would copy many times: each fault it finds holds what it is found in.
+
+    Raises:
+        ValueError: A field is missing, or there is more than a manifest has.
+    """
+    for name in _REQUIRED:
+        if name not in content:
+            raise ValueError(f"{name}: Field required")
+    rest = len(json.dumps({**content, "input_range": None}))
+    if rest > _LARGEST_REST:
+        raise ValueError(
+            f"expected at most {_LARGEST_REST:,} bytes beside input_range, found {rest:,}"
+        )
 
 
 def _first_fault(error: Exception) -> str:

@@ -34,8 +34,8 @@ from kan_model.canonical import canonical_state
 from kan_model.contents import explain_no_tensors, find_modules, find_states, refuse_nested
 from kan_model.errors import ActivationError, CheckpointError
 from kan_model.model import KAN
-from kan_model.pickle_calls import TorchRefuses
 from kan_model.pickle_scan import Findings, scan_archive, scan_legacy
+from kan_model.pickle_values import TorchRefuses
 from kan_model.stacks import (
     RESAVE,
     Stack,

@@ -8,14 +8,24 @@ rule is not called. Values are notes of what they would be; nothing is built.
 import math
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from kan_model.archives import MOST_NAMES
-from kan_model.errors import CheckpointError
-from kan_model.stacks import RESAVE
+from kan_model.pickle_values import (
+    EMPTY,
+    MOST_NUMBERS,
+    Group,
+    Long,
+    Made,
+    Name,
+    Refused,
+    StorageNote,
+    TorchRefuses,
+    as_tuple,
+    is_tuple,
+)
 
 _MOST_COPIED = 1_000_000  # values that calls copy
 _MOST_TEXT = 2**26  # bytes that calls copy
@@ -23,7 +33,6 @@ _MOST_LOOKUPS = 10_000_000  # torch compares each call with every class that is 
 _MOST_ODD_KEYS = 10_000  # their hashes can be made to collide, so each may cost as much as all
 _MOST_IN_KEY = 1_000
 _MOST_DIMENSIONS = 64  # as in torch
-_MOST_NUMBERS = 2**62
 _SLACK = 2**24  # bytes
 _ENCODINGS = ("latin1", "latin-1", "utf-8", "utf8", "ascii")
 ITEM_BYTES = {
@@ -39,81 +48,6 @@ ITEM_BYTES = {
 } | {"torch.storage.UntypedStorage": 1}
 _TORCHS_OWN = ("torch._", "torch.storage.", "torch.cuda.", *ITEM_BYTES)
 _TENSOR_CLASS = re.compile(r"torch\.(?:cuda\.|sparse\.|cuda\.sparse\.)?[A-Za-z0-9]*Tensor")
-
-
-class Refused(CheckpointError):
-    """The pickle would take more than it may.
-
-    Args:
-        what: What it does.
-    """
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"its pickle {what}, so it is not opened; {RESAVE}")
-
-
-class TorchRefuses(CheckpointError):
-    """The pickle has what torch's own reader refuses, or what is not known to it here."""
-
-
-@dataclass(slots=True)
-class Name:
-    """A class, function or constant that the pickle names."""
-
-    text: str
-
-
-@dataclass(slots=True)
-class Long:
-    """A text that is too long for a tensor's name."""
-
-    size: int
-
-
-@dataclass(slots=True)
-class Group:
-    """A tuple, list, dict or set.
-
-    Attributes:
-        kind: Which.
-        items: Of a tuple or list.
-        count: Of values in it.
-        weight: Values in it and in tuples within it, as often as they are met: the cost of a hash.
-    """
-
-    kind: str
-    items: list[Any] = field(default_factory=list)
-    count: int = 0
-    weight: int = 1
-
-
-_EMPTY = Group("tuple")
-
-
-@dataclass(slots=True)
-class StorageNote:
-    """Numbers of tensors.
-
-    Attributes:
-        size: Bytes.
-        item: Bytes of a number.
-    """
-
-    size: int
-    item: int
-
-
-@dataclass(slots=True)
-class Made:
-    """What a call returns.
-
-    Attributes:
-        name: Of what was called.
-        size: Bytes that a tensor claims, or of a text.
-    """
-
-    name: str
-    size: int = 0
 
 
 class Calls:
@@ -142,7 +76,7 @@ class Calls:
     def check_key(self, key: object) -> None:
         """Refuse a key if its hash is slow to compute or to compare."""
         if isinstance(key, str | Long | float | bool | None | Name) or (
-            isinstance(key, int) and -_MOST_NUMBERS < key < _MOST_NUMBERS
+            isinstance(key, int) and -MOST_NUMBERS < key < MOST_NUMBERS
         ):
             return
         self._odd_keys += 1
@@ -195,7 +129,7 @@ class Calls:
         self.copy(values)
         return values
 
-    def _ordered_dict(self, pairs: object = _EMPTY) -> Group:
+    def _ordered_dict(self, pairs: object = EMPTY) -> Group:
         found = self.copied_group(pairs)
         for pair in found.items:
             if isinstance(pair, Group) and pair.items:
@@ -204,13 +138,13 @@ class Calls:
                 self.check_key(pair)  # of a Counter
         return Group("OrderedDict", count=found.count)
 
-    def _set(self, values: object = _EMPTY) -> Group:
+    def _set(self, values: object = EMPTY) -> Group:
         found = self.copied_group(values)
         for value in found.items:
             self.check_key(value)
         return Group("set", count=found.count)
 
-    def _size(self, sizes: object = _EMPTY) -> Group:
+    def _size(self, sizes: object = EMPTY) -> Group:
         return as_tuple(list(self.copied_group(sizes).items))
 
     def _encode(self, text: object, encoding: object = "utf-8") -> Made:
@@ -348,25 +282,13 @@ class Calls:
         return self._tensor(size)
 
 
-def is_tuple(value: object) -> TypeGuard[Group]:
-    """Tell whether a value is a tuple."""
-    return isinstance(value, Group) and value.kind == "tuple"
-
-
-def as_tuple(items: list[Any]) -> Group:
-    """Note a tuple of these values."""
-    inner = sum(part.weight for part in items if isinstance(part, Group))
-    weight = min(1 + len(items) + inner, _MOST_NUMBERS)
-    return Group("tuple", items, len(items), weight)
-
-
 def _whole_numbers(sizes: object) -> list[int]:
     found = sizes.items if isinstance(sizes, Group) else None
     if found is None or len(found) > _MOST_DIMENSIONS:
         raise Refused(f"has a tensor of more than {_MOST_DIMENSIONS} dimensions, or of none")
     if not all(isinstance(n, int) and n >= 0 for n in found):
         raise Refused("has a tensor with sizes or strides that are no numbers")
-    if math.prod(max(n, 1) for n in found) >= _MOST_NUMBERS:
+    if math.prod(max(n, 1) for n in found) >= MOST_NUMBERS:
         raise Refused("has a tensor that claims more than 2**62 numbers")
     return list(found)
 
@@ -380,7 +302,7 @@ def _item_bytes(dtype: object) -> int:
 
 def shown_number(number: int) -> str:
     """Show a number that may have thousands of digits."""
-    return f"{number:,}" if abs(number) < _MOST_NUMBERS else "more than 2**62"
+    return f"{number:,}" if abs(number) < MOST_NUMBERS else "more than 2**62"
 
 
 _REBUILDS: dict[str, Callable[..., Any]] = {

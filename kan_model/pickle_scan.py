@@ -16,9 +16,8 @@ from typing import Any
 
 from kan_model.archives import LONGEST_NAME, Archive, UnreadableArchive, too_large
 from kan_model.errors import CheckpointError
-from kan_model.pickle_calls import (
-    ITEM_BYTES,
-    Calls,
+from kan_model.pickle_calls import ITEM_BYTES, Calls, shown_number
+from kan_model.pickle_values import (
     Group,
     Long,
     Made,
@@ -28,7 +27,6 @@ from kan_model.pickle_calls import (
     TorchRefuses,
     as_tuple,
     is_tuple,
-    shown_number,
 )
 
 _MOST_VALUES = 4_000_000  # None and booleans; what takes more time or memory counts as several

@@ -95,6 +95,7 @@ def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
         pytest.param({"inputs": []}, "inputs: ", id="no inputs"),
         pytest.param({"files": {}}, "lists no model.onnx", id="no files"),
         pytest.param({"x": [{}] * 100_000}, "expected at most 100,000 values", id="many values"),
+        pytest.param({"created": "x" * 2**21}, "at most 2,097,152 bytes", id="long"),
         pytest.param({"lossy_operators": [1] * 100_000}, r"lossy_operators\.0: ", id="many faults"),
         pytest.param(
             {"files": {"../x": {"size_bytes": 1, "sha256": "0" * 64}}}, "files", id="path"

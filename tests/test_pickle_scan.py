@@ -14,7 +14,8 @@ from torch import nn
 from kan_model import CheckpointError, load_checkpoint
 from kan_model.archives import read_archive
 from kan_model.checkpoint import read_checkpoint
-from kan_model.pickle_calls import Calls, Group, Name, Refused, TorchRefuses
+from kan_model.pickle_calls import Calls
+from kan_model.pickle_values import Group, Name, Refused, TorchRefuses
 from tests import zoo
 from tests.hostile.writing import (
     archive,
