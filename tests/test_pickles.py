@@ -311,7 +311,7 @@ def test_a_module_that_holds_itself_is_refused(tmp_path: Path, network: zoo.KAN)
 @pytest.fixture
 def numpy_allowed() -> Iterator[None]:
     before = torch.serialization.get_safe_globals()
-    scalar = type(np.float64(0.5)).__reduce__(np.float64(0.5))[0]
+    scalar: Any = type(np.float64(0.5)).__reduce__(np.float64(0.5))[0]
     torch.serialization.add_safe_globals([scalar, np.dtype, np.dtypes.Float64DType])
     yield
     torch.serialization.clear_safe_globals()
