@@ -302,9 +302,9 @@ def _unpickle_inert(path: Path, size: int, head: bytes) -> Any:
     try:
         if head[:2] == b"PK":
             archive = read_archive(path, size)
-            with suppress(Exception):  # an opcode that torch refuses; it says so below
-                with _only_default_globals():
-                    foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            # An opcode that torch refuses is reported below.
+            with suppress(Exception), _only_default_globals():
+                foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
             findings = scan_archive(archive, foreign, size)
             del archive
         elif _OLD_FORMAT.match(head):

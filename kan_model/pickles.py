@@ -164,7 +164,8 @@ def walk(root: Record, most: int = MOST_NAMES) -> Modules:
 
 def _own_names(record: Record) -> Iterator[str]:
     for kind in ("_parameters", "_buffers", "_modules"):
-        yield from (key for key, _ in _entries(record, kind) if isinstance(key, str))
+        keys: list[Any] = [key for key, _ in _entries(record, kind)]
+        yield from (key for key in keys if isinstance(key, str))
 
 
 def tensors_of(root: Record) -> dict[str, Tensor]:

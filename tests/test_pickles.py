@@ -311,7 +311,7 @@ def test_a_module_that_holds_itself_is_refused(tmp_path: Path, network: zoo.KAN)
 @pytest.fixture
 def numpy_allowed() -> Iterator[None]:
     before = torch.serialization.get_safe_globals()
-    scalar = type(np.float64(0.5)).__reduce__(np.float64(0.5))[0]
+    scalar: Any = type(np.float64(0.5)).__reduce__(np.float64(0.5))[0]
     torch.serialization.add_safe_globals([scalar, np.dtype, np.dtypes.Float64DType])
     yield
     torch.serialization.clear_safe_globals()
@@ -327,6 +327,6 @@ def test_what_other_code_has_allowed_torch_to_load_changes_nothing(tmp_path: Pat
     assert_same(tmp_path / "model.pt", network)
     assert set(torch.serialization.get_safe_globals()) == allowed
     torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="from before 1.6, so it is not opened"):
+    with pytest.raises(CheckpointError, match=r"from before 1\.6, so it is not opened"):
         load_checkpoint(tmp_path / "old.pt")
     assert set(torch.serialization.get_safe_globals()) == allowed
