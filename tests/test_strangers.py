@@ -479,12 +479,21 @@ def test_connections_are_seen_where_few_files_may_be_open(repository: Path) -> N
 
 
 def test_a_call_without_a_message_holds_no_stop_up(repository: Path) -> None:
+    hold = threading.Event()
+
+    def silent() -> Iterator[bytes]:
+        hold.wait(WAIT_S)
+        yield from ()
+
     with (
         served(repository, receive_timeout_s=WAIT_S) as (server, _),
-        frames(server.address) as silent,
+        grpc.insecure_channel(server.address) as channel,
     ):
-        for method in (UNARY[2], UNARY[5]):
-            silent.call(method)
-        await_true(lambda: sum(room.silent for room in server.rooms.values()) == 2)
+        call: Any = channel.stream_unary(UNARY[2])
+        future = call.future(silent())
+        await_true(lambda: server.rooms["requests"].silent == 1)
         server.stop(WAIT_S, now=lambda: False)
-        assert silent.statuses(2) == ["14"] * 2  # UNAVAILABLE: elsewhere it is answered
+        error = future.exception(WAIT_S)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "stopping" in error.details()  # it was ended, and not by the end of its time
+        hold.set()
