@@ -137,13 +137,17 @@ def _serve(listener: socket.socket) -> None:
                         selector.register(readable, selectors.EVENT_READ, process)
                     connection.send(b"%d" % process)
                     continue
+                if key.data not in running:  # both its ends were seen at once
+                    continue
                 connection, pidfd = running[key.data]
                 if key.fileobj is connection:  # the client is gone
                     os.kill(key.data, signal.SIGKILL)
                     selector.unregister(connection)
                     continue
-                with suppress(OSError, KeyError):
-                    connection.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1]))
+                code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
+                with suppress(OSError):  # the client is gone
+                    connection.send(b"%d" % code)
+                with suppress(KeyError):  # as above
                     selector.unregister(connection)
                 selector.unregister(pidfd)
                 os.close(pidfd)
@@ -187,8 +191,13 @@ def _streams() -> list[tuple[Any, str | None]]:
 
 
 def _empty_caches() -> None:
-    """Forget what the project's functions remember, as where commands are on PATH."""
+    """Forget what the project's functions remember, as where commands are on PATH.
+
+    But not the template of the report, which is the same everywhere and slow to compile.
+    """
     for name, module in list(sys.modules.items()):
+        if name.startswith("export.report_page."):
+            continue
         if name.partition(".")[0] in ("export", "kan_bundle", "kan_model", "kan_ops"):
             for value in vars(module).values():
                 if hasattr(value, "cache_clear"):
@@ -213,7 +222,7 @@ def _become(request: dict[str, Any], descriptors: Sequence[int]) -> list[str]:
         os.close(number)
     for number, descriptor in zip(request["descriptors"], descriptors, strict=True):
         os.dup2(descriptor, number)
-    os.closerange(min(descriptors, default=3), max(descriptors, default=3) + 1)
+        os.close(descriptor)
     encoding, _, errors = environment.get("PYTHONIOENCODING", "").partition(":")
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if number not in request["descriptors"]:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ from torch import nn
 
 from kan_model import CheckpointError, inspect_checkpoint
 from tests import zoo
-from tests.conftest import GOLDENS, Golden, run_export
+from tests.conftest import GOLDENS, ROOT, Golden, run_export
 from tests.states import good, saved, with_value
 
 
@@ -144,3 +146,14 @@ def test_the_activation_may_be_named_and_export_only_flags_may_not(tmp_path: Pat
     wrong = run_export("inspect", path, "--model", "a:b")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "leave out --model" in wrong.stderr
+
+
+def test_it_starts_without_the_compiler_of_torch_and_collects_garbage_again() -> None:
+    """Which takes as long to import as torch itself."""
+    script = (
+        "import gc, sys; from export.__main__ import main; code = main(sys.argv[1:]);"
+        "sys.exit(code or not gc.isenabled() or 'torch._dynamo' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, "inspect", str(GOLDENS / "uniform_4x8x3.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
