@@ -27,7 +27,8 @@ READABLE_FORMATS = (1, 2)
 
 _STRICT = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 _LARGEST = 16 * 2**20  # bytes; two numbers per input feature are the most of it
-_LARGEST_REST = 4 * 2**20  # bytes without those numbers
+_SMALLER = "export a network with fewer input features, layers or tensors"
+_LARGEST_REST = 2 * 2**20  # bytes without those numbers
 _MOST_PARTS = 100_000  # objects and arrays in it; of what is in one of them, but for those numbers
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -317,14 +318,18 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     Raises:
         ManifestError: It would be larger than `read_manifest` accepts.
     """
-    text = json.dumps(asdict(manifest) | {"digest": ""}, indent=2, allow_nan=False) + "\n"
-    unsigned = text.encode()
+    content = asdict(manifest) | {"digest": ""}
+    try:
+        _require_modest(content)
+    except ValueError as error:
+        raise ManifestError(f"{folder / MANIFEST_FILE}: {error}; {_SMALLER}") from error
+    unsigned = (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
     digest = hashlib.sha256(unsigned).hexdigest()
     signed = unsigned.removesuffix(b'""\n}\n') + f'"{digest}"\n}}\n'.encode()
     if len(signed) > _LARGEST:
         raise ManifestError(
             f"{folder / MANIFEST_FILE}: has {len(signed):,} bytes, expected at most {_LARGEST:,}; "
-            "export a network with fewer input features, layers or tensors"
+            f"{_SMALLER}"
         )
     (folder / MANIFEST_FILE).write_bytes(signed)
 

@@ -115,11 +115,15 @@ def test_content_that_is_not_the_contract_is_refused(
 
 
 def test_a_manifest_too_large_to_be_read_is_not_written(tmp_path: Path, manifest: Manifest) -> None:
-    large = replace(manifest, versions={"x": "y" * 12 * 2**20})
-    write_manifest(large, tmp_path)
-    assert (tmp_path / "manifest.json").stat().st_size > 12 * 2**20
-    with pytest.raises(ManifestError, match="expected at most 16,777,216; export a network with"):
-        write_manifest(replace(manifest, versions={"x": "y" * 2**24}), tmp_path)
+    numbers = tuple(i / 3 for i in range(500_000))
+    for change, limit in (
+        ({"versions": {"x": "y" * 2**21}}, "2,097,152 bytes beside input_range, found 2,.*"),
+        ({"input_range": InputRange(numbers, numbers)}, "16,777,216"),
+    ):
+        large = replace(manifest, **change)
+        with pytest.raises(ManifestError, match=f"at most {limit}; export a network with fewer"):
+            write_manifest(large, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_wide_inputs_fit_into_a_manifest(tmp_path: Path, manifest: Manifest) -> None:
