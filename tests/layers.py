@@ -1,5 +1,6 @@
 """KANLinear layers for tests, and ways to run them beside their own: a file, the definition."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,21 @@ def answers_of_the_oracle(layer: KANLinear, rows: Tensor) -> np.ndarray:
     return oracle.kan(state, rows.double().numpy(), oracle.silu)
 
 
-def write_and_run(module: nn.Module, rows: Tensor, folder: Path) -> np.ndarray:
+def write(module: nn.Module, rows: Tensor, folder: Path) -> Callable[[Tensor], np.ndarray]:
+    """Write a file, traced with the first rows; returns what runs it."""
     path = folder / "m.onnx"
     write_onnx(Call(module, ["x"]).eval(), (rows[:2],), ["x"], ["y"], path, "m", {})
-    found: np.ndarray = load_onnx(path)([rows.numpy()])[0]
-    return found
+    session = load_onnx(path)
+
+    def run(x: Tensor) -> np.ndarray:
+        found: np.ndarray = session([x.numpy()])[0]
+        return found
+
+    return run
+
+
+def write_and_run(module: nn.Module, rows: Tensor, folder: Path) -> np.ndarray:
+    return write(module, rows, folder)(rows)
 
 
 def golden_layers(golden: Golden) -> list[KANLinear]:

@@ -27,7 +27,7 @@ from export.runtimes import load_onnx
 from kan_bundle.manifest import Form, Manifest, Precision
 from kan_model import KAN, KANLinear
 from tests.conftest import GOLDENS, run_export
-from tests.layers import answers_of_the_oracle, make_layer, write_and_run
+from tests.layers import answers_of_the_oracle, make_layer, write, write_and_run
 
 UNIFORM = GOLDENS / "uniform_4x8x3.pt"
 REDUCED = [precision for precision in PRECISIONS if precision != "fp32"]
@@ -50,9 +50,9 @@ def test_rows_do_not_influence_each_other(tmp_path: Path, precision: Precision) 
     """Also beside one of another size, which would share a scale with them."""
     layer = make_layer()
     rows = torch.cat([probes_within(layer)[:20], torch.full((1, 4), 1e6)])
-    module = LoweredKANLinear(layer, "cardinal", precision)
-    together = write_and_run(module, rows, tmp_path)
-    alone = np.concatenate([write_and_run(module, row[None], tmp_path) for row in rows[:3]])
+    run = write(LoweredKANLinear(layer, "cardinal", precision), rows, tmp_path)
+    together = run(rows)
+    alone = np.concatenate([run(row[None]) for row in rows[:3]])
     np.testing.assert_allclose(together[:3], alone, rtol=1e-5, atol=1e-5)
 
 
