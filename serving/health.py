@@ -100,7 +100,9 @@ class Health:
     def watch(
         self, service: str, send: Send, when_ended: Callable[[Callable[[], None]], bool]
     ) -> None:
-        """Have a watcher told of a status, and of every change.
+        """Have a watcher told of a status, and of every change; it returns before anything is sent.
+
+        It is called in gRPC's own thread, which must be free for a response to be sent.
 
         Args:
             service: What it watches.
@@ -109,8 +111,7 @@ class Health:
                 not yet.
         """
         if service not in self._services:
-            send(pb.HealthCheckResponse(status=pb.HealthCheckResponse.SERVICE_UNKNOWN))
-            send(None)
+            self._senders.submit(_send_unknown, send)
             return
         watcher = _Watcher(service, send)
 
@@ -137,6 +138,11 @@ class Health:
 
     def _status_of(self, service: str) -> Any:
         return _status(True) if service == LIVE else self._status
+
+
+def _send_unknown(send: Send) -> None:
+    send(pb.HealthCheckResponse(status=pb.HealthCheckResponse.SERVICE_UNKNOWN))
+    send(None)
 
 
 def _status(ready: bool) -> Any:
