@@ -182,6 +182,12 @@ def _watches(target: Target) -> None:
         frames.send(frames.call(_METHODS["Watch"]), b"", compressed=False)
 
 
+def _unknown_services(target: Target) -> None:
+    frames = target.connect(target.grpc)
+    for _ in range(20):
+        frames.send(frames.call(_METHODS["Watch"]), b"\x0a\x04none", compressed=False)
+
+
 def _streams(target: Target) -> None:
     frames = target.connect(target.grpc)
     for _ in range(50):
@@ -212,6 +218,7 @@ def kinds() -> dict[str, Kind]:
         "unknown encoding": _encoding,
         "two messages": _two_messages,
         "watches": _watches,
+        "watches of nothing": _unknown_services,
         "streams": _streams,
     }
     for port in ("grpc", "health", "metrics"):
