@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -136,11 +136,13 @@ def try_one(
         alone_s: How long honest clients ask before and after, in seconds.
     """
     limits = ("--max-message-bytes", str(LARGEST_BYTES), "--health-port", "0")
-    with serving("--model-repository", models, *flags, *limits) as process:
+    faults = {"PYTHONFAULTHANDLER": "1"}
+    with serving("--model-repository", models, *flags, *limits, environment=faults) as process:
         listening = process.events[-1]
         honest = Honest(lambda: KanClient(process.address, **client))
         pid = process.popen.pid
-        threading.Thread(target=_drain, args=(process.popen.stderr,), daemon=True).start()
+        log: deque[str] = deque(maxlen=100)
+        threading.Thread(target=_drain, args=(process.popen.stderr, log), daemon=True).start()
         with honest.asking():
             time.sleep(alone_s / 4)  # until all is warm
             before = time.monotonic()
@@ -153,10 +155,11 @@ def try_one(
             command = [sys.executable, "-m", "tests.intruder", *addresses, *options]
             saw = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             end = time.monotonic()
+            code = process.popen.poll()
+            assert code is None, f"the server ended with {code}: {''.join(log)}"
             most = _memory_mb(pid, "VmHWM")
             if alone_s:
                 time.sleep(RECOVERY_S + alone_s)
-        assert process.popen.poll() is None, "the server has ended"
         alone, meanwhile = honest.p99_ms(before, start), honest.p99_ms(start, end)
         figures = {
             "s": end - start,
@@ -171,10 +174,9 @@ def try_one(
     return figures, honest.lost, saw
 
 
-def _drain(log: Any) -> None:
+def _drain(stream: Any, log: deque[str]) -> None:
     with suppress(ValueError):
-        for _ in log:
-            pass
+        log.extend(stream)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
