@@ -29,25 +29,15 @@ _log = structlog.get_logger()
 
 def _is_supported() -> bool:
     """Compare what is used with what it was written for."""
+    in_pool = [
+        *("rpc_event", "state", "behavior", "argument_thunk"),
+        *("request_deserializer", "response_serializer"),
+    ]
     wanted = {
         "_receive_message": ["state", "call", "request_deserializer"],
         "_status": ["rpc_event", "state", "serialized_response"],
-        "_unary_response_in_pool": [
-            "rpc_event",
-            "state",
-            "behavior",
-            "argument_thunk",
-            "request_deserializer",
-            "response_serializer",
-        ],
-        "_stream_response_in_pool": [
-            "rpc_event",
-            "state",
-            "behavior",
-            "argument_thunk",
-            "request_deserializer",
-            "response_serializer",
-        ],
+        "_unary_response_in_pool": in_pool,
+        "_stream_response_in_pool": in_pool,
         "_Context": ["rpc_event", "state", "request_deserializer"],
     }
     constants = ("_RECEIVE_MESSAGE_TOKEN", "_EMPTY_FLAGS", "_CLOSED")
