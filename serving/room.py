@@ -92,9 +92,9 @@ class Room:
         leaving: list[Silent] = []
         with self._lock:
             if len(self._silent) >= self.most_silent:
-                leaving = _choose(self._silent, self.most)
+                leaving = _choose(self._silent, call, self.most)
             elif len(self) >= self.most:
-                leaving = _choose({**self._silent, **self._answered}, self.most)
+                leaving = _choose({**self._silent, **self._answered}, call, self.most)
                 if not leaving:
                     return False
             for each in leaving:
@@ -150,17 +150,19 @@ class Room:
         self._answered.pop(call, None)
 
 
-def _choose(calls: Iterable[Silent], most: int) -> list[Silent]:
+def _choose(calls: Iterable[Silent], coming: Silent, most: int) -> list[Silent]:
     """Choose who leaves: the oldest calls of the connection with the most.
 
-    Of connections with as many, one of the address with the most.
+    Of connections with as many, one of the address with the most. Who comes is counted as well, so
+    that it takes the place of a call of its own rather than that of somebody who has as few.
 
     Args:
         calls: The oldest first.
+        coming: The call that there is to be room for.
         most: Calls that there may be.
     """
     calls = list(calls)
-    of_connection = Counter(call.connection for call in calls)
+    of_connection = Counter(call.connection for call in (*calls, coming))
     of_address: Counter[str] = Counter()
     for connection, count in of_connection.items():
         of_address[peer_of(connection)] += count
@@ -168,7 +170,8 @@ def _choose(calls: Iterable[Silent], most: int) -> list[Silent]:
     def weight(connection: str) -> tuple[int, int]:
         return of_connection[connection], of_address[peer_of(connection)]
 
-    worst = max(of_connection, key=weight, default=None)  # of equals that of the oldest
+    # Of equals that of the oldest.
+    worst = max(dict.fromkeys(call.connection for call in calls), key=weight, default=None)
     chosen = [call for call in calls if call.connection == worst]
     return chosen[: max(1, min(most // _AT_ONCE, len(chosen) // 2))]
 

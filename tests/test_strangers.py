@@ -383,6 +383,19 @@ def test_of_calls_without_a_message_those_of_the_busiest_leave() -> None:
     assert room.hear(honest)
 
 
+def test_whoever_comes_takes_the_place_of_its_own_call_first() -> None:
+    ended: list[tuple[str, bool]] = []
+    room = Room(32, patience_s=5.0, most_silent=2)
+    assert room.enter(Waiting("flood", "ipv4:192.0.2.1:1", ended))
+    honest = Waiting("honest", "ipv4:192.0.2.2:1", ended)
+    assert room.enter(honest)
+    for i in range(50):
+        assert room.enter(Waiting("flood", "ipv4:192.0.2.1:1", ended))
+        assert room.enter(Waiting("spread", f"ipv4:192.0.2.1:{i}", ended))
+    assert ("honest", False) not in ended
+    assert room.hear(honest)
+
+
 class Waiting:
     def __init__(self, name: str, connection: str, ended: list[tuple[str, bool]]) -> None:
         self.name = name
