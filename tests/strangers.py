@@ -54,14 +54,15 @@ class Honest:
     @contextmanager
     def asking(self) -> Iterator[None]:
         stopped = threading.Event()
+        x, expected = GOLDEN.x[:1], GOLDEN.y64[:1]  # files, read once
 
         def ask() -> None:
             with self.connect() as client:
                 while not stopped.wait(_PACE_S):
                     started = time.monotonic()
                     try:
-                        found = client.infer(GOLDEN.name, GOLDEN.x[:1])
-                        assert np.allclose(found, GOLDEN.y64[:1], rtol=1e-4, atol=1e-4)
+                        found = client.infer(GOLDEN.name, x)
+                        assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
                     except Exception as error:
                         self.lost.append(f"{type(error).__name__}: {error}"[:200])
                     self.times.append((started, time.monotonic() - started))
