@@ -253,12 +253,10 @@ def running(
             reflections,
         )
         cleanup.callback(server.close)
-        # gRPC's TLS has crashed where a socket was shut down beneath it (1.81, seen under attack).
-        limits = {} if settings.tls_cert else {addresses.port_of(server.address): most}
+        limits = {addresses.port_of(server.address): most}
         if health_address:
             limits[addresses.port_of(health_address)] = HEALTH_CONNECTIONS
-        if limits:
-            cleanup.enter_context(guarding(limits, share))
+        cleanup.enter_context(guarding(limits, share))
         if settings.model_control == "poll":
             cleanup.enter_context(polling(keeper, settings.poll_s))
         grpc_server.start()

@@ -5,6 +5,9 @@ not belong together, as in the moment between writing one and the other, are not
 """
 
 import ssl
+import threading
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from serving.errors import StartupError
 from serving.watched import Watched
 
 _PAUSE_S = 0.1  # a connection costs a thousand times what looking at three files does
+_SETTLE_S = 0.05  # in which gRPC, in C++, certainly takes what it has been given
 
 
 def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
@@ -30,10 +34,59 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
     """
     files = [cert, key] + ([client_ca] if client_ca else [])
     read = partial(_configuration, cert, key, client_ca)
-    watched = Watched(files, read, _PAUSE_S)
+    renewal = Renewal(Watched(files, read, _PAUSE_S).get)
     return grpc.dynamic_ssl_server_credentials(
-        watched.get(), watched.get, require_client_authentication=client_ca is not None
+        renewal.current,
+        renewal,  # type: ignore[arg-type]  # None is documented, and missing in the stubs
+        require_client_authentication=client_ca is not None,
     )
+
+
+class Renewal:
+    """Gives gRPC a configuration when it has changed, and None at all other handshakes.
+
+    gRPC 1.81 asks at every handshake. It replaces its handshaker factory with what it is given, and
+    frees the old one, without a lock: another handshake that is about to use the old one crashes
+    the process. So nothing is replaced without need. When it must be, handshakes that have asked
+    before get time to start, and those that ask next wait until it is done.
+
+    Args:
+        get: Returns the present configuration; the same object as long as nothing changes.
+        settle_s: That time, in seconds.
+        sleep: Waits for some seconds.
+
+    Attributes:
+        current: The configuration that gRPC has.
+    """
+
+    def __init__(
+        self,
+        get: Callable[[], grpc.ServerCertificateConfiguration],
+        settle_s: float = _SETTLE_S,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._get = get
+        self._settle_s = settle_s
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._replacing = False
+        self.current = get()
+
+    def __call__(self) -> grpc.ServerCertificateConfiguration | None:
+        """Return the configuration if gRPC does not have it yet."""
+        if not self._replacing and self._get() is self.current:
+            return None
+        with self._lock:
+            if self._replacing:  # whoever came before has just been given it
+                self._sleep(self._settle_s)
+                self._replacing = False
+            found = self._get()
+            if found is self.current:
+                return None
+            self._replacing = True
+            self._sleep(self._settle_s)
+            self.current = found
+            return found
 
 
 def _configuration(
