@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from serving.server import Server
     from serving.settings import Settings
-    from serving.workers import KeptServer
+    from serving.supervisor.server import MultiprocessServer
 
 
 _COMPLETION = "--print-completion"
@@ -150,12 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os._exit(0)
 
 
-def _chosen(settings: "Settings") -> "AbstractContextManager[Server | KeptServer]":
+def _chosen(settings: "Settings") -> "AbstractContextManager[Server | MultiprocessServer]":
     """Serve in this process, or in several others."""
     if settings.workers > 1:
-        from serving.workers import keeping
+        from serving.supervisor.server import supervising
 
-        return keeping(settings)
+        return supervising(settings)
     from serving.runtime import require_onnxruntime
 
     require_onnxruntime()

@@ -196,6 +196,11 @@ class Lane(Generic[AnyItem]):
         """Tell whose time has passed at the head of the line. Others get there, or run."""
         return self._line[0] if self._line and self._line[0].deadline <= now else None
 
+    @property
+    def waiting_since(self) -> float | None:
+        """When the request at the head of the line arrived; None if the line is empty."""
+        return self._line[0].arrived if self._line else None
+
     def enter(self, item: AnyItem) -> None:
         """Put an item at the end of the line."""
         self._line.append(item)
@@ -266,6 +271,12 @@ class Queue(Generic[AnyItem]):
     def seconds(self) -> float:
         """How long it takes to run all that is in line."""
         return sum(lane.seconds for lane in self._lanes) / self._slots
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When the first of the requests arrived that are at the head of a line."""
+        waiting = (lane.waiting_since for lane in self._lanes)
+        return min((since for since in waiting if since is not None), default=None)
 
     def __bool__(self) -> bool:
         """Whether anybody is in line."""

@@ -11,16 +11,16 @@ import resource
 import socket
 import struct
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
+from serving.periodic import repeating
 from serving.room import network_of
 
 HEALTH_CONNECTIONS = 64
@@ -67,27 +67,15 @@ def guarding(limits: Mapping[int, int], peer_share: float) -> Iterator[None]:
     if not _FILES.is_dir():
         yield
         return
-    stopped = threading.Event()
     guard = _Guard(limits, peer_share)
 
-    def look() -> None:
-        pause = _LOOK_S
-        while not stopped.wait(pause):
-            started = time.monotonic()
-            try:
-                guard.look()
-            except Exception as error:  # it looks again
-                _log.error("connections_not_seen", exc_info=error)
-            pause = max(_LOOK_S, (time.monotonic() - started) / _LOOKING_SHARE)
+    def look() -> float:
+        started = time.monotonic()
+        guard.look()
+        return (time.monotonic() - started) / _LOOKING_SHARE
 
-    thread = threading.Thread(target=look, name="connections", daemon=True)
-    thread.start()
-    try:
+    with closing(guard), repeating("connections", look, _LOOK_S):
         yield
-    finally:
-        stopped.set()
-        thread.join()
-        guard.close()
 
 
 @dataclass(frozen=True)

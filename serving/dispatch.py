@@ -16,9 +16,15 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from serving.batching import Batch, Item, Lane, Part, Queue, TooLate
+
+_STALLED_S = 10.0  # without a run, though a slot is free and requests wait
+_HUNG_S = 600.0  # the same while runs are under way, of which some take minutes
+
+_log = structlog.get_logger()
 
 Arrays = Sequence[NDArray[Any]]
 """One array per tensor, all of the same number of rows."""
@@ -84,6 +90,8 @@ class Dispatcher:
         self._news = threading.Condition(self._lock)
         self._queue: Queue[Request] = Queue(slots)
         self._idle = 0
+        self._running = 0
+        self._progress_at = clock()
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"engine-{i}", daemon=True)
@@ -151,9 +159,23 @@ class Dispatcher:
         with self._lock:
             return self._queue.seconds
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether requests wait, and nothing has run for so long that something must be wrong."""
+        with self._lock:
+            since = self._queue.waiting_since
+            if since is None:
+                return False
+            limit_s = _HUNG_S if self._running else _STALLED_S
+            return self._clock() - max(since, self._progress_at) > limit_s
+
     def _work(self) -> None:
-        while self._run_next():  # and nothing is kept of it while there is nothing to do
-            pass
+        going = True
+        while going:  # and nothing is kept of a run while there is nothing to do
+            try:
+                going = self._run_next()
+            except BaseException as error:  # without this thread, requests would wait for ever
+                _log.error("engine_thread_failed", exc_info=error)
 
     def _run_next(self) -> bool:
         found = self._next()
@@ -161,7 +183,7 @@ class Dispatcher:
             self._run(found)
         elif found is not None:
             for request in found:
-                request.tell(TooLate())
+                _complete(request, TooLate())
         return found is not None
 
     def _next(self) -> Batch[Request] | list[Request] | None:
@@ -179,6 +201,8 @@ class Dispatcher:
                     return late
                 batch = self._queue.take(now)
                 if batch is not None:
+                    self._running += 1
+                    self._progress_at = now
                     if self._idle and self._queue.is_worth_a_slot:
                         self._news.notify()
                     return batch
@@ -190,13 +214,37 @@ class Dispatcher:
         return None
 
     def _run(self, batch: Batch[Request]) -> None:
-        """Run a batch and tell those whose last part it had."""
+        """Run a batch and complete the requests that had their last part in it."""
         parts = [part for part in batch.parts if not part.item.dropped]
         started = self._clock()
-        answers = _run(parts)
-        ended = self._clock()
+        seconds = None
+        try:
+            answers = _run(parts)
+            seconds = self._clock() - started if parts else None
+            completed = self._take(batch, parts, answers, started, seconds or 0.0)
+        except BaseException as error:  # no request may wait for ever, and no slot be lost
+            _log.error("run_failed", exc_info=error)
+            completed = self._fail(batch.lane, parts, RuntimeError(f"{type(error).__name__}"))
+        finally:
+            with self._lock:
+                self._running -= 1
+                self._progress_at = self._clock()
+        for request, end in completed:
+            _complete(request, end)
+        with self._lock:
+            self._queue.end(batch, seconds)
+
+    def _take(
+        self,
+        batch: Batch[Request],
+        parts: Sequence[Part[Request]],
+        answers: Sequence[Arrays | Exception],
+        started: float,
+        seconds: float,
+    ) -> list[tuple[Request, Outcome | Exception]]:
+        """Add answers to their requests; return those that are complete."""
         rows = sum([part.rows for part in parts])
-        settled: list[tuple[Request, Outcome | Exception]] = []
+        completed: list[tuple[Request, Outcome | Exception]] = []
         with self._lock:
             for part, answer in zip(parts, answers, strict=True):
                 request = part.item
@@ -204,22 +252,40 @@ class Dispatcher:
                     continue
                 if isinstance(answer, Exception):
                     self._queue.drop(batch.lane, request)
-                    settled.append((request, answer))
+                    completed.append((request, answer))
                     request.told = True
                     continue
                 if not request.answers:
                     request.first_run = started
                     request.batch_wait_s = max(0.0, batch.ready - request.arrived)
-                request.compute_s += ended - started
+                request.compute_s += seconds
                 request.batch_rows = max(request.batch_rows, rows)
                 request.answers.append(answer)
                 if part.stop == request.rows:
-                    settled.append((request, _outcome(request)))
+                    completed.append((request, _outcome(request)))
                     request.told = True
-        for request, end in settled:
-            request.tell(end)
+        return completed
+
+    def _fail(
+        self, lane: Lane[Request], parts: Sequence[Part[Request]], error: Exception
+    ) -> list[tuple[Request, Outcome | Exception]]:
+        """Drop what is left of requests; return those that have no answer yet."""
+        failed: list[tuple[Request, Outcome | Exception]] = []
         with self._lock:
-            self._queue.end(batch, ended - started if parts else None)
+            for part in parts:
+                self._queue.drop(lane, part.item)
+                if not part.item.told:
+                    part.item.told = True
+                    failed.append((part.item, error))
+        return failed
+
+
+def _complete(request: Request, end: Outcome | Exception) -> None:
+    """Deliver the end of a request. What its callback raises harms neither thread nor others."""
+    try:
+        request.tell(end)
+    except BaseException as error:
+        _log.error("answer_not_delivered", exc_info=error)
 
 
 def _run(parts: Sequence[Part[Request]]) -> list[Arrays | Exception]:

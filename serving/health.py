@@ -1,7 +1,8 @@
 """grpc.health.v1: whether the server can be sent requests, and whether it lives.
 
 The two are asked for under different names. Who restarts a server asks for `live`, which is SERVING
-as long as the process answers: one that drains, or has no model, must not be killed for that.
+as long as the process answers and runs requests: one that drains, or has no model, must not be
+killed for that.
 
 The servicer of grpcio-health-checking is not used, for two reasons seen in 1.81: it keeps every
 service name it was ever asked to watch, so a client can fill the memory, and it cannot end its
@@ -67,6 +68,7 @@ class Health:
         self._services = frozenset({*services, LIVE})
         self._lock = threading.Lock()  # never held while something is sent
         self._status = _status(False)
+        self._live = _status(True)
         self._watchers: set[_Watcher] = set()
         # As many threads as watchers are stuck, and one more.
         self._senders = ThreadPoolExecutor(_MOST_WATCHERS, "health-watch")
@@ -74,12 +76,16 @@ class Health:
     def set(self, ready: bool) -> None:
         """Change the status and have every watcher told."""
         with self._lock:
-            if self._status == _status(ready):
-                return
+            changed = self._status != _status(ready)
             self._status = _status(ready)
-            watchers = list(self._watchers)
-        for watcher in watchers:
-            self._senders.submit(self._tell, watcher)
+        self._tell_all(changed)
+
+    def set_live(self, live: bool) -> None:
+        """Change the status of `LIVE` and notify every watcher."""
+        with self._lock:
+            changed = self._live != _status(live)
+            self._live = _status(live)
+        self._tell_all(changed)
 
     def close(self) -> None:
         """End every watch."""
@@ -124,6 +130,12 @@ class Health:
                 self._watchers.add(watcher)
         self._senders.submit(self._tell, watcher)
 
+    def _tell_all(self, changed: bool) -> None:
+        with self._lock:
+            watchers = list(self._watchers) if changed else []
+        for watcher in watchers:
+            self._senders.submit(self._tell, watcher)
+
     def _tell(self, watcher: _Watcher) -> None:
         """Send a watcher what is so now, if it has not been told."""
         # Whoever is sending already looks again when that is done.
@@ -137,7 +149,7 @@ class Health:
                 watcher.sending.release()
 
     def _status_of(self, service: str) -> Any:
-        return _status(True) if service == LIVE else self._status
+        return self._live if service == LIVE else self._status
 
 
 def _send_unknown(send: Send) -> None:

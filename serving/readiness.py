@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class Readiness:
-    """Ready while some model is served, nobody is on the way out, and the other processes agree.
+    """Ready while some model is served, requests run, nothing drains, and other processes agree.
 
     Safe to call from several threads.
 
@@ -22,6 +22,7 @@ class Readiness:
         self._on_change: Callable[[bool], None] = lambda ready: None
         self._serving = False
         self._draining = False
+        self._stalled = False
         self._own = False
         self._lock = threading.RLock()
 
@@ -29,6 +30,11 @@ class Readiness:
     def ready(self) -> bool:
         """Whether they can."""
         return self._own and self._others
+
+    @property
+    def own(self) -> bool:
+        """Whether this process is ready, whatever the others are."""
+        return self._own
 
     def watch(self, on_change: Callable[[bool], None]) -> None:
         """Have something told whether they can, from now on; twice the same does no harm."""
@@ -48,6 +54,12 @@ class Readiness:
             self._draining = True
             self._update()
 
+    def stall(self, stalled: bool) -> None:
+        """Say whether requests wait and nothing is run."""
+        with self._lock:
+            self._stalled = stalled
+            self._update()
+
     def hear(self, others: bool) -> None:
         """Learn whether all other processes are ready."""
         with self._lock:
@@ -55,7 +67,7 @@ class Readiness:
             self._update()
 
     def _update(self) -> None:
-        own = self._serving and not self._draining
+        own = self._serving and not self._draining and not self._stalled
         if own != self._own:
             self._own = own
             self._on_own_change(own)

@@ -10,20 +10,18 @@ import ipaddress
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Protocol
 from urllib.parse import unquote
 
-import structlog
+from serving.periodic import repeating
 
 _LOOK_S = 0.5
 _AT_THE_END_S = 1.0  # that a call may take to send its message while the server stops
 _IPV6_PREFIX = 64  # the addresses of one household or one machine
 _AT_ONCE = 16  # of so many places one is emptied at a time, because to choose takes a while
-
-_log = structlog.get_logger()
 
 
 class Silent(Protocol):
@@ -176,26 +174,14 @@ def _choose(calls: Iterable[Silent], coming: Silent, most: int) -> list[Silent]:
     return chosen[: max(1, min(most // _AT_ONCE, len(chosen) // 2))]
 
 
-@contextmanager
-def watching(rooms: Sequence[Room]) -> Iterator[None]:
-    """End the calls in some rooms that are late, from a thread of its own."""
-    stopped = threading.Event()
+def end_late_calls(rooms: Sequence[Room]) -> AbstractContextManager[None]:
+    """End the calls in some rooms that are late, from a thread, as long as the block runs."""
 
     def look() -> None:
-        while not stopped.wait(_LOOK_S):
-            for room in rooms:
-                try:
-                    room.end_late()
-                except Exception as error:  # the others are looked at
-                    _log.error("late_calls_not_ended", exc_info=error)
+        for room in rooms:
+            room.end_late()
 
-    thread = threading.Thread(target=look, name="late-calls", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()
+    return repeating("late-calls", look, _LOOK_S)
 
 
 class Places:

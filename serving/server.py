@@ -5,20 +5,19 @@ readiness goes off first, so that balancers look elsewhere while requests are st
 then are new ones refused and the running ones waited for.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 import structlog
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from kan_bundle.errors import IntegrityError
-from kan_bundle.layout import MANIFEST_FILE, BundleFolder, find_bundles
 from kan_bundle.manifest import Manifest
 from kan_bundle.signature import read_public_key
 from serving import addresses, arrivals, health, messages, reflection, runtime
@@ -27,18 +26,20 @@ from serving.callers import Callers
 from serving.connections import HEALTH_CONNECTIONS, guarding, most_connections
 from serving.dispatch import Dispatcher
 from serving.engine import Engine, EngineOptions
-from serving.errors import ModelNotFound, StartupError
-from serving.models.control import Keeper, polling
 from serving.models.description import fitting_message_bytes, fitting_rows
-from serving.models.loading import Admission, LoadedModel, load_bundle
+from serving.models.desired_state import PinnedVersion
+from serving.models.host import LocalHost
+from serving.models.lifecycle import ModelLifecycle, load_at_start, refreshing
+from serving.models.loading import Admission, LoadedModel, load_bundle, yield_gil
 from serving.models.policy import parse_policy
 from serving.models.repository import Repository
 from serving.observability import exposition, metrics
 from serving.observability.reports import read_report
 from serving.observability.telemetry import Telemetry
 from serving.observability.tracing import Tracing
+from serving.periodic import repeating
 from serving.readiness import Readiness
-from serving.room import Room, watching
+from serving.room import Room, end_late_calls
 from serving.rpc import Limits, RpcHandlers
 from serving.service import SERVICE, InferenceService, ModelControl
 from serving.settings import Settings, is_own
@@ -47,6 +48,7 @@ from serving.tls import server_credentials
 _log = structlog.get_logger()
 
 _LOOK_S = 0.05
+_STALL_LOOK_S = 1.0
 _SIGN_OF_LIFE_S = 20.0
 _FIRST_WORDS_S = 10.0  # for TLS, and for what HTTP/2 begins with
 _IDLE_HEALTH_S = 60.0  # for a connection to the port of health without a call or a watch
@@ -65,7 +67,7 @@ class Server:
         metrics_address: The same, for Prometheus; empty in a worker, which is asked otherwise.
         health_address: The same, for health alone; empty if that has no port of its own.
         repository: What is served.
-        keeper: Loads and unloads it.
+        max_message_bytes: Largest request accepted.
         registry: What there is to be scraped.
         readiness: Whether it is ready.
         rooms: Where calls of one message are, by what they are for.
@@ -75,7 +77,7 @@ class Server:
     metrics_address: str
     health_address: str
     repository: Repository
-    keeper: Keeper
+    max_message_bytes: int
     registry: CollectorRegistry
     readiness: Readiness
     rooms: Mapping[str, Room]
@@ -84,6 +86,12 @@ class Server:
     _handlers: RpcHandlers
     _health: health.Health
     _reflection: reflection.ReflectionHandlers
+    _dispatcher: Dispatcher
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether requests wait and nothing is run."""
+        return self._dispatcher.is_stalled
 
     def announce(self) -> None:
         """Log the address and write it to the address file.
@@ -126,16 +134,27 @@ class Server:
         self._grpc_server.stop(None).wait()
 
 
+class Supervised(ModelControl, Protocol):
+    """What decides for a worker which models it serves."""
+
+    def attach(self, host: LocalHost) -> int | None:
+        """Have models loaded, and wait until this worker may listen.
+
+        Returns:
+            The largest message that the other workers accept; None if this one is to choose.
+        """
+
+
 @contextmanager
 def running(
-    settings: Settings, readiness: Readiness | None = None, control: ModelControl | None = None
+    settings: Settings, readiness: Readiness | None = None, supervised: Supervised | None = None
 ) -> Iterator[Server]:
     """Run a server; at the end it is stopped at once, unless it was stopped before.
 
     Args:
         settings: Of one worker, if there are several.
         readiness: Of a worker, which agrees with the others.
-        control: What clients' wishes go to in a worker, so that all of them follow.
+        supervised: Decides what a worker serves; None in a single process, which decides itself.
 
     Raises:
         StartupError: It cannot serve what it was asked to, or not there.
@@ -154,16 +173,23 @@ def running(
         counters = metrics.Counters()
         fused = runtime.choose_fused(settings.fused, settings.provider)
         loader = _Loader(settings, fused, counters)
-        keeper = Keeper(
-            settings.model_repository,
+        host = LocalHost(
             repository,
-            parse_policy(settings.version_policy),
             loader,
             lambda: readiness.serve(bool(repository.served)),
+            lambda failure: counters.count_load_failure(transient=failure.transient),
         )
-        _load_at_start(settings, keeper)
+        loader.step = host.step
+        if supervised is None:
+            root = settings.model_repository
+            lifecycle = ModelLifecycle(root, parse_policy(settings.version_policy), host)
+            load_at_start(lifecycle, root, settings.model_control, settings.load_models)
+            control: ModelControl = lifecycle
+            agreed = None
+        else:
+            control, agreed = supervised, supervised.attach(host)
         if loader.max_message_bytes is None:
-            loader.max_message_bytes = fitting_message_bytes(
+            loader.max_message_bytes = agreed or fitting_message_bytes(
                 [model.manifest for model in repository.served]
             )
 
@@ -174,7 +200,7 @@ def running(
         dispatcher = cleanup.enter_context(Dispatcher(_slots(settings)))
         service = InferenceService(
             repository,
-            (control or keeper) if settings.model_control == "explicit" else None,
+            control if settings.model_control == "explicit" else None,
             dispatcher,
             counters,
             provider=settings.provider,
@@ -214,7 +240,7 @@ def running(
         healths = health.HealthHandlers(status, callers, probes, share)
         at_health_port = Room(_MOST_PROBES, patience_s)
         rooms = (*handlers.rooms.values(), reflections.silent, at_health_port)
-        cleanup.enter_context(watching(rooms))
+        cleanup.enter_context(end_late_calls(rooms))
         several = settings.workers > 1
         most = most_connections(settings.max_connections)
         grpc_server = grpc.server(
@@ -242,7 +268,7 @@ def running(
             ),
             health_address,
             repository,
-            keeper,
+            limit,
             registry,
             readiness,
             {**handlers.rooms, "health port": at_health_port},
@@ -251,14 +277,21 @@ def running(
             handlers,
             status,
             reflections,
+            dispatcher,
         )
         cleanup.callback(server.close)
+
+        def look_for_stall() -> None:
+            readiness.stall(dispatcher.is_stalled)
+            status.set_live(not dispatcher.is_stalled)
+
+        cleanup.enter_context(repeating("stall", look_for_stall, _STALL_LOOK_S))
         limits = {addresses.port_of(server.address): most}
         if health_address:
             limits[addresses.port_of(health_address)] = HEALTH_CONNECTIONS
         cleanup.enter_context(guarding(limits, share))
-        if settings.model_control == "poll":
-            cleanup.enter_context(polling(keeper, settings.poll_s))
+        if supervised is None:
+            cleanup.enter_context(refreshing(lifecycle, settings.model_control, settings.poll_s))
         grpc_server.start()
         yield server
 
@@ -268,6 +301,7 @@ class _Loader:
 
     Attributes:
         max_message_bytes: Largest request accepted; None as long as it is not known.
+        step: Called between two steps of a load.
     """
 
     def __init__(self, settings: Settings, fused: bool, counters: metrics.Counters) -> None:
@@ -275,14 +309,24 @@ class _Loader:
         self._fused = fused
         self._counters = counters
         self.max_message_bytes = settings.max_message_bytes
+        self.step: Callable[[], None] = yield_gil
         key = settings.require_signature
         signer = None if key is None else read_public_key(key)
         self._admission = Admission(settings.max_model_bytes, signer)
 
-    def __call__(self, folder: BundleFolder) -> LoadedModel:
+    def __call__(self, version: PinnedVersion) -> LoadedModel:
+        folder = version.folder
         limits = self._settings.limits_of(folder.name)
         count = partial(self._counters.count_rows, folder.name)
-        model = load_bundle(folder, self._make_engine, limits, count, self._admission)
+        model = load_bundle(
+            folder,
+            self._make_engine,
+            limits,
+            count,
+            self._admission,
+            digest=version.digest,
+            step=self.step,
+        )
         limit = self.max_message_bytes
         if limit is not None and not fitting_rows(model.manifest, limit):
             raise IntegrityError(
@@ -321,40 +365,6 @@ def _slots(settings: Settings) -> int:
     if settings.provider == "cuda":
         return 1  # runs of one session share a stream and gain nothing from each other
     return max(1, runtime.available_cpus() // (settings.engine_threads * settings.workers))
-
-
-def _load_at_start(settings: Settings, keeper: Keeper) -> None:
-    """Serve what is there, before the port is taken.
-
-    Raises:
-        StartupError: There is nothing, and nobody will look again.
-        LayoutError: The model repository cannot be read.
-    """
-    root = settings.model_repository
-    found = find_bundles(root)
-    if not found and (what := _inside_of(root)) is not None:
-        raise StartupError(f"{root}: expected a model repository, found {what}")
-    if settings.model_control == "explicit":
-        try:
-            keeper.refresh(settings.load_models)
-        except ModelNotFound as error:
-            raise StartupError(f"--load-models: {error}") from error
-        return
-    if settings.model_control == "none" and not found:
-        raise StartupError(
-            f"{root}: no bundle found; expected MODEL/VERSION/ folders, as "
-            f"`python -m export model.pt --output {root}` writes them"
-        )
-    keeper.refresh()
-
-
-def _inside_of(folder: Path) -> str | None:
-    """Tell what a folder is that lies inside of a repository, and where that is."""
-    places = ("a version", MANIFEST_FILE, "../.."), ("a model", f"*/{MANIFEST_FILE}", "..")
-    for what, manifests, above in places:
-        if any(folder.glob(manifests)):
-            return f"{what}; its repository is {os.path.normpath(folder / above)}"
-    return None
 
 
 def _options(

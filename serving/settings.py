@@ -168,6 +168,11 @@ class Settings(BaseSettings):
         description="processes that share the port, each with models, threads and limits of its "
         "own; more than one where a single one's Python is what is busy",
     )
+    worker_timeout_s: Annotated[float, Field(ge=1.0, le=_DAY_S)] = Field(
+        5.0,
+        description="with --workers, longest that a process may show no sign of life, before it is "
+        "killed and replaced",
+    )
     max_requests: Annotated[int, Field(ge=1, le=65_536)] = Field(
         1024,
         description="requests in a process at a time; more are refused before they are read",

@@ -126,7 +126,7 @@ def test_the_server_process_never_imports_torch() -> None:
 
 def test_who_keeps_workers_imports_nothing_that_does_not_survive_a_fork() -> None:
     script = (
-        "import sys, serving.__main__, serving.settings, serving.workers;"
+        "import sys, serving.__main__, serving.settings, serving.supervisor.server;"
         "sys.exit(' '.join({'grpc', 'onnxruntime'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -135,7 +135,7 @@ def test_who_keeps_workers_imports_nothing_that_does_not_survive_a_fork() -> Non
 
 def test_models_are_loaded_and_kept_without_grpc() -> None:
     script = (
-        "import sys, serving.models.control;"
+        "import sys, serving.models.lifecycle;"
         "sys.exit(' '.join({'grpc', 'serving.service'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

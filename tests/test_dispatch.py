@@ -294,3 +294,65 @@ def test_after_the_end_nothing_is_run(engine: Doubler) -> None:
     for thread in client.dispatcher._threads:
         thread.join(WAIT_S)
     assert not late.done()
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), MemoryError(), SystemExit()])
+def test_a_callback_that_raises_ends_no_thread_and_no_other_request(
+    engine: Doubler, error: BaseException
+) -> None:
+    engine.go.set()
+
+    def fail(end: Outcome | Exception) -> None:
+        raise error
+
+    with Client(engine, max_wait_s=LONG_S) as client:
+        for _ in range(3):
+            rows: NDArray[np.float32] = np.ones((1, 1), np.float32)
+            client.dispatcher.submit(client.lane, engine, [rows], None, fail)
+            assert answer(client.send(1, 2, 3)) == [2, 4, 6]
+
+
+def test_a_run_that_ends_its_thread_fails_its_requests_and_gives_the_slot_back(
+    engine: Doubler,
+) -> None:
+    class Exiting(Doubler):
+        def __call__(self, inputs: Arrays) -> Arrays:
+            if inputs[0][0, 0] == 7:
+                raise SystemExit
+            return super().__call__(inputs)
+
+    exiting = Exiting()
+    exiting.go.set()
+    with Client(exiting) as client:
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="SystemExit"):
+                client.send(7).result(WAIT_S)
+            assert answer(client.send(1)) == [2]
+
+
+def test_it_is_stalled_when_requests_wait_and_nothing_runs(engine: Doubler) -> None:
+    now = 0.0
+    client = Client(engine, clock=lambda: now)  # no thread has started
+    now = 100.0
+    assert not client.dispatcher.is_stalled  # nothing waits
+    client.send(1)
+    now = 110.0
+    assert not client.dispatcher.is_stalled
+    now = 110.1
+    assert client.dispatcher.is_stalled
+
+
+def test_a_long_run_is_no_stall(engine: Doubler) -> None:
+    now = 0.0
+    with Client(engine, clock=lambda: now).of_long_runs() as client:
+        first = client.send(1)
+        assert engine.started.acquire(timeout=WAIT_S)
+        second = client.send(2)
+        now = 599.0
+        assert not client.dispatcher.is_stalled
+        now = 601.0
+        assert client.dispatcher.is_stalled
+        engine.go.set()
+        assert answer(first) == [2]
+        assert answer(second) == [4]
+        assert not client.dispatcher.is_stalled

@@ -19,7 +19,8 @@ from kan_bundle.integrity import record_file
 from kan_bundle.layout import BundleFolder, find_bundles
 from kan_bundle.manifest import read_manifest, write_manifest
 from serving.errors import ModelNotFound, ModelNotReady
-from serving.models.control import Keeper
+from serving.models.host import LocalHost
+from serving.models.lifecycle import ModelLifecycle
 from serving.models.loading import LoadedModel, load_bundle
 from serving.models.policy import VersionPolicy
 from serving.models.repository import Repository
@@ -36,7 +37,8 @@ def load(folder: BundleFolder) -> LoadedModel:
 def everything(root: Path, load: Callable[[BundleFolder], LoadedModel] = load) -> Repository:
     """A repository with every version that is there."""
     repository = Repository()
-    Keeper(root, repository, VersionPolicy(latest=None), load).refresh()
+    host = LocalHost(repository, lambda version: load(version.folder))
+    ModelLifecycle(root, VersionPolicy(latest=None), host).refresh()
     return repository
 
 

@@ -28,3 +28,12 @@ def test_one_alone_waits_for_no_others() -> None:
     readiness = Readiness()
     readiness.serve(True)
     assert readiness.ready
+
+
+def test_it_is_not_ready_while_requests_wait_and_nothing_runs() -> None:
+    readiness = Readiness()
+    readiness.serve(True)
+    readiness.stall(True)
+    assert not readiness.ready
+    readiness.stall(False)
+    assert readiness.ready

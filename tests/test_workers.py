@@ -3,16 +3,12 @@
 import json
 import os
 import signal
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client.parser import text_string_to_metric_families
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
@@ -20,23 +16,11 @@ from tests.bundles import publish
 from tests.conftest import STATE_DICTS, run_module
 from tests.processes import Process, serving
 from tests.servers import WAIT_S, await_true
+from tests.supervised import CONNECTIONS, connections, has_ended, scraped
 from tests.wire import raw_output, raw_request
 
 UNIFORM = STATE_DICTS[0]
 TWO = ("--workers", "2", "--drain-s", "0")
-CONNECTIONS = 32  # which of two workers takes one is chance
-
-
-@contextmanager
-def connections(process: Process, count: int = CONNECTIONS) -> Iterator[list[grpc.Channel]]:
-    """Channels with a connection each."""
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    channels = [grpc.insecure_channel(process.address, options) for _ in range(count)]
-    try:
-        yield channels
-    finally:
-        for channel in channels:
-            channel.close()
 
 
 def code_of(channel: grpc.Channel) -> grpc.StatusCode:
@@ -54,28 +38,6 @@ def code_of(channel: grpc.Channel) -> grpc.StatusCode:
 def codes(process: Process) -> set[str]:
     with connections(process) as channels:
         return {code_of(channel).name for channel in channels}
-
-
-def scraped(process: Process) -> dict[str, dict[str, float]]:
-    """Every sample of the endpoint, summed up by name and worker."""
-    address = process.events[-1]["metrics"]
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=WAIT_S) as response:
-        text = response.read().decode()
-    found: dict[str, dict[str, float]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            of_name = found.setdefault(sample.name, {})
-            worker = sample.labels.get("worker", "")
-            of_name[worker] = of_name.get(worker, 0.0) + sample.value
-    return found
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or only waits for somebody to ask how it ended."""
-    try:
-        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return True
 
 
 def test_workers_share_the_port_and_the_metrics_tell_of_each(repository: Path) -> None:

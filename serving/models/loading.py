@@ -10,6 +10,7 @@ them Python gives it away as soon as somebody waits for it. This module knows bu
 not gRPC.
 """
 
+import hashlib
 import sys
 import tempfile
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from kan_bundle.errors import IntegrityError
 from kan_bundle.golden import excess, read_golden, side_by_side
 from kan_bundle.integrity import check_file, read_checked, read_chunks
-from kan_bundle.layout import GOLDEN_FILE, MODEL_FILE, WEIGHTS_FILE, BundleFolder
+from kan_bundle.layout import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, BundleFolder
 from kan_bundle.manifest import FileRecord, Manifest, manifest_content, parse_manifest
 from kan_bundle.signature import PublicKey, require_listed, signed_files
 from serving.batching import Lane, Limits
@@ -92,12 +93,24 @@ class LoadedModel:
         return outputs
 
 
+class LoadCancelled(Exception):
+    """A load was ended because its model is not wanted any more."""
+
+
+def yield_gil() -> None:
+    """Let requests run for a moment, between two steps of a load."""
+    time.sleep(_BREATH_S)
+
+
 def load_bundle(
     folder: BundleFolder,
     make_engine: EngineMaker,
     limits: Limits,
     count: Count = lambda rows, outside: None,
     admission: Admission = ANYBODYS,
+    *,
+    digest: str = "",
+    step: Callable[[], None] = yield_gil,
 ) -> LoadedModel:
     """Verify one bundle and replay its golden probes.
 
@@ -107,20 +120,17 @@ def load_bundle(
         limits: Of its requests.
         count: Told of every row that is run later.
         admission: What it must be.
+        digest: SHA-256 that its manifest must have; any if empty.
+        step: Called between two steps; what it raises ends the load.
 
     Raises:
-        BundleError: It is not signed as it must be, a file is missing, changed, too large or
-            unusable, the graph asks for what is not loaded, or the answers are not the golden
-            ones.
+        BundleError: It is not signed as it must be, its manifest is another, a file is missing,
+            changed, too large or unusable, the graph asks for what is not loaded, or the answers
+            are not the golden ones.
         EngineError: The model does not run.
     """
     with _giving_way():
-        return _load(folder, make_engine, limits, count, admission)
-
-
-def breathe() -> None:
-    """Let requests go on for a moment, between two steps of loading."""
-    time.sleep(_BREATH_S)
+        return _load(folder, make_engine, limits, count, admission, digest, step)
 
 
 @contextmanager
@@ -140,14 +150,22 @@ def _load(
     limits: Limits,
     count: Count,
     admission: Admission,
+    digest: str,
+    step: Callable[[], None],
 ) -> LoadedModel:
     raw = manifest_content(folder.path)
+    found = hashlib.sha256(raw).hexdigest()
+    if digest not in ("", found):
+        raise IntegrityError(
+            f"{folder.path / MANIFEST_FILE}: expected SHA-256 {digest}, found {found}: it changed "
+            "since this version was chosen; put it back, or export it as another version"
+        )
     signer = admission.signer
     signed = None if signer is None else signed_files(folder.path, raw, signer)
     manifest = parse_manifest(raw, folder.path)
     if signed is not None:
         require_listed(folder.path, manifest, signed)
-    breathe()
+    step()
     if (manifest.name, manifest.version) != (folder.name, folder.version):
         raise IntegrityError(
             f"{folder.path}: the manifest says model {manifest.name!r} version "
@@ -163,21 +181,21 @@ def _load(
             check_file(folder.path / name, record)
     model = read_checked(folder.path / MODEL_FILE, manifest.files[MODEL_FILE])
     content = read_checked(folder.path / GOLDEN_FILE, manifest.files[GOLDEN_FILE])
-    breathe()
+    step()
     check_graph(model, None if weights is None else weights.size_bytes)
-    breathe()
+    step()
     with _own_weights(folder.path, weights if copied else None) as place:
         engine = make_engine(model, manifest, place)
-    breathe()
+    step()
     golden = read_golden(content, manifest.inputs)
-    breathe()
-    found = side_by_side(engine.run(golden.inputs))
-    if found.shape != golden.outputs.shape:
+    step()
+    answers = side_by_side(engine.run(golden.inputs))
+    if answers.shape != golden.outputs.shape:
         raise IntegrityError(
-            f"{folder.path}: golden replay gave shape {found.shape}, expected "
+            f"{folder.path}: golden replay gave shape {answers.shape}, expected "
             f"{golden.outputs.shape}; export again"
         )
-    worst = float(excess(found, golden.outputs, golden.tolerance).max())
+    worst = float(excess(answers, golden.outputs, golden.tolerance).max())
     if worst > 1.0:
         fused = ", with --fused" if engine.fused_layers else ""
         raise IntegrityError(

@@ -87,6 +87,7 @@ class Counters(Collector):
         self._lock = threading.Lock()
         self._calls: Counter[tuple[str, str]] = Counter()
         self._refusals: Counter[str] = Counter()
+        self._load_failures: Counter[str] = Counter(verification=0, system=0)
         self._rows: Counter[str] = Counter()
         self._outside: Counter[str] = Counter()
         self._taken: defaultdict[str, _Taken] = defaultdict(_Taken)
@@ -98,6 +99,11 @@ class Counters(Collector):
             self._calls[method, code] += 1
             if refusal is not None:
                 self._refusals[refusal] += 1
+
+    def count_load_failure(self, *, transient: bool) -> None:
+        """Count a version that could not be loaded."""
+        with self._lock:
+            self._load_failures["system" if transient else "verification"] += 1
 
     def count_rows(self, model: str, rows: int, outside: int | None) -> None:
         """Count rows that were run.
@@ -153,6 +159,12 @@ class Counters(Collector):
             "unavailable, unauthorised, failed.",
             labels=["reason"],
         )
+        failures = CounterMetricFamily(
+            "kanserve_load_failures",
+            "Versions that could not be loaded, by reason: verification (what is in the folder), "
+            "system (memory, disk: the same files may load later).",
+            labels=["reason"],
+        )
         rows = CounterMetricFamily("kanserve_rows", "Rows that were run.", labels=["model"])
         outside = CounterMetricFamily(
             "kanserve_out_of_grid_rows",
@@ -174,6 +186,8 @@ class Counters(Collector):
                 calls.add_metric(labels, count)
             for reason in REASONS:
                 refusals.add_metric([reason], self._refusals[reason])
+            for reason, count in self._load_failures.items():
+                failures.add_metric([reason], count)
             for family, counts in ((rows, self._rows), (outside, self._outside)):
                 for model, count in counts.items():
                     family.add_metric([model], count)
@@ -181,7 +195,7 @@ class Counters(Collector):
                 of_rows.add_metric([model], *taken.rows.buckets())
                 for histograms, histogram in zip(of_seconds, taken.seconds, strict=True):
                     histograms.add_metric([model], *histogram.buckets())
-        yield from (calls, refusals, rows, outside, of_rows, *of_seconds)
+        yield from (calls, refusals, failures, rows, outside, of_rows, *of_seconds)
 
 
 class ModelCollector(Collector):

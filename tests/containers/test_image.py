@@ -97,7 +97,9 @@ def test_labels_say_what_it_is(cpu_image: str) -> None:
     assert said["licenses"] == "MIT"
 
 
-@pytest.mark.parametrize("module", ["serving.server", "serving.workers", "serving.client.health"])
+@pytest.mark.parametrize(
+    "module", ["serving.server", "serving.supervisor.server", "serving.client.health"]
+)
 def test_nothing_is_compiled_when_it_starts(cpu_image: str, module: str) -> None:
     script = (
         f"import sys, os, {module};"

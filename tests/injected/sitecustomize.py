@@ -1,0 +1,42 @@
+"""Faults of files in a server's processes. Python imports this at start if it is on PYTHONPATH.
+
+FAULTY_FILES names a JSON file, a list of rules. The first rule whose `suffix` ends the path of a
+file that is opened by `os.open`, as the files of bundles are, says what happens: `error` (the name
+of an errno, or MemoryError), or `until` (the file whose existence ends a wait). With `pid` it holds
+for that process alone.
+"""
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+_RULES = os.environ.get("FAULTY_FILES")
+_open = os.open
+
+
+def _faulty(path: Any, *arguments: Any, **named: Any) -> int:
+    assert _RULES is not None
+    rules = _open(_RULES, os.O_RDONLY)
+    try:
+        found = json.loads(os.read(rules, 2**16) or "[]")
+    finally:
+        os.close(rules)
+    for rule in found:
+        if str(path).endswith(rule["suffix"]) and rule.get("pid", os.getpid()) == os.getpid():
+            if "until" in rule:
+                while not Path(rule["until"]).exists():
+                    time.sleep(0.01)
+            elif rule["error"] == "MemoryError":
+                raise MemoryError
+            else:
+                number = getattr(errno, rule["error"])
+                raise OSError(number, os.strerror(number), str(path))
+            break
+    return _open(path, *arguments, **named)
+
+
+if _RULES:
+    os.open = _faulty
