@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
@@ -21,6 +22,8 @@ __all__ = ["gate"]
 
 UNIFORM = STATE_DICTS[0]
 ROW = raw_request(UNIFORM.x[:1])
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -220,3 +223,23 @@ def test_a_large_request_runs_in_parts_and_is_answered_whole(repository: Path, g
         response = stub.ModelInfer(raw_request(UNIFORM.x[:10]))
         np.testing.assert_allclose(raw_output(response), UNIFORM.y64[:10], **CLOSE)
         assert [len(run) for run in gate.runs] == [3, 3, 3, 1]
+
+
+def test_liveness_looks_at_whether_requests_run(
+    repository: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.dispatch._HUNG_S", 0.1)
+    with (
+        served(repository, engine_slots=1, max_batch_rows=1) as (server, stub),
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        live = health.Watch(health_pb2.HealthCheckRequest(service="live"))
+        ready = health.Watch(health_pb2.HealthCheckRequest())
+        assert next(live).status == next(ready).status == SERVING
+        calls = [stub.ModelInfer.future(ROW) for _ in range(2)]
+        gate.await_run()
+        assert next(live).status == next(ready).status == NOT_SERVING
+        gate.opened.set()
+        assert next(live).status == next(ready).status == SERVING
+        assert all(call.result(WAIT_S) for call in calls)

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from tests.bundles import publish
+from tests.conftest import run_module
 from tests.processes import serving
 from tests.servers import WAIT_S, await_true
 from tests.supervised import INJECTED, NAME, has_ended, scraped, states, supervised
@@ -151,6 +152,20 @@ def test_the_system_may_refuse_a_process_for_a_while(root: Path) -> None:
         resource.prlimit(keeper, resource.RLIMIT_NOFILE, limits)
         server.await_workers(2)
         assert server.versions() == {"1"}
+
+
+def test_a_system_without_processes_refuses_the_start(root: Path) -> None:
+    faults = root.parent / "faults.json"
+    faults.write_text(json.dumps([{"suffix": "fork", "error": "EAGAIN"}]))
+    done = run_module(
+        *("serving", "--model-repository", root, "--workers", "2"),
+        *("--grpc-port", "0", "--metrics-port", "0"),
+        environment={"PYTHONPATH": INJECTED, "FAULTY_FILES": str(faults)},
+    )
+    assert done.returncode == 1
+    refused = json.loads(done.stderr.splitlines()[-1])
+    assert refused["event"] == "refused_to_start"
+    assert "no process can be started: Resource temporarily unavailable" in refused["reason"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -38,8 +38,7 @@ from serving.supervisor.worker import work
 
 _SCRAPE_S = 2.0  # Prometheus waits 10
 _DRAIN_S = 0.5  # for workers to turn readiness off
-_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.1, 5.0
-_BACKOFF_RESET_S = 10.0  # a worker that lives for so long was healthy
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.1, 5.0  # of workers that take no connections
 _LOOK_S = 0.05
 _START_S = 30.0  # from the start of a process to its first message
 _START_RETRY_S = 10.0  # in which the system may refuse a process at the start of the server
@@ -231,9 +230,10 @@ class WorkerSupervisor:
         backoff_s = _FIRST_BACKOFF_S
         give_up_at = time.monotonic() + _START_RETRY_S
         while not self._ending.is_set():
-            started = time.monotonic()
             try:
-                code = self._run(index)
+                code, has_listened = self._run(index)
+                if has_listened:
+                    backoff_s = _FIRST_BACKOFF_S
                 event = partial(_log.error, "worker_died", code=code)
                 self._refuse_start(f"worker {index} ended with code {code} at its start")
             except OSError as error:  # the system has no process or no file for it now
@@ -246,17 +246,15 @@ class WorkerSupervisor:
             if self._ending.is_set() or self._refusal is not None:
                 return
             self._deaths.inc()
-            if time.monotonic() - started > _BACKOFF_RESET_S:
-                backoff_s = _FIRST_BACKOFF_S
             event(worker=index, again_in_s=backoff_s)
             self._ending.wait(backoff_s)
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
 
-    def _run(self, index: int) -> int | None:
+    def _run(self, index: int) -> tuple[int | None, bool]:
         """Run a process from its start to its end.
 
         Returns:
-            Its exit code; negative for a signal.
+            Its exit code, negative for a signal, and whether it took connections.
 
         Raises:
             OSError: It cannot be started.
@@ -291,9 +289,9 @@ class WorkerSupervisor:
             reader.join()  # it reads what the process has sent before its end
             with self._lock:
                 self._connections.pop(index, None)
-                self._ready.pop(index, None)
+                has_listened = self._ready.pop(index, None) is not None
                 self._update_ready()
-        return process.exitcode
+        return process.exitcode, has_listened
 
     def _watch(self, index: int, process: Any, connection: RpcConnection) -> None:
         """Wait until a process has ended; kill it if its heartbeats stop, or it will not end."""

@@ -3,9 +3,10 @@
 FAULTY_FILES names a JSON file, a list of rules. The first rule whose `suffix` ends the path of a
 file that is opened by `os.open`, as the files of bundles are, says what happens: `error` (the name
 of an errno, or MemoryError), or `until` (the file whose existence ends a wait). With `pid` it holds
-for that process alone.
+for that process alone. A process that multiprocessing starts counts as a file named `fork`.
 """
 
+import _posixsubprocess
 import errno
 import json
 import os
@@ -15,9 +16,10 @@ from typing import Any
 
 _RULES = os.environ.get("FAULTY_FILES")
 _open = os.open
+_fork_exec = _posixsubprocess.fork_exec
 
 
-def _faulty(path: Any, *arguments: Any, **named: Any) -> int:
+def _apply_rules(path: str) -> None:
     assert _RULES is not None
     rules = _open(_RULES, os.O_RDONLY)
     try:
@@ -25,7 +27,7 @@ def _faulty(path: Any, *arguments: Any, **named: Any) -> int:
     finally:
         os.close(rules)
     for rule in found:
-        if str(path).endswith(rule["suffix"]) and rule.get("pid", os.getpid()) == os.getpid():
+        if path.endswith(rule["suffix"]) and rule.get("pid", os.getpid()) == os.getpid():
             if "until" in rule:
                 while not Path(rule["until"]).exists():
                     time.sleep(0.01)
@@ -33,10 +35,20 @@ def _faulty(path: Any, *arguments: Any, **named: Any) -> int:
                 raise MemoryError
             else:
                 number = getattr(errno, rule["error"])
-                raise OSError(number, os.strerror(number), str(path))
+                raise OSError(number, os.strerror(number), path)
             break
+
+
+def _faulty_open(path: Any, *arguments: Any, **named: Any) -> int:
+    _apply_rules(str(path))
     return _open(path, *arguments, **named)
 
 
+def _faulty_fork(*arguments: Any) -> Any:
+    _apply_rules("fork")
+    return _fork_exec(*arguments)
+
+
 if _RULES:
-    os.open = _faulty
+    os.open = _faulty_open
+    _posixsubprocess.fork_exec = _faulty_fork
