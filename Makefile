@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles what it imports, which is a tenth of what is installed.
+PIP := --quiet --no-compile
 DEMO := build/demo
 CPP := $(wildcard kan_ops/*/*.cpp kan_ops/*/*.h kan_ops/*/*.inl)
 
@@ -166,15 +168,15 @@ audit: .venv-supply/installed
 $(VENV)/installed: pyproject.toml constraints.txt locks/dev.txt kan_ops/CMakeLists.txt $(CPP)
 	@echo "Installing into $(VENV), which takes minutes and says nothing."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/dev.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install $(PIP) --no-deps --require-hashes --requirement locks/dev.txt
+	$(BIN)/python -m pip install $(PIP) --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m pip check
 	@$(BIN)/python -m kan_ops || true
 	touch $@
 
 $(VENV)/benchmarks: $(VENV)/installed locks/benchmarks.txt
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement locks/benchmarks.txt
+	$(BIN)/python -m pip install $(PIP) --no-deps --require-hashes --requirement locks/benchmarks.txt
 	touch $@
 
 .venv-rival-%/installed: benchmarks/rivals/%.txt
@@ -200,7 +202,7 @@ tests/node/node_modules/installed: tests/node/package.json tests/node/package-lo
 
 .venv-%/installed: tests/environments/%.txt
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet $(PIP_OPTIONS) --requirement $<
+	.venv-$*/bin/python -m pip install $(PIP) $(PIP_OPTIONS) --requirement $<
 	touch $@
 
 clean:

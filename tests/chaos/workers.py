@@ -192,7 +192,6 @@ class Faults:
         self._signal(self._chance.choice((signal.SIGKILL, signal.SIGSTOP)))
         go.touch()
         loading.join()
-        self._server.inject()
 
     def damage(self) -> None:
         """Have a version loaded that is damaged: what served goes on."""
@@ -200,15 +199,12 @@ class Faults:
         folder = self._bundles.publish(self._server.root, number)
         damaged = folder / self._chance.choice(("model.onnx", "golden.npz", "manifest.json"))
         damaged.write_bytes(damaged.read_bytes()[:-1])
-        code = self._server.load("m")
-        if code is grpc.StatusCode.OK:
+        if self._asked_until_known() is grpc.StatusCode.OK:
             self._clients.wrong.append("a damaged version was loaded")
         shutil.rmtree(folder)
 
     def fail_for_a_moment(self) -> None:
-        """Have files fail in one process or all, then not any more."""
-        number = self.version + 1
-        folder = self._bundles.publish(self._server.root, number)
+        """Have files fail in one process or all while a version is loaded, then not any more."""
         error = self._chance.choice(("ENOSPC", "ESTALE", "EIO", "MemoryError", "EMFILE"))
         rule: dict[str, Any] = {
             "suffix": self._chance.choice(("golden.npz", "model.onnx")),
@@ -217,9 +213,7 @@ class Faults:
         if self._chance.random() < 0.5:
             rule["pid"] = self._pid()
         self._server.inject(rule)
-        self._server.load("m")
-        self._server.inject()
-        shutil.rmtree(folder)
+        self._load()
 
     def spare(self) -> None:
         """Load or unload another model."""
@@ -235,17 +229,24 @@ class Faults:
         number = self.version + 1
         folder = self._bundles.publish(self._server.root, number)
         self._clients.loading = number
-        code = self._server.load("m")
-        if code is grpc.StatusCode.UNAVAILABLE:  # the worker that was asked has died
-            code = self._server.load("m")
+        code = self._asked_until_known()
+        self._server.inject()
         if code is grpc.StatusCode.OK:
             self._clients.committed.append((time.monotonic(), number))
             self.version = number
             shutil.rmtree(self._server.root / "m" / str(number - 1))
         else:
             shutil.rmtree(folder)
-            self._server.load("m")
+            self._asked_until_known()
         self._clients.loading = 0
+
+    def _asked_until_known(self) -> grpc.StatusCode:
+        """Ask for a load until a worker that is asked lives long enough to say how it ended."""
+        for _ in range(20):
+            code = self._server.load("m")
+            if code is not grpc.StatusCode.UNAVAILABLE:
+                return code
+        return code
 
     def _pid(self) -> int:
         return self._chance.choice(list(self._server.pids.values()))
