@@ -119,7 +119,9 @@ class RpcConnection:
 
     def _take(self, message: dict[str, Any]) -> None:
         with self._lock:
-            future = self._asked.pop(message["answer"])
+            future = self._asked.pop(message["answer"], None)
+        if future is None:  # it could not be sent to the end any more
+            return
         if "error" in message:
             kind, text = message["error"]
             future.set_exception(_CROSSING.get(kind, EngineError)(text))
