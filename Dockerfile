@@ -4,9 +4,9 @@
 # Each is the base image with one virtual environment in /opt/kanserve, of the files whose hashes are
 # in locks/ (`make lock`), which are of the versions that constraints.txt pins. What built it (a compiler, pip and its cache) stays in stages of its own.
 
-# CUDA comes with the environment, too, so every target has the same base. `make pin-images` pins it
-# by digest.
-ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
+# CUDA comes with the environment, too, so every target has the same base. `make pin-images`
+# renews its digest.
+ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 # The package as a wheel, with the operator's library in it.
 FROM ${PYTHON_IMAGE} AS wheel

@@ -158,3 +158,10 @@ def test_without_a_digest_nothing_is_changed(tmp_path: Path, answer: str) -> Non
     assert "nothing was changed" in done.stderr
     for path in ("Dockerfile", "deploy/compose.yaml"):
         assert (tmp_path / Path(path).name).read_bytes() == (ROOT / path).read_bytes()
+
+
+def test_images_are_named_by_digest() -> None:
+    for file, images in (("Dockerfile", 1), ("deploy/compose.yaml", 2)):
+        text = (ROOT / file).read_text()
+        assert len(re.findall(r"docker\.io/\S+:[\w.-]+@sha256:[0-9a-f]{64}\b", text)) == images
+        assert len(re.findall(r"docker\.io/", text)) == images
