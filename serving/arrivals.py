@@ -20,6 +20,7 @@ import structlog
 from grpc import _server
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
+from serving.budget import ANSWER_COPIES
 from serving.deadline import Deadline
 from serving.failures import INTERNAL, NO_MESSAGE, Failure
 from serving.gate import Gate
@@ -39,8 +40,9 @@ def _is_supported() -> bool:
         "_unary_response_in_pool": in_pool,
         "_stream_response_in_pool": in_pool,
         "_Context": ["rpc_event", "state", "request_deserializer"],
+        "_RequestIterator": ["state", "call", "request_deserializer"],
     }
-    constants = ("_RECEIVE_MESSAGE_TOKEN", "_EMPTY_FLAGS", "_CLOSED")
+    constants = ("_RECEIVE_MESSAGE_TOKEN", "_EMPTY_FLAGS", "_CLOSED", "_CANCELLED")
     try:
         return all(hasattr(_server, name) for name in constants) and all(
             list(inspect.signature(getattr(_server, name)).parameters) == parameters
@@ -63,9 +65,13 @@ class Arrival:
 
     Attributes:
         context: What grpcio gives to handlers.
+        lacks_message: Whether it has ended its side, or was cancelled, without a message.
     """
 
-    __slots__ = ("_connection", "_deadline", "_ended", "_gate", "_on_end", "_work", "context")
+    __slots__ = (
+        *("_connection", "_deadline", "_ended", "_gate", "_on_end", "_work"),
+        *("context", "lacks_message"),
+    )
 
     def __init__(self, gate: Gate, work: tuple[Any, ...]) -> None:
         self._gate = gate
@@ -75,6 +81,7 @@ class Arrival:
         self._deadline = Deadline(self.context)
         self._connection: str | None = None
         self._ended = False
+        self.lacks_message = False
         self._on_end: list[Callable[[Arrival], Any]] = []  # one, that one thread takes
 
     @property
@@ -97,6 +104,10 @@ class Arrival:
     def add_callback(self, callback: Callable[[], None]) -> bool:
         """Have something called when the call has ended; tell whether it has not yet."""
         return self.context.add_callback(callback)
+
+    def hold(self, size: int) -> bool:
+        """Count more bytes of its message; tell whether the budget has room for them."""
+        return self._gate.room.hold(self, size)
 
     def answer(self, content: bytes) -> None:
         """Send the answer; it has no effect if the caller has gone."""
@@ -122,12 +133,24 @@ class Arrival:
         try:
             run(target, rpc_event, state, behavior, lambda: message, *serializers)
         finally:
+            if target is _server._stream_response_in_pool:  # lasts as long as its client likes
+                self._gate.room.leave(self)
             self.leave()
 
     def leave(self) -> None:
         """End with nothing more to be sent. It has no effect the second time."""
+        self._leave(0)
+
+    def close(self) -> None:
+        """Note that gRPC has ended it as well: its client has all of it, or has gone."""
+        self._gate.room.leave(self)
+        if self.lacks_message:
+            state = self._work[3]
+            self._gate.no_message(cancelled=state.client is _server._CANCELLED)
+
+    def _leave(self, size: int) -> None:
         self._ended = True
-        self._gate.room.answer(self)
+        self._gate.room.answer(self, size)
         with suppress(IndexError):
             self._on_end.pop()(self)
 
@@ -137,7 +160,43 @@ class Arrival:
             _server._status(rpc_event, state, content)
         except Exception as error:  # whoever answers goes on
             _log.error("not_sent", exc_info=error)
-        self.leave()
+        self._leave(ANSWER_COPIES * len(content or b""))
+
+
+class Messages(_server._RequestIterator):
+    """The messages of a stream, which end as gRPC's own do when one is too large.
+
+    Args:
+        messages: gRPC's own.
+
+    Attributes:
+        is_too_large: Whether the last one was.
+    """
+
+    def __init__(self, messages: Any) -> None:
+        super().__init__(messages._state, messages._call, messages._request_deserializer)
+        self.is_too_large = False
+
+    def _raise_or_start_receive_message(self) -> None:
+        state: Any = self._state
+        if state.client is _server._CANCELLED or state.statused:
+            super()._raise_or_start_receive_message()  # which raises
+            return
+        take = _server._receive_message(state, self._call, self._request_deserializer)
+
+        def received(event: Any) -> Any:
+            self.is_too_large = not event.success
+            return take(event)
+
+        self._call.start_server_batch(
+            (cygrpc.ReceiveMessageOperation(_server._EMPTY_FLAGS),), received
+        )
+        state.due.add(_server._RECEIVE_MESSAGE_TOKEN)
+
+
+def is_too_large(messages: object) -> bool:
+    """Tell whether messages of a stream have ended because one was too large."""
+    return isinstance(messages, Messages) and messages.is_too_large
 
 
 class Arrivals(ThreadPoolExecutor):
@@ -163,7 +222,7 @@ class Arrivals(ThreadPoolExecutor):
         if refusal is not None:
             arrival.fail(refusal)
             return None  # as grpcio does for calls that it refuses itself
-        arrival.add_callback(lambda: self._gate.room.leave(arrival))
+        arrival.add_callback(arrival.close)
         _, rpc_event, state, _, _, request_deserializer, _ = args
         take = _server._receive_message(state, rpc_event.call, request_deserializer)
 
@@ -171,15 +230,24 @@ class Arrivals(ThreadPoolExecutor):
             after = take(event)
             with state.condition:
                 message, state.request = state.request, None
-                is_missing = message is None and state.client is _server._CLOSED
-            if not self._gate.room.hear(arrival):  # it was given up
+                is_closed = state.client is _server._CLOSED
+            if not self._gate.room.hear(arrival, len(message or b"")):  # it was given up
                 return after
             if message is not None:
-                self._try_to_begin(message, arrival)
-            elif is_missing:
-                arrival.fail(NO_MESSAGE)
-            else:  # it has ended, and nothing can be sent
+                refusal = self._gate.hold(arrival, message)
+                if refusal is None:
+                    self._try_to_begin(message, arrival)
+                else:
+                    arrival.fail(refusal)
+            elif not event.success:  # gRPC ends it, because its message is too large
+                self._gate.too_large()
                 arrival.leave()
+            else:  # which of both it was, is known when gRPC has ended it
+                arrival.lacks_message = True
+                if is_closed:
+                    arrival.fail(NO_MESSAGE)
+                else:
+                    arrival.leave()
             return after
 
         with state.condition:

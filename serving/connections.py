@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from serving.periodic import repeating
-from serving.room import network_of
+from serving.room import Endpoint, network_of, plain_address
 
 HEALTH_CONNECTIONS = 64
 """To the port of health alone, if it has one."""
@@ -87,6 +87,7 @@ class _Connection:
         socket: The kernel's number of its socket, which no other has while this one lives.
         port: This process's.
         peer: Whose it is; see `network_of`.
+        endpoint: Its other side.
         idle_ms: Since its last bytes came.
         received: Bytes that have come.
     """
@@ -95,6 +96,7 @@ class _Connection:
     socket: int
     port: int
     peer: str
+    endpoint: Endpoint
     idle_ms: int
     received: int
 
@@ -180,10 +182,25 @@ def _connections(ports: Collection[int]) -> Iterator[_Connection]:
                     continue
                 port = found.getsockname()[1]
                 if port in ports:
-                    peer = network_of(found.getpeername()[0])
+                    host, peer_port, *_ = found.getpeername()
+                    endpoint = (plain_address(host), str(peer_port))
                     info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
                     inode = os.fstat(found.fileno()).st_ino
-                    yield _Connection(int(entry.name), inode, port, peer, *_TCP_INFO.unpack(info))
+                    yield _Connection(
+                        *(int(entry.name), inode, port, network_of(host), endpoint),
+                        *_TCP_INFO.unpack(info),
+                    )
+
+
+def received_bytes(ports: Collection[int]) -> dict[Endpoint, int]:
+    """Return the bytes that have come on each connection to some ports of this process.
+
+    Args:
+        ports: As above.
+    """
+    if not _FILES.is_dir():
+        return {}
+    return {each.endpoint: each.received for each in _connections(ports)}
 
 
 def _shut_down(connection: _Connection) -> None:

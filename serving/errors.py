@@ -12,6 +12,7 @@ ServingError
 │   ├── Forbidden           the caller's: it is known, and may not do this
 │   ├── TooLarge            the caller's: a message or metadata is larger than this server accepts
 │   ├── Overloaded          more is asked than can be done; says when to ask again
+│   │   └── OverBudget        what calls hold has no room for the bytes of another
 │   ├── Expired             the answer would come after the time the caller gave it
 │   └── Cancelled           the caller waits no longer
 ├── EngineError           ours, while running; for the log
@@ -71,6 +72,10 @@ class Overloaded(VisibleError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class OverBudget(Overloaded):
+    """The bytes of another message do not fit into --max-inflight-bytes."""
 
 
 class Expired(VisibleError):

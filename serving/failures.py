@@ -20,6 +20,7 @@ from serving.errors import (
     ModelNotFound,
     ModelNotReady,
     NotOffered,
+    OverBudget,
     Overloaded,
     TooLarge,
     Unauthenticated,
@@ -36,7 +37,8 @@ _TABLE: dict[type[VisibleError], tuple[grpc.StatusCode, str]] = {
     Unauthenticated: (grpc.StatusCode.UNAUTHENTICATED, "unauthorised"),
     Forbidden: (grpc.StatusCode.PERMISSION_DENIED, "unauthorised"),
     Overloaded: (grpc.StatusCode.RESOURCE_EXHAUSTED, "shed"),
-    TooLarge: (grpc.StatusCode.RESOURCE_EXHAUSTED, "invalid"),
+    OverBudget: (grpc.StatusCode.RESOURCE_EXHAUSTED, "memory"),
+    TooLarge: (grpc.StatusCode.RESOURCE_EXHAUSTED, "too_large"),
     Expired: (grpc.StatusCode.DEADLINE_EXCEEDED, "expired"),
     Cancelled: (grpc.StatusCode.CANCELLED, "cancelled"),
 }

@@ -5,9 +5,21 @@ from dataclasses import dataclass
 
 import grpc
 
-from serving.errors import Expired, ModelNotReady, Overloaded, VisibleError
+from serving.budget import MESSAGE_COPIES
+from serving.errors import (
+    Cancelled,
+    Expired,
+    ModelNotReady,
+    NotOffered,
+    OverBudget,
+    Overloaded,
+    TooLarge,
+    VisibleError,
+)
 from serving.failures import Failure
-from serving.room import Room
+from serving.room import Room, Silent
+
+OVER_BUDGET = "the server holds as many bytes of messages and answers as it may"
 
 
 @dataclass(frozen=True)
@@ -19,12 +31,16 @@ class Gate:
         admit: Raises a VisibleError if a caller may not come in.
         refused: Counts an error that a call ends with, and finds what its caller is told.
         retry_after_s: Tells when there will be room again, in seconds.
+        max_message_bytes: Largest message, as it is sent.
+        always: Whether messages are let in even if the budget has no room for them.
     """
 
     room: Room
     admit: Callable[[grpc.ServicerContext], None]
     refused: Callable[[Exception], Failure]
     retry_after_s: Callable[[], float]
+    max_message_bytes: int
+    always: bool = False
 
     def refusal(self, context: grpc.ServicerContext) -> Failure | None:
         """Tell how a call ends that may not come in; None if it may."""
@@ -38,6 +54,35 @@ class Gate:
         """Tell how a call ends for which there is no room."""
         return self.refused(
             Overloaded("the server has no room for another call", self.retry_after_s())
+        )
+
+    def hold(self, call: Silent, message: bytes, *, inflated: bool = False) -> Failure | None:
+        """Count a message that is there; tell how its call ends if it may not be taken in.
+
+        Args:
+            call: Whose it is.
+            message: As it was sent.
+            inflated: Whether it counts as the largest message, which it may become.
+        """
+        if len(message) > self.max_message_bytes:
+            return self.too_large()
+        size = self.max_message_bytes if inflated else len(message)
+        if self.room.hold(call, MESSAGE_COPIES * size, always=self.always):
+            return None
+        return self.refused(OverBudget(OVER_BUDGET, self.retry_after_s()))
+
+    def too_large(self) -> Failure:
+        """Tell how a call ends whose message is larger than it may be."""
+        return self.refused(
+            TooLarge(
+                f"expected a message of at most {self.max_message_bytes} bytes, found a larger one"
+            )
+        )
+
+    def no_message(self, *, cancelled: bool) -> Failure:
+        """Tell how a call ends without a message: its client has sent none, or has gone."""
+        return self.refused(
+            Cancelled("cancelled") if cancelled else NotOffered("expected one message, found none")
         )
 
     def silent(self, *, late: bool) -> Failure:

@@ -20,10 +20,11 @@ import grpc
 from grpc_health.v1 import health_pb2 as pb
 
 from serving.callers import Callers, address_of
-from serving.errors import VisibleError
+from serving.errors import ModelNotFound, Overloaded, VisibleError
 from serving.failures import Failure, failure_of
 from serving.gate import Gate
-from serving.messages import PROBE_BYTES, parse
+from serving.messages import PROBE_BYTES, SMALL_BYTES, parse
+from serving.observability.metrics import Counters
 from serving.pools import one_message
 from serving.room import Places, Room
 
@@ -172,18 +173,28 @@ class HealthHandlers(grpc.GenericRpcHandler):
         callers: Who is known, for whom some watches are kept.
         probes: Room for calls that are open to everybody.
         peer_share: Part of the watches that one address may have, while it is not known whose.
+        counters: Count the calls.
     """
 
-    def __init__(self, health: Health, callers: Callers, probes: Room, peer_share: float) -> None:
+    def __init__(
+        self,
+        health: Health,
+        callers: Callers,
+        probes: Room,
+        peer_share: float,
+        counters: Counters,
+    ) -> None:
         self._health = health
+        self._counters = counters
         self._callers = callers
         self._places = Places(_MOST_WATCHERS, peer_share, _RESERVE if callers.are_named else 0.0)
-        gate = Gate(probes, partial(callers.admit, None), _refused, lambda: _RETRY_AFTER_S)
         to_bytes = pb.HealthCheckResponse.SerializeToString
         self._handlers = {
-            f"/{SERVICE}/Check": one_message(gate, self._check, response_serializer=to_bytes),
+            f"/{SERVICE}/Check": one_message(
+                self._gate("Check", probes), self._check, response_serializer=to_bytes
+            ),
             f"/{SERVICE}/Watch": one_message(
-                gate, self._watch, watched=True, response_serializer=to_bytes
+                self._gate("Watch", probes), self._watch, watched=True, response_serializer=to_bytes
             ),
         }
 
@@ -191,31 +202,55 @@ class HealthHandlers(grpc.GenericRpcHandler):
         """Find what handles a call; called in gRPC's own thread when a call arrives."""
         return self._handlers.get(details.method)
 
+    def _gate(self, method: str, probes: Room) -> Gate:
+        return Gate(
+            probes,
+            partial(self._callers.admit, None),
+            partial(self._refused, method),
+            lambda: _RETRY_AFTER_S,
+            SMALL_BYTES,
+            always=True,
+        )
+
     def _check(self, raw: bytes, context: grpc.ServicerContext) -> pb.HealthCheckResponse:
-        found = self._health.check(_service(raw, context))
+        found = self._health.check(self._service("Check", raw, context))
         if found is None:
-            context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
+            self._refused("Check", ModelNotFound("there is no such service")).end(context)
+        self._counters.count_call("Check", "OK")
         return found
 
     def _watch(self, raw: bytes, context: grpc.ServicerContext, send: Send) -> None:
-        service = _service(raw, context)
+        service = self._service("Watch", raw, context)
         peer = address_of(context)
         if not self._places.take(peer, known=self._callers.knows(context)):
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "there is no room for more watches")
-        if not context.add_callback(partial(self._places.give_back, peer)):
+            error = Overloaded("there is no room for more watches", _RETRY_AFTER_S)
+            self._refused("Watch", error).end(context)
+        codes = ["CANCELLED"]
+
+        def end() -> None:
             self._places.give_back(peer)
-            return
-        self._health.watch(service, send, context.add_callback)
+            self._counters.count_call("Watch", codes[-1])
 
+        def send_and_note(response: pb.HealthCheckResponse | None) -> None:
+            if response is None:
+                codes.append("OK")
+            send(response)
 
-def _service(raw: bytes, context: grpc.ServicerContext) -> str:
-    """Read which service is asked for."""
-    try:
-        name: str = parse(pb.HealthCheckRequest, raw, PROBE_BYTES).service
-    except VisibleError as error:
-        _refused(error).end(context)
-    return name
+        if context.add_callback(end):
+            self._health.watch(service, send_and_note, context.add_callback)
+        else:
+            end()
 
+    def _service(self, method: str, raw: bytes, context: grpc.ServicerContext) -> str:
+        """Read which service is asked for."""
+        try:
+            name: str = parse(pb.HealthCheckRequest, raw, PROBE_BYTES).service
+        except VisibleError as error:
+            self._refused(method, error).end(context)
+        return name
 
-def _refused(error: Exception) -> Failure:
-    return failure_of(SERVICE, None, error)
+    def _refused(self, method: str, error: Exception) -> Failure:
+        """Count a call that has no answer, and find how it ends."""
+        failure = failure_of(f"{SERVICE}/{method}", None, error)
+        self._counters.count_call(method, failure.code.name, failure.reason)
+        return failure

@@ -155,8 +155,16 @@ def parse(kind: type[Kind], content: bytes, limit: int) -> Kind:
         TooLarge: It has more.
         InvalidRequest: It cannot be inflated, or is no such message.
     """
+    return parse_inflated(kind, inflate(content, limit))
+
+
+def parse_inflated(kind: type[Kind], content: bytes) -> Kind:
+    """Read a message from its bytes once they are inflated.
+
+    Raises:
+        InvalidRequest: It is no such message.
+    """
     try:
-        content = inflate(content, limit)
         if kind is pb.ModelInferRequest and len(content) > _PART_BYTES:
             require_few_parts(content)
         return kind.FromString(content)

@@ -9,8 +9,9 @@ import grpc
 
 from serving import arrivals
 from serving.arrivals import Arrival, Arrivals
-from serving.failures import NO_MESSAGE
+from serving.budget import ANSWER_COPIES
 from serving.gate import Gate
+from serving.messages import is_compressed
 
 _TO_REFUSE = 8  # threads beside those that calls in a room may hold
 
@@ -95,36 +96,63 @@ def _after_gate(gate: Gate, behavior: Callable[..., Any]) -> Callable[..., Any]:
     """Let a call in and wait for its message, in a thread."""
 
     def behave(messages: Iterator[bytes], context: grpc.ServicerContext, *send: Any) -> Any:
-        call = InThread(context, lambda: gate.silent(late=False))
+        call = InThread(context, gate)
         refusal = gate.refusal(context)
         if refusal is None and not gate.room.enter(call):
             refusal = gate.full()
         if refusal is not None:
             refusal.end(context)
+        answer = None
         try:
-            message = next(messages, None)
-            if not gate.room.hear(call):  # it was cancelled
-                return None
+            message = _next_message(messages, call)
             if message is None:
-                NO_MESSAGE.end(context)
-            return behavior(message, context, *send)
+                return None
+            answer = behavior(message, context, *send)
+            return answer
         finally:
-            gate.room.leave(call)
+            call.is_answered = True
+            size = len(answer) if isinstance(answer, bytes) else 0
+            gate.room.answer(call, ANSWER_COPIES * size)
+            # What is watched lasts as long as its client likes.
+            if send or not context.add_callback(lambda: gate.room.leave(call)):
+                gate.room.leave(call)
 
     return behave
 
 
-@dataclass(frozen=True, eq=False)
+def _next_message(messages: Iterator[bytes], call: "InThread") -> bytes | None:
+    """Wait for the message of a call; None if it was given up."""
+    gate = call.gate
+    assert gate is not None
+    try:
+        message = next(messages, None)
+    except grpc.RpcError:
+        if gate.room.hear(call):  # or it was given up, which is counted
+            gate.no_message(cancelled=True)
+        raise
+    if not gate.room.hear(call, len(message or b"")):
+        return None
+    if message is None:  # or one that is too large, which gRPC does not tell apart here
+        gate.no_message(cancelled=False).end(call.context)
+    refusal = gate.hold(call, message, inflated=is_compressed(message))
+    if refusal is not None:
+        refusal.end(call.context)
+    return message
+
+
+@dataclass(eq=False)
 class InThread:
     """A call whose thread waits for its message.
 
     Args:
         context: Of the call.
-        count: Counts that it was given up.
+        gate: What it came in by; None if it is not counted there.
+        is_answered: Whether its thread has gone on.
     """
 
     context: grpc.ServicerContext
-    count: Callable[[], object] = lambda: None
+    gate: Gate | None = None
+    is_answered: bool = False
 
     @property
     def connection(self) -> str:
@@ -134,5 +162,6 @@ class InThread:
 
     def give_up(self, *, late: bool) -> None:
         """Cancel it, because no status can be sent from another thread."""
-        self.count()
+        if self.gate is not None and not self.is_answered:
+            self.gate.silent(late=late)
         self.context.cancel()

@@ -9,14 +9,19 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
+from serving import arrivals
+from serving.budget import Budget
 from serving.callers import Callers, address_of
-from serving.errors import Overloaded, VisibleError
-from serving.failures import failure_of
+from serving.errors import Cancelled, Overloaded, TooLarge, VisibleError
+from serving.failures import Failure, failure_of
 from serving.messages import PROBE_BYTES, parse
+from serving.observability.metrics import Counters
 from serving.pools import Behavior, InThread
 from serving.room import Places, Room
 
 SERVICE: str = reflection.SERVICE_NAME
+_METHOD = "ServerReflectionInfo"
+_TOO_LARGE = TooLarge("a message was too large")
 _STREAMS = 32
 _RETRY_AFTER_S = 1.0
 
@@ -33,6 +38,8 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
         patience_s: How long a stream may ask nothing, in seconds.
         most_silent: Streams at a time that ask nothing, each of which may be sending a message as
             large as any may be.
+        counters: Count the streams.
+        budget: Is told of messages that have come.
     """
 
     def __init__(
@@ -42,11 +49,14 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
         peer_share: float,
         patience_s: float,
         most_silent: int,
+        counters: Counters,
+        budget: Budget,
     ) -> None:
         self._answer = reflection.ReflectionServicer(services).ServerReflectionInfo
         self._callers = callers
         self._places = Places(_STREAMS, peer_share)
-        self.silent = Room(_STREAMS, patience_s, most_silent)
+        self._counters = counters
+        self.silent = Room(_STREAMS, patience_s, most_silent, budget)
         self._open: set[grpc.ServicerContext] = set()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_STREAMS + 1, "reflection")
@@ -76,17 +86,33 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
             if not self._places.take(peer):
                 raise Overloaded("there is no room for another stream", _RETRY_AFTER_S)
         except VisibleError as error:
-            failure_of(SERVICE, None, error).end(context)
+            self._refused(error).end(context)
         with self._lock:
             self._open.add(context)
+        if arrivals.SUPPORTED:
+            messages = arrivals.Messages(messages)
         try:
             yield from self._answer(self._requests(messages, context), context)
+            if arrivals.is_too_large(messages):
+                self._refused(_TOO_LARGE)  # gRPC ends it so
+            else:
+                self._counters.count_call(_METHOD, "OK")
         except VisibleError as error:
-            failure_of(SERVICE, None, error).end(context)
+            self._refused(error).end(context)
+        except (grpc.RpcError, GeneratorExit):  # it has ended, by its client or by us
+            too_large = arrivals.is_too_large(messages)
+            self._refused(_TOO_LARGE if too_large else Cancelled("cancelled"))
+            raise
         finally:
             self._places.give_back(peer)
             with self._lock:
                 self._open.discard(context)
+
+    def _refused(self, error: Exception) -> Failure:
+        """Count a stream that ends with an error, and find how."""
+        failure = failure_of(SERVICE, None, error)
+        self._counters.count_call(_METHOD, failure.code.name, failure.reason)
+        return failure
 
     def _requests(
         self, messages: Iterator[bytes], context: grpc.ServicerContext
@@ -100,6 +126,7 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
                 raw = next(messages, None)
                 if raw is None:
                     return
+                self.silent.note(waiting, len(raw))
                 yield parse(ServerReflectionRequest, raw, PROBE_BYTES)
         finally:
             self.silent.leave(waiting)

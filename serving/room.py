@@ -16,12 +16,17 @@ from functools import lru_cache
 from typing import Protocol
 from urllib.parse import unquote
 
+from serving.budget import Budget
 from serving.periodic import repeating
 
 _LOOK_S = 0.5
 _AT_THE_END_S = 1.0  # that a call may take to send its message while the server stops
 _IPV6_PREFIX = 64  # the addresses of one household or one machine
 _AT_ONCE = 16  # of so many places one is emptied at a time, because to choose takes a while
+
+
+Endpoint = tuple[str, str]
+"""Address and port of the other side of a connection."""
 
 
 class Silent(Protocol):
@@ -50,6 +55,7 @@ class Room:
         patience_s: How long one may take to send its message, in seconds.
         most_silent: Calls at a time whose messages are not there, each of which may take as much
             memory as the largest message; as many as `most` if None.
+        budget: Counts the bytes of the calls; None if nothing does.
         clock: Seconds, never going back.
 
     Attributes:
@@ -64,6 +70,7 @@ class Room:
         most: int,
         patience_s: float,
         most_silent: int | None = None,
+        budget: Budget | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.most = most
@@ -74,7 +81,9 @@ class Room:
         self._silent: dict[Silent, float] = {}  # and since when, the oldest first
         self._heard: set[Silent] = set()
         self._answered: dict[Silent, float] = {}  # and since when
-        self._lock = threading.Lock()
+        self._budget = budget
+        self._bytes: dict[Silent, int] = {}  # that the budget counts
+        self._lock = threading.Lock() if budget is None else budget.lock
 
     def __len__(self) -> int:
         """Count the calls that are here."""
@@ -102,25 +111,94 @@ class Room:
             each.give_up(late=False)
         return True
 
-    def hear(self, call: Silent) -> bool:
-        """Note that a call's message is there; tell whether the call is still here."""
+    def hear(self, call: Silent, size: int = 0) -> bool:
+        """Note that a call's message is there; tell whether the call is still here.
+
+        Args:
+            call: As it entered.
+            size: Bytes of the message, as it was sent.
+        """
+        connection = call.connection if size else ""
         with self._lock:
+            if size and self._budget is not None:
+                self._budget.hear(connection, size)
             if self._silent.pop(call, None) is None:
                 return False
             self._heard.add(call)
         return True
 
-    def answer(self, call: Silent) -> None:
-        """Note that a call has its answer, which its client has yet to take."""
+    def note(self, call: Silent, size: int) -> None:
+        """Note that so many bytes of a connection are those of a whole message."""
+        connection = call.connection
+        if self._budget is not None:
+            with self._lock:
+                self._budget.hear(connection, size)
+
+    def hold(self, call: Silent, size: int, *, always: bool = False) -> bool:
+        """Count bytes of a call whose message is there; tell whether the budget has room for them.
+
+        Args:
+            call: As it entered. If it has left, nothing is counted.
+            size: Bytes, beside those that are counted already.
+            always: Whether they are counted in any case.
+        """
+        if self._budget is None:
+            return True
+        with self._lock:
+            if call in self._heard:
+                if not self._budget.take(size, always=always):
+                    return False
+                self._bytes[call] = self._bytes.get(call, 0) + size
+        return True
+
+    def answer(self, call: Silent, size: int = 0) -> None:
+        """Note that a call has its answer, which its client has yet to take.
+
+        Args:
+            call: As it entered.
+            size: Bytes of the answer, which are counted in place of those of the message.
+        """
         with self._lock:
             if call in self._heard:  # it has not left
                 self._heard.discard(call)
                 self._answered[call] = self._clock()
+                self._give_back(call)
+                if self._budget is not None and size:
+                    self._budget.take(size, always=True)
+                    self._bytes[call] = size
 
     def leave(self, call: Silent) -> None:
         """Let a call go. It has no effect the second time."""
         with self._lock:
             self._remove(call)
+
+    def is_any_silent(self, before: float) -> bool:
+        """Tell whether a call has sent no message that has been here since before some time."""
+        with self._lock:
+            oldest = next(iter(self._silent.values()), None)
+        return oldest is not None and oldest <= before
+
+    def silent_calls(self) -> list[Silent]:
+        """List the calls whose messages are not there, the oldest first."""
+        with self._lock:
+            return list(self._silent)
+
+    def untaken(self, before: float) -> list[tuple[Silent, int]]:
+        """List calls, each with its bytes, that have had their answers since before some time."""
+        with self._lock:
+            return [
+                (call, self._bytes.get(call, 0))
+                for call, since in self._answered.items()
+                if since <= before
+            ]
+
+    def end(self, call: Silent) -> None:
+        """End a call, unless its message is there by now, or its answer has been taken."""
+        with self._lock:
+            if call not in self._silent and call not in self._answered:
+                return
+            self._remove(call)
+        call.give_up(late=False)
 
     def end_late(self) -> None:
         """End the calls that have taken too long to send a message, or to take an answer."""
@@ -146,6 +224,12 @@ class Room:
         self._silent.pop(call, None)
         self._heard.discard(call)
         self._answered.pop(call, None)
+        self._give_back(call)
+
+    def _give_back(self, call: Silent) -> None:
+        size = self._bytes.pop(call, 0)
+        if size and self._budget is not None:
+            self._budget.give_back(size)
 
 
 def _choose(calls: Iterable[Silent], coming: Silent, most: int) -> list[Silent]:
@@ -234,16 +318,30 @@ def peer_of(connection: str) -> str:
         connection: As gRPC names it: `ipv4:192.0.2.1:40000`, `ipv6:%5B2001:db8::1%5D:40000`,
             `unix:`.
     """
-    host = unquote(connection).partition(":")[2].rpartition(":")[0].strip("[]")
+    host, _ = endpoint_of(connection)
     return network_of(host) if host else connection
 
 
-def network_of(host: str) -> str:
-    """Give a numeric address as it is, and of IPv6 its network."""
+@lru_cache(4096)
+def endpoint_of(connection: str) -> Endpoint:
+    """Find the address and the port of a connection's other side; both are empty without them."""
+    host, _, port = unquote(connection).partition(":")[2].rpartition(":")
+    return plain_address(host.strip("[]")), port
+
+
+def plain_address(host: str) -> str:
+    """Give a numeric address without its zone, and one of IPv4 that IPv6 holds as IPv4."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return host
-    if address.version == 6 and address.ipv4_mapped is None:
-        return str(ipaddress.ip_network((address, _IPV6_PREFIX), strict=False))
     return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def network_of(host: str) -> str:
+    """Give a numeric address as it is, and of IPv6 its network."""
+    host = plain_address(host)
+    try:
+        return str(ipaddress.IPv6Network((host, _IPV6_PREFIX), strict=False))
+    except ValueError:
+        return host

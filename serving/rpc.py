@@ -5,10 +5,9 @@ there are too many, or may not come, is refused at the door: in gRPC's own threa
 message is read. What must be answered however busy the server is has threads of its own.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,19 +18,20 @@ from google.protobuf.message_factory import GetMessageClass
 from protos import inference_pb2 as pb
 from serving.access import Group
 from serving.arrivals import Arrival
-from serving.callers import Callers, address_of
+from serving.budget import Budget
+from serving.callers import Callers
 from serving.deadline import Deadline
-from serving.errors import NotOffered, Overloaded, VisibleError
-from serving.failures import Failure, failure_of
+from serving.errors import Cancelled, NotOffered, Overloaded
+from serving.failures import failure_of
 from serving.gate import Gate
 from serving.messages import PROBE_BYTES, SMALL_BYTES, is_compressed, parse
+from serving.observability.metrics import Counters
 from serving.observability.telemetry import Record, Telemetry
-from serving.pools import Behavior, one_message
-from serving.room import Places, Room
+from serving.pools import one_message
+from serving.requests import METHOD, METHOD_STREAM, Requests, written
+from serving.room import Room
 from serving.service import METHODS, SERVICE, Answer, InferenceService
-
-_FINAL = "triton_final_response"  # clients of streams wait for it; there is one answer to a request
-_STRICT = ("triton_grpc_error", "true")  # a stream is to end with a status at the first error
+from serving.streams import Streams
 
 _CONTROL = ("RepositoryModelLoad", "RepositoryModelUnload")
 _NOT_OFFERED = {  # of Triton's methods
@@ -48,7 +48,6 @@ _SERVICE_THREADS = 2
 _READER_THREADS = 2
 _SERVICE_CALLS = 256  # that read about models, at a time
 _CONTROL_CALLS = 64
-_TO_REFUSE = 8  # threads beside those that streams hold
 _LARGE_BYTES = 2**17  # of a message that takes a millisecond to read, which is long for one thread
 
 
@@ -83,6 +82,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
         callers: Who may call what.
         probes: Room for calls that are open to everybody.
         limits: How much callers may ask for.
+        budget: Counts the bytes of requests and answers.
         is_full: Tells whether requests are to be refused before they are read.
         retry_after_s: Tells when there will be room again, in seconds.
 
@@ -97,46 +97,43 @@ class RpcHandlers(grpc.GenericRpcHandler):
         callers: Callers,
         probes: Room,
         limits: Limits,
+        budget: Budget,
         is_full: Callable[[], bool],
         retry_after_s: Callable[[], float],
     ) -> None:
         self._service = service
         self._telemetry = telemetry
         self._callers = callers
-        self._limits = limits
         self._is_full = is_full
-        self._retry_after_s = retry_after_s
+        self._requests = Requests(
+            service, telemetry, budget, limits.max_message_bytes, retry_after_s
+        )
+        self._streams = Streams(self._requests, callers, limits.max_streams, limits.peer_share)
         patience_s = probes.patience_s
-        self._requests = Room(limits.max_requests, patience_s)
-        self._calls = Room(_SERVICE_CALLS, patience_s, limits.most_silent)
-        self._controls = Room(_CONTROL_CALLS, patience_s, limits.most_silent)
+        room = Room(limits.max_requests, patience_s, budget=budget)
+        self._calls = Room(_SERVICE_CALLS, patience_s, limits.most_silent, budget)
+        self._controls = Room(_CONTROL_CALLS, patience_s, limits.most_silent, budget)
         self.rooms: Mapping[str, Room] = {
-            "requests": self._requests,
+            "requests": room,
             "calls": self._calls,
             "control": self._controls,
             "probes": probes,
+            "streams": self._streams.room,
         }
-        self._places = Places(limits.max_streams, limits.peer_share)
-        self._streams = ThreadPoolExecutor(limits.max_streams + _TO_REFUSE, "stream")
         self._readers = ThreadPoolExecutor(_READER_THREADS, "reader")
         self._threads = ThreadPoolExecutor(_SERVICE_THREADS, "service")
         self._control = ThreadPoolExecutor(1, "control")
-        self._open: set[_Stream] = set()
-        self._closing = threading.Event()
-        self._lock = threading.Lock()
         handlers = {
             name: self._unary(name, probes)
-            for name, method in METHODS.items()
-            if not method.client_streaming and name != "ModelInfer"
+            for name in METHODS
+            if name not in (METHOD, METHOD_STREAM)
         }
-        handlers["ModelInfer"] = one_message(
-            self._gate("ModelInfer", self._requests, self._require_room),
+        handlers[METHOD] = one_message(
+            self._gate(METHOD, room, self._require_room, limits.max_message_bytes),
             self._infer,
             begin=self._begin,
         )
-        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-            Behavior(self._stream, self._streams, experimental_non_blocking=True)
-        )
+        handlers[METHOD_STREAM] = self._streams.handler
         for name, instead in _NOT_OFFERED.items():
             handlers[name] = self._refusing(name, f"{name} is not offered: {instead}")
         self._handlers = {f"/{SERVICE}/{name}": handler for name, handler in handlers.items()}
@@ -147,15 +144,12 @@ class RpcHandlers(grpc.GenericRpcHandler):
 
     def close(self) -> None:
         """End every stream, each after what it is working on, so that clients go elsewhere."""
-        self._closing.set()
-        with self._lock:
-            streams = list(self._open)
-        for stream in streams:
-            stream.end_if_idle()
+        self._streams.close()
 
     def shutdown(self) -> None:
         """Start no more calls."""
-        for pool in (self._readers, self._streams, self._threads, self._control):
+        self._streams.shutdown()
+        for pool in (self._readers, self._threads, self._control):
             pool.shutdown(wait=False)
 
     def _unary(self, name: str, probes: Room) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -189,7 +183,13 @@ class RpcHandlers(grpc.GenericRpcHandler):
             response_serializer=response_type.SerializeToString,
         )
 
-    def _gate(self, name: str, room: Room, require: Callable[[], None] = lambda: None) -> Gate:
+    def _gate(
+        self,
+        name: str,
+        room: Room,
+        require: Callable[[], None] = lambda: None,
+        max_message_bytes: int = SMALL_BYTES,
+    ) -> Gate:
         """Make the way in to a method."""
         group = _group_of(name)
 
@@ -197,114 +197,61 @@ class RpcHandlers(grpc.GenericRpcHandler):
             self._callers.admit(group, context)
             require()
 
-        return Gate(room, admit, partial(self._refused, name), self._retry_after_s)
+        return Gate(
+            *(room, admit, partial(self._requests.refused, name)),
+            *(self._requests.retry_after_s, max_message_bytes),
+            always=name != METHOD,  # small messages, of few calls
+        )
 
     def _require_room(self) -> None:
         """Raise where requests have no room before they are read."""
         if self._is_full():
-            raise Overloaded("the server has no room for another call", self._retry_after_s())
-
-    def _refused(self, name: str, error: Exception) -> Failure:
-        """Count a call that is not let in, and find how it ends."""
-        failure = failure_of(name, None, error)
-        self._telemetry.counters.count_call(name, failure.code.name, failure.reason)
-        return failure
+            retry_after_s = self._requests.retry_after_s()
+            raise Overloaded("the server has no room for another call", retry_after_s)
+        self._requests.require_budget()
 
     def _begin(self, raw: bytes, arrival: Arrival) -> None:
         """Take a request in, without holding up gRPC's own thread."""
-        record = self._telemetry.begin("ModelInfer", arrival.context)
+        record = self._telemetry.begin(METHOD, arrival.context)
         if len(raw) < _LARGE_BYTES and not is_compressed(raw):
-            self._start(raw, arrival, record)
-        else:
-            self._readers.submit(self._start, raw, arrival, record)
+            self._start([raw], arrival, record)
+            return
+        message = [raw]
+        arrival.add_callback(message.clear)  # what is no longer counted waits for no thread
+        self._readers.submit(self._start, message, arrival, record)
 
-    def _start(self, raw: bytes, arrival: Arrival, record: Record) -> None:
+    def _start(self, message: list[bytes], arrival: Arrival, record: Record) -> None:
         request = None
 
         def tell(found: Answer | Exception) -> None:
             try:
                 if not isinstance(found, Exception):
-                    arrival.answer(_written(found, record))
+                    arrival.answer(written(found, record))
                     return
             except Exception as error:  # an answer of more than 2 GB
                 found = error
-            failure = failure_of("ModelInfer", request, found)
+            failure = failure_of(METHOD, request, found)
             record.failed(failure, request)
             arrival.fail(failure)
 
         try:
-            request = parse(pb.ModelInferRequest, raw, self._limits.max_message_bytes)
+            request = self._requests.parse(_taken(message), arrival.hold)
             self._service.start_infer(request, arrival, tell)
         except Exception as error:
             tell(error)
 
     def _infer(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
         """Answer a request in a thread of its own."""
-        record = self._telemetry.begin("ModelInfer", context)
+        record = self._telemetry.begin(METHOD, context)
         call = _Threaded(context, Deadline(context))
         request = None
         try:
-            request = parse(pb.ModelInferRequest, raw, self._limits.max_message_bytes)
-            return _written(self._service.infer(request, call), record)
+            request = parse(pb.ModelInferRequest, raw, self._requests.max_message_bytes)
+            return written(self._service.infer(request, call), record)
         except Exception as error:
-            failure = failure_of("ModelInfer", request, error)
+            failure = failure_of(METHOD, request, error)
             record.failed(failure, request)
             failure.end(context)
-
-    def _stream(
-        self,
-        requests: Iterator[bytes],
-        context: grpc.ServicerContext,
-        send: Callable[[bytes | None], None],
-    ) -> None:
-        """Answer the requests of a stream one by one; gRPC reads none before it is asked for."""
-        peer = address_of(context)
-        try:
-            self._callers.admit("inference", context)
-            if not self._places.take(peer, known=self._callers.knows(context)):
-                raise Overloaded("the server has no room for another stream", self._retry_after_s())
-        except VisibleError as error:
-            self._refused("ModelStreamInfer", error).end(context)
-        try:
-            self._answer_stream(requests, _Stream(context, send, Deadline(context)))
-        finally:
-            self._places.give_back(peer)
-
-    def _answer_stream(self, requests: Iterator[bytes], stream: "_Stream") -> None:
-        strict = _STRICT in {(key, value) for key, value in stream.context.invocation_metadata()}
-        with self._lock:
-            self._open.add(stream)
-        try:
-            for raw in requests:
-                with stream.busy:
-                    if stream.ended:
-                        return
-                    stream.send(self._stream_response(raw, stream, strict=strict))
-                if self._closing.is_set():
-                    break
-            if self._closing.is_set():
-                stream.end_if_idle()
-            else:
-                stream.send(None)
-        finally:
-            with self._lock:
-                self._open.discard(stream)
-
-    def _stream_response(self, raw: bytes, stream: "_Stream", *, strict: bool) -> bytes:
-        record = self._telemetry.begin("ModelStreamInfer", stream.context)
-        request = None
-        try:
-            request = parse(pb.ModelInferRequest, raw, self._limits.max_message_bytes)
-            return _written(self._service.infer(request, stream), record, in_stream=True)
-        except Exception as error:
-            failure = failure_of("ModelStreamInfer", request, error)
-            record.failed(failure, request)
-            if strict:
-                failure.end(stream.context)
-            empty = pb.ModelInferResponse(id=request.id if request else "")
-            return pb.ModelStreamInferResponse(
-                error_message=failure.details, infer_response=empty
-            ).SerializeToString()
 
     def _refusing(self, name: str, message: str) -> "grpc.RpcMethodHandler[Any, Any]":
         """Make a handler that ends every call before its message is read."""
@@ -318,6 +265,22 @@ class RpcHandlers(grpc.GenericRpcHandler):
         return one_message(self._gate(name, self._calls, refuse), never)
 
 
+class Unknown(grpc.GenericRpcHandler):
+    """Counts calls of methods that no handler before it has; gRPC answers them.
+
+    Args:
+        counters: Count them, without their names, of which there is no end.
+    """
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+
+    def service(self, details: grpc.HandlerCallDetails) -> None:
+        """Find nothing."""
+        code = grpc.StatusCode.UNIMPLEMENTED.name
+        self._counters.count_call("unknown", code, "unknown_method")
+
+
 def _group_of(name: str) -> Group | None:
     """Find the group of a method; None if everybody may call it."""
     if name in _OPEN or name in _NOT_OFFERED:
@@ -325,15 +288,12 @@ def _group_of(name: str) -> Group | None:
     return "admin" if name in _CONTROL else "inference"
 
 
-def _written(answer: Answer, record: Record, *, in_stream: bool = False) -> bytes:
-    """Write an answer, and tell that a request has it."""
-    message: Message = answer.response
-    if in_stream:
-        answer.response.parameters[_FINAL].bool_param = True
-        message = pb.ModelStreamInferResponse(infer_response=answer.response)
-    content = message.SerializeToString()
-    record.answered(answer)
-    return content
+def _taken(message: list[bytes]) -> bytes:
+    """Take a message that waited, unless its call has ended meanwhile."""
+    try:
+        return message.pop()
+    except IndexError:
+        raise Cancelled("cancelled") from None
 
 
 @dataclass(frozen=True)
@@ -348,38 +308,3 @@ class _Threaded:
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         return self.context.add_callback(callback)
-
-
-@dataclass(eq=False)
-class _Stream:
-    """A stream that is open, and the `Call` of each of its requests in turn."""
-
-    context: grpc.ServicerContext
-    send: Callable[[bytes | None], None]
-    deadline: Deadline
-    busy: threading.Lock = field(default_factory=threading.Lock)
-    ended: bool = False
-    given_up: Callable[[], None] | None = None
-
-    def __post_init__(self) -> None:
-        # gRPC keeps every callback until the call ends, and a stream may have millions of requests.
-        self.context.add_callback(lambda: self.given_up and self.given_up())
-
-    def time_remaining(self) -> float | None:
-        return self.deadline.remaining()
-
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        self.given_up = callback  # before it is known that the call goes on: one of both tells
-        return self.context.is_active()
-
-    def end_if_idle(self) -> None:
-        """End it, unless it is working on a request, after which it looks by itself."""
-        if self.busy.acquire(blocking=False):
-            try:
-                if not self.ended:
-                    self.ended = True
-                    self.context.set_code(grpc.StatusCode.UNAVAILABLE)
-                    self.context.set_details("the server is stopping; go on elsewhere")
-                    self.send(None)
-            finally:
-                self.busy.release()

@@ -20,10 +20,16 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from kan_bundle.errors import IntegrityError
 from kan_bundle.manifest import Manifest
 from kan_bundle.signature import read_public_key
-from serving import addresses, arrivals, health, messages, reflection, runtime
+from serving import addresses, arrivals, health, messages, pressure, reflection, runtime
 from serving.access import Access
+from serving.budget import Budget, choose_budget
 from serving.callers import Callers
-from serving.connections import HEALTH_CONNECTIONS, guarding, most_connections
+from serving.connections import (
+    HEALTH_CONNECTIONS,
+    guarding,
+    most_connections,
+    received_bytes,
+)
 from serving.dispatch import Dispatcher
 from serving.engine import Engine, EngineOptions
 from serving.models.description import fitting_message_bytes, fitting_rows
@@ -40,7 +46,7 @@ from serving.observability.tracing import Tracing
 from serving.periodic import repeating
 from serving.readiness import Readiness
 from serving.room import Room, end_late_calls
-from serving.rpc import Limits, RpcHandlers
+from serving.rpc import Limits, RpcHandlers, Unknown
 from serving.service import SERVICE, InferenceService, ModelControl
 from serving.settings import Settings, is_own
 from serving.tls import server_credentials
@@ -70,7 +76,8 @@ class Server:
         max_message_bytes: Largest request accepted.
         registry: What there is to be scraped.
         readiness: Whether it is ready.
-        rooms: Where calls of one message are, by what they are for.
+        rooms: Where calls are, by what they are for.
+        budget: Counts the bytes of their messages and answers.
     """
 
     address: str
@@ -81,6 +88,7 @@ class Server:
     registry: CollectorRegistry
     readiness: Readiness
     rooms: Mapping[str, Room]
+    budget: Budget
     _settings: Settings
     _grpc_server: grpc.Server
     _handlers: RpcHandlers
@@ -222,35 +230,45 @@ def running(
         callers = Callers(access, settings.max_metadata_bytes)
         share, patience_s = settings.max_peer_share, settings.receive_timeout_s
         limit = loader.max_message_bytes
+        budget = choose_budget(settings.max_inflight_bytes, limit, settings.workers)
+        registry.register(metrics.BudgetCollector(budget))
         most_silent = _most_probes(limit)
-        probes = Room(_MOST_PROBES, patience_s, most_silent)
+        probes = Room(_MOST_PROBES, patience_s, most_silent, budget)
         handlers = RpcHandlers(
             service,
             Telemetry(counters, tracing, log_requests=settings.log_requests == "on"),
             callers,
             probes,
             Limits(settings.max_requests, settings.max_streams, limit, share, most_silent),
+            budget,
             is_full,
             dispatcher.seconds,
         )
         cleanup.callback(handlers.shutdown)
         names = (SERVICE, health.SERVICE, reflection.SERVICE)
-        reflections = reflection.ReflectionHandlers(names, callers, share, patience_s, most_silent)
+        reflections = reflection.ReflectionHandlers(
+            names, callers, share, patience_s, most_silent, counters, budget
+        )
         cleanup.callback(reflections.shutdown)
-        healths = health.HealthHandlers(status, callers, probes, share)
-        at_health_port = Room(_MOST_PROBES, patience_s)
+        healths = health.HealthHandlers(status, callers, probes, share, counters)
+        at_health_port = Room(_MOST_PROBES, patience_s, budget=budget)
         rooms = (*handlers.rooms.values(), reflections.silent, at_health_port)
         cleanup.enter_context(end_late_calls(rooms))
         several = settings.workers > 1
         most = most_connections(settings.max_connections)
         grpc_server = grpc.server(
             ThreadPoolExecutor(1, "other"),  # every handler of ours brings its own
-            handlers=[handlers, healths, reflections],
+            handlers=[handlers, healths, reflections, Unknown(counters)],
             options=_options(settings, limit, most),
         )
         health_address = cleanup.enter_context(
             _plain_health(
-                health.HealthHandlers(status, callers, at_health_port, share), address, settings
+                [
+                    health.HealthHandlers(status, callers, at_health_port, share, counters),
+                    Unknown(counters),
+                ],
+                address,
+                settings,
             )
         )
         server = Server(
@@ -272,6 +290,7 @@ def running(
             registry,
             readiness,
             {**handlers.rooms, "health port": at_health_port},
+            budget,
             settings,
             grpc_server,
             handlers,
@@ -286,6 +305,9 @@ def running(
             status.set_live(not dispatcher.is_stalled)
 
         cleanup.enter_context(repeating("stall", look_for_stall, _STALL_LOOK_S))
+        ports = {addresses.port_of(each) for each in (server.address, health_address) if each}
+        received = partial(received_bytes, ports)
+        cleanup.enter_context(pressure.watching(pressure.Watch(budget, rooms, received)))
         limits = {addresses.port_of(server.address): most}
         if health_address:
             limits[addresses.port_of(health_address)] = HEALTH_CONNECTIONS
@@ -375,6 +397,7 @@ def _options(
         "grpc.max_receive_message_length": max_message_bytes,
         **dict([messages.AS_SENT]),
         "grpc.max_send_message_length": -1,
+        "grpc.http2.bdp_probe": 0,
         "grpc.max_allowed_incoming_connections": most_connections,
         # Of one process, a port in use is an error, not a port shared.
         "grpc.so_reuseport": int(settings.workers > 1),
@@ -402,7 +425,7 @@ def _ms(seconds: float) -> int:
 
 @contextmanager
 def _plain_health(
-    handlers: health.HealthHandlers, address: str, settings: Settings
+    handlers: list[grpc.GenericRpcHandler], address: str, settings: Settings
 ) -> Iterator[str]:
     """Answer health alone at a port without TLS, if there is to be one; give where."""
     if settings.health_port is None:
@@ -410,7 +433,7 @@ def _plain_health(
         return
     server = grpc.server(
         ThreadPoolExecutor(1, "other"),
-        handlers=[handlers],
+        handlers=handlers,
         options=[
             *_options(settings, messages.SMALL_BYTES, HEALTH_CONNECTIONS),
             ("grpc.max_connection_idle_ms", _ms(_IDLE_HEALTH_S)),

@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from serving.batching import Limits
+from serving.budget import too_small
 from serving.configuration import PREFIX, ConfigFile
 from serving.models.policy import Control, parse_policy
 from serving.runtime import Fused, Provider
@@ -152,6 +153,12 @@ class Settings(BaseSettings):
         None,
         description="largest request accepted; by default 64 MiB, or 64 rows of the model with "
         "the largest rows if that is more",
+    )
+    max_inflight_bytes: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="bytes of messages and answers in a process at a time, with what they become; "
+        "more requests are refused before they are read. By default half of the memory that is "
+        "left when models are loaded, of the container's limit divided by workers",
     )
     max_model_bytes: Annotated[int, Field(ge=1)] = Field(
         4 * 2**30,
@@ -298,6 +305,12 @@ class Settings(BaseSettings):
                 "--model-control explicit lets clients load and unload models: where others reach "
                 f"it ({self.host}), it needs --access with a table [admin]"
             )
+        if (
+            self.max_inflight_bytes is not None
+            and self.max_message_bytes is not None
+            and (wrong := too_small(self.max_inflight_bytes, self.max_message_bytes))
+        ):
+            raise ValueError(wrong)
         return self
 
     def limits_of(self, model: str) -> Limits:

@@ -8,6 +8,7 @@ from typing import Any
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
+from h2.events import StreamEnded, StreamReset
 
 WAIT_S = 60.0  # for what happens at once unless something is wrong
 
@@ -77,7 +78,8 @@ class Frames:
         for start in range(0, len(frame), 16_384):
             part = frame[start : start + 16_384]
             while self.h2.local_flow_control_window(stream) < len(part):
-                self.read()
+                if any(_ends(event, stream) for event in self.read()):
+                    return  # the server wants no more of it
             last = start + len(part) == len(frame) and claimed is None
             self.h2.send_data(stream, part, end_stream=last)
             self.flush()
@@ -102,6 +104,10 @@ class Frames:
             for event in self.read():
                 found += [v for k, v in getattr(event, "headers", None) or () if k == "grpc-status"]
         return found
+
+
+def _ends(event: Any, stream: int) -> bool:
+    return isinstance(event, StreamEnded | StreamReset) and event.stream_id == stream
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.budget import MESSAGE_COPIES, default_limit
 from serving.engine import Engine
 from serving.server import Server, running
 from serving.settings import Settings
@@ -34,6 +35,22 @@ def await_true(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end
+
+
+READY_BYTES = 160 * 2**20  # what a server holds once a model of 54 MB is loaded: docs/operating.md
+BESIDE_BYTES = 100 * 10**6  # what may be beside the budget: docs/operating.md
+
+
+def budget_fits(settings: Settings, memory: int, beside: int = 0) -> bool:
+    """Tell whether the default budget is of use, and all of it fits into a container's memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serving.memory.memory_limit", lambda: memory)
+        patch.setattr("serving.memory.resident_bytes", lambda: READY_BYTES)
+        assert settings.max_message_bytes is not None
+        budget = default_limit(settings.max_message_bytes, settings.workers)
+    at_a_time = budget // (MESSAGE_COPIES * settings.max_message_bytes)
+    taken = (budget + READY_BYTES + BESIDE_BYTES) * settings.workers + beside
+    return at_a_time >= 10 and taken <= memory
 
 
 @dataclass

@@ -13,6 +13,7 @@ import yaml
 from export.conversion.onnx_graph import LARGEST_INLINE
 from serving.settings import Settings
 from tests.conftest import ROOT
+from tests.servers import budget_fits
 
 DEPLOY = ROOT / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -64,6 +65,9 @@ def test_what_servers_read_and_hold_fits_into_their_memory() -> None:
         memory = 2**20 * int(service["mem_limit"].removesuffix("m"))
         assert settings.max_message_bytes == 4 * 2**20  # what clients of gRPC take
         assert settings.max_queue_bytes <= memory / 8
+        assert settings.max_inflight_bytes is None
+        (size,) = (int(text.partition("size=")[2].rstrip("m")) for text in service["tmpfs"])
+        assert budget_fits(settings, memory, beside=size * 2**20)
 
 
 def test_servers_find_what_is_mounted_and_are_who_the_image_says() -> None:

@@ -24,7 +24,7 @@ from serving.server import Server
 from serving.settings import Settings
 from tests.conftest import ROOT, STATE_DICTS
 from tests.processes import serving
-from tests.servers import WAIT_S
+from tests.servers import WAIT_S, budget_fits
 from tests.wire import raw_request
 
 KUBERNETES, KSERVE = ROOT / "deploy" / "kubernetes", ROOT / "deploy" / "kserve"
@@ -213,6 +213,8 @@ def _fits(settings: Settings, container: Manifest) -> None:
     memory = _bytes(container["resources"]["limits"]["memory"])
     assert settings.max_message_bytes == CLIENTS_LIMIT
     assert settings.max_queue_bytes <= memory / 8
+    assert settings.max_inflight_bytes is None
+    assert budget_fits(settings, memory)
 
 
 def _bytes(quantity: str) -> int:

@@ -184,7 +184,9 @@ def test_calls_that_send_no_message_keep_nobody_out(repository: Path, method: st
         begun = slow.call(UNARY[5])  # its message comes when all others have
         for _ in range(300):
             silent.call(method)
-        await_true(lambda: any(room.silent == room.most_silent for room in server.rooms.values()))
+        await_true(
+            lambda: any(4 * room.silent >= 3 * room.most_silent for room in server.rooms.values())
+        )
         for _ in range(5):
             assert stub.ServerReady(pb.ServerReadyRequest(), timeout=WAIT_S).ready
             assert raw_output(stub.ModelInfer(ROW, timeout=WAIT_S)).shape == (1, 3)

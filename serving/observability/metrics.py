@@ -16,11 +16,15 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from kan_bundle.layout import MODEL_FILE
+from serving.budget import Budget
 from serving.models.repository import Repository
 from serving.observability.reports import report_path
 from serving.observability.statistics import Spent, Statistics
 
-REASONS = ("shed", "expired", "cancelled", "invalid", "unavailable", "unauthorised", "failed")
+REASONS = (
+    *("shed", "memory", "expired", "cancelled", "invalid", "too_large", "unknown_method"),
+    *("unavailable", "unauthorised", "failed"),
+)
 """Why a call has no answer."""
 
 _SECONDS = (
@@ -150,13 +154,12 @@ class Counters(Collector):
         calls = CounterMetricFamily(
             "kanserve_calls",
             "Calls and messages of streams that have ended, by method and gRPC status code; "
-            "those refused before they were read have the method `refused`.",
+            "methods that the server does not have are `unknown`.",
             labels=["method", "code"],
         )
         refusals = CounterMetricFamily(
             "kanserve_refusals",
-            "Calls without an answer, by reason: shed (no room), expired, cancelled, invalid, "
-            "unavailable, unauthorised, failed.",
+            f"Calls without an answer, by reason: {', '.join(REASONS)}.",
             labels=["reason"],
         )
         failures = CounterMetricFamily(
@@ -196,6 +199,30 @@ class Counters(Collector):
                 for histograms, histogram in zip(of_seconds, taken.seconds, strict=True):
                     histograms.add_metric([model], *histogram.buckets())
         yield from (calls, refusals, failures, rows, outside, of_rows, *of_seconds)
+
+
+class BudgetCollector(Collector):
+    """Describes the budget of bytes as it is when it is asked.
+
+    Args:
+        budget: Of this process.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+
+    def collect(self) -> Iterator[Metric]:
+        """List what Prometheus reads."""
+        yield GaugeMetricFamily(
+            "kanserve_inflight_bytes",
+            "Bytes of messages, with what they become, and of answers that are not taken yet.",
+            value=self._budget.held + self._budget.in_transit,
+        )
+        yield GaugeMetricFamily(
+            "kanserve_inflight_limit_bytes",
+            "Bytes of them that there may be, from which on requests are rejected unread.",
+            value=self._budget.limit,
+        )
 
 
 class ModelCollector(Collector):

@@ -22,9 +22,12 @@ const CODES = {
 };
 const REASONS = {
   shed: "orange",
+  memory: "orange",
   expired: "purple",
   cancelled: "grey",
   invalid: "sky",
+  too_large: "sky",
+  unknown_method: "sky",
   unavailable: "ink",
   unauthorised: "green",
   failed: "bad",
