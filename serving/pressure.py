@@ -20,7 +20,7 @@ from serving.budget import ENOUGH, Budget
 from serving.periodic import repeating
 from serving.room import Endpoint, Room, Silent, endpoint_of, network_of
 
-_LOOK_S = 0.02  # a network of 10 Gbit/s brings 25 MB in that time
+_LOOK_S = 0.01  # a network of 10 Gbit/s brings 12.5 MB in that time
 _SLOW_S = 0.01  # a small message comes with its headers, or right behind them
 _TAKEN_S = 1.0  # that a client may take for an answer while others need the bytes
 _PRESSURE = 0.5  # of the budget, by which the process has grown before connections are measured
@@ -28,11 +28,11 @@ _LEFT = 0.5  # of the budget, down to which calls end whose messages are not who
 _LITTLE = 1 / 16  # of the budget, that is never too much for them
 _LITTLE_BYTES = 2**25
 _UNUSED = 0.125  # of the budget, that may be free and not the system's before it is given back
-_RELEASE_S = 0.1  # between two times
+_RELEASE_S = 0.05  # between two times
 _AT_ONCE = 16  # of so many calls of a connection one ends at a time
 _PAUSES = 4  # between measurements, as a multiple of the processor's time that one takes
 _KNOWN = 8192  # connections, before those that are closed are forgotten
-_SETTLE_EVERY = 50  # looks
+_SETTLE_EVERY = 100  # looks
 
 _log = structlog.get_logger()
 

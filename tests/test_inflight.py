@@ -183,18 +183,18 @@ def test_requests_beyond_the_budget_are_refused_and_told_when_to_come_again(
         served(repository, **limits) as (server, stub),
         grpc.insecure_channel(server.address) as channel,
     ):
-        size = rows_of(MIB // 4).ByteSize()
-        kept = [stub.ModelInfer.future(rows_of(MIB // 4)) for _ in range(3)]
-        await_true(lambda: held(server) == 3 * MESSAGE_COPIES * size)
+        size, large = rows_of(MIB // 4).ByteSize(), rows_of(MIB * 3 // 5)
+        kept = [stub.ModelInfer.future(rows_of(MIB // 4)) for _ in range(2)]
+        await_true(lambda: held(server) == 2 * MESSAGE_COPIES * size)
         with pytest.raises(grpc.RpcError) as refused:
-            stub.ModelInfer(rows_of(MIB // 2), timeout=WAIT_S)
+            stub.ModelInfer(large, timeout=WAIT_S)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         trailing: Any = refused.value.trailing_metadata()
         assert PUSHBACK in dict(trailing)
-        (answer,) = stub.ModelStreamInfer(iter([rows_of(MIB // 2)]), timeout=WAIT_S)
+        (answer,) = stub.ModelStreamInfer(iter([large]), timeout=WAIT_S)
         assert "as many bytes" in answer.error_message
-        last = stub.ModelInfer.future(rows_of(MIB // 4 - 4096))
-        await_true(lambda: held(server) > 3 * MIB - 16_384)
+        last = stub.ModelInfer.future(rows_of(MIB * 2 // 5))  # what has room is taken in
+        await_true(lambda: held(server) > 2.5 * MIB)
         assert stub.ServerReady(pb.ServerReadyRequest(), timeout=WAIT_S).ready
         assert stub.ModelReady(pb.ModelReadyRequest(name=UNIFORM.name), timeout=WAIT_S).ready
         check: Any = channel.unary_unary(CHECK)
@@ -203,7 +203,7 @@ def test_requests_beyond_the_budget_are_refused_and_told_when_to_come_again(
         for future in (*kept, last):
             future.result(WAIT_S)
         await_true(lambda: held(server) == 0)
-        stub.ModelInfer(rows_of(MIB // 2), timeout=WAIT_S)
+        stub.ModelInfer(large, timeout=WAIT_S)
         refusals = server.registry.get_sample_value("kanserve_refusals_total", {"reason": "memory"})
         assert refusals == 2
 
