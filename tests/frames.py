@@ -3,12 +3,13 @@
 import socket
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import StreamEnded, StreamReset
+from h2.exceptions import StreamClosedError
 
 WAIT_S = 60.0  # for what happens at once unless something is wrong
 
@@ -83,6 +84,12 @@ class Frames:
             last = start + len(part) == len(frame) and claimed is None
             self.h2.send_data(stream, part, end_stream=last)
             self.flush()
+
+    def cancel(self, stream: int) -> None:
+        """Reset a call, unless it has ended by now."""
+        with suppress(StreamClosedError):
+            self.h2.reset_stream(stream, 8)  # CANCEL
+        self.flush()
 
     def read(self) -> list[Any]:
         """Read what comes next; an empty list is never returned.

@@ -75,8 +75,7 @@ def cancelling(method: str, size: int = 0) -> Act:
         call = client.call(method)
         if size:
             client.send(call, bytes(size), compressed=False, claimed=2 * size)
-        client.h2.reset_stream(call, 8)
-        client.flush()
+        client.cancel(call)
 
     return act
 
@@ -106,8 +105,7 @@ def watching(client: Frames) -> None:
     client.send(call, b"", compressed=False)
     while not any(type(event).__name__ == "DataReceived" for event in client.read()):
         pass
-    client.h2.reset_stream(call, 8)
-    client.flush()
+    client.cancel(call)
 
 
 LARGE = bytes(2 * MIB)

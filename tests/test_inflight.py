@@ -92,8 +92,7 @@ def without_a_message(client: Frames, stub: GRPCInferenceServiceStub) -> None:
 def cancelled_half_sent(client: Frames, stub: GRPCInferenceServiceStub) -> None:
     call = client.call(INFER)
     client.send(call, bytes(50_000), compressed=False, claimed=100_000)
-    client.h2.reset_stream(call, 8)
-    client.flush()
+    client.cancel(call)
 
 
 def half_sent_and_gone(client: Frames, stub: GRPCInferenceServiceStub) -> None:
@@ -105,8 +104,7 @@ def cancelled_while_it_runs(client: Frames, stub: GRPCInferenceServiceStub) -> N
     for _ in range(20):
         call = client.call(INFER)
         client.send(call, rows_of(MIB // 4).SerializeToString(), compressed=False)
-        client.h2.reset_stream(call, 8)
-        client.flush()
+        client.cancel(call)
 
 
 def cancelled_before_it_is_inflated(client: Frames, stub: GRPCInferenceServiceStub) -> None:
@@ -114,8 +112,7 @@ def cancelled_before_it_is_inflated(client: Frames, stub: GRPCInferenceServiceSt
     for _ in range(20):
         call = client.call(INFER)
         client.send(call, content, compressed=True)
-        client.h2.reset_stream(call, 8)
-        client.flush()
+        client.cancel(call)
 
 
 def gone_without_the_answer(client: Frames, stub: GRPCInferenceServiceStub) -> None:
