@@ -8,7 +8,7 @@ from typing import Any
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import StreamEnded, StreamReset
+from h2.events import PingAckReceived, StreamEnded, StreamReset
 from h2.exceptions import StreamClosedError
 
 WAIT_S = 60.0  # for what happens at once unless something is wrong
@@ -42,6 +42,7 @@ class Frames:
             client_side=True, header_encoding="utf-8", validate_outbound_headers=False
         )
         self.h2 = H2Connection(config)
+        self._statuses: list[str] = []
         self.h2.initiate_connection()
         self.flush()
         if acknowledge:
@@ -85,6 +86,13 @@ class Frames:
             self.h2.send_data(stream, part, end_stream=last)
             self.flush()
 
+    def ping(self) -> None:
+        """Wait until the server has taken everything that was sent before."""
+        self.h2.ping(bytes(8))
+        self.flush()
+        while not any(isinstance(event, PingAckReceived) for event in self.read()):
+            pass
+
     def cancel(self, stream: int) -> None:
         """Reset a call, unless it has ended by now."""
         with suppress(StreamClosedError):
@@ -101,15 +109,17 @@ class Frames:
         if not data:
             raise ConnectionError("closed")
         events: list[Any] = self.h2.receive_data(data)
+        for event in events:
+            headers = getattr(event, "headers", None) or ()
+            self._statuses += [value for key, value in headers if key == "grpc-status"]
         self.flush()
         return events
 
     def statuses(self, count: int) -> list[str]:
-        """Read how so many calls end."""
-        found: list[str] = []
-        while len(found) < count:
-            for event in self.read():
-                found += [v for k, v in getattr(event, "headers", None) or () if k == "grpc-status"]
+        """Read how so many calls end, also those that have ended while others were sent."""
+        while len(self._statuses) < count:
+            self.read()
+        found, self._statuses = self._statuses, []
         return found
 
 
