@@ -43,6 +43,7 @@ class Frames:
         )
         self.h2 = H2Connection(config)
         self._statuses: list[str] = []
+        self._ended: set[int] = set()  # calls
         self.h2.initiate_connection()
         self.flush()
         if acknowledge:
@@ -111,12 +112,17 @@ class Frames:
         events: list[Any] = self.h2.receive_data(data)
         for event in events:
             headers = getattr(event, "headers", None) or ()
-            self._statuses += [value for key, value in headers if key == "grpc-status"]
+            status = [value for key, value in headers if key == "grpc-status"]
+            if isinstance(event, StreamReset) and event.stream_id not in self._ended:
+                status = ["reset"]
+            if status:
+                self._statuses += status
+                self._ended.add(event.stream_id)
         self.flush()
         return events
 
     def statuses(self, count: int) -> list[str]:
-        """Read how so many calls end, also those that have ended while others were sent."""
+        """Read how so many calls end: with a status, or reset. Some may have ended before."""
         while len(self._statuses) < count:
             self.read()
         found, self._statuses = self._statuses, []

@@ -86,6 +86,7 @@ def leaving(method: str) -> Act:
 
     def act(client: Frames) -> None:
         client.send(client.call(method), bytes(1000), compressed=False, claimed=2000)
+        client.ping()  # what has not been read is lost with the connection
         client.socket.close()
 
     return act
