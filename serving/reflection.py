@@ -95,6 +95,8 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
             yield from self._answer(self._requests(messages, context), context)
             if arrivals.is_too_large(messages):
                 self._refused(_TOO_LARGE)  # gRPC ends it so
+            elif not context.is_active():
+                self._refused(Cancelled("cancelled"))
             else:
                 self._counters.count_call(_METHOD, "OK")
         except VisibleError as error:

@@ -192,6 +192,8 @@ CASES: list[tuple[str, Act, str, str, str | None]] = [
         *("ServerReflectionInfo", "CANCELLED", "cancelled"),
     ),
 ]
+# gRPC may tell that there are no more messages before it tells that the stream is cancelled.
+EITHER_WAY = {"a stream that is cancelled", "reflection that is cancelled"}
 # gRPC's public side does not tell a message that is too large from one that is cancelled.
 UNKNOWN_IN_THREADS = {"one that is too large", "a check that is too large"}
 UNKNOWN_IN_THREADS |= {"a stream's that is too large", "reflection that is too large"}
@@ -218,7 +220,10 @@ def test_every_call_is_counted_once_however_it_ends(repository: Path, threads: b
             wanted: Counts = Counter({(method, code): 1})
             if reason is not None:
                 wanted[reason,] = 1
-            assert counts(server) - before == wanted, name
+            found = counts(server) - before
+            if name in EITHER_WAY and found != wanted:
+                wanted = Counter({(method, "OK"): 1})
+            assert found == wanted, name
 
 
 def test_messages_that_are_too_large_are_counted_in_threads_too(
