@@ -2,10 +2,10 @@
 
 The lifecycle looks at the folders of the repository, applies the version policy, and pins each
 version by the digest of its manifest. A host loads and serves what was decided: this process
-(host.py) or all worker processes (serving/workers.py). A version is loaded beside those that serve;
-the model changes over once it is loaded everywhere. A version that fails is known with its reason.
-It is tried again when its files change, when a client asks, and, if the failure may have been
-momentary, after a while. What served before goes on.
+(host.py) or all worker processes (serving/supervisor/). A version is loaded beside those that
+serve; the model changes over once it is loaded everywhere. A version that fails is known with its
+reason. It is loaded again when its files change, when a client asks, and, if the failure may have
+been momentary, after a while. What served before goes on.
 """
 
 import hashlib
