@@ -87,6 +87,8 @@ class Clients:
     loading: int = 0
     asked: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    failed: Counter[int] = field(default_factory=Counter)
+    """Calls that failed since the last fault, by connection."""
 
     def check(self, version: int, found: NDArray[np.float32], asked_at: float) -> None:
         allowed = {self.loading, self.committed[-1][1]}
@@ -139,14 +141,17 @@ class Clients:
             ]
             stubs = [GRPCInferenceServiceStub(channel) for channel in channels]
             while not stopped.wait(_PACE_S):
-                for stub in stubs:
+                for number, stub in enumerate(stubs):
                     asked_at = time.monotonic()
                     try:
                         answer = stub.ModelInfer(raw_request(X, "m"), timeout=30.0)
                     except grpc.RpcError as error:
                         self.asked[error.code().name] += 1
+                        self.failed[number] += 1
                         if error.code() is not grpc.StatusCode.UNAVAILABLE:
                             self.wrong.append(f"a connection failed: {error.code()}")
+                        elif self.failed[number] > 1:  # it has one call under way at a time
+                            self.wrong.append("a connection failed twice in one fault")
                         continue
                     self.asked["connection"] += 1
                     self.check(int(answer.model_version), raw_output(answer), asked_at)
@@ -256,7 +261,13 @@ class Faults:
             os.kill(self._pid(), number)
 
 
-def run(folder: Path, faults: int, seed: int, report: Callable[[str], None]) -> list[str]:
+def run(
+    folder: Path,
+    faults: int,
+    seed: int,
+    report: Callable[[str], None],
+    worker_timeout_s: float = 2.0,
+) -> list[str]:
     """Have so many faults happen; return what was wrong.
 
     Args:
@@ -264,6 +275,7 @@ def run(folder: Path, faults: int, seed: int, report: Callable[[str], None]) -> 
         faults: How many.
         seed: Decides which, and when.
         report: Takes a line now and then.
+        worker_timeout_s: After which a worker that does not answer is killed, in seconds.
     """
     chance = random.Random(seed)
     (folder / "bundles").mkdir()
@@ -273,6 +285,7 @@ def run(folder: Path, faults: int, seed: int, report: Callable[[str], None]) -> 
     bundles.publish(root, 1, "spare")
     slowest, happened = 0.0, Counter[str]()
     explicit = ("--model-control", "explicit", "--load-models", '["m"]', "--grace-s", "2")
+    explicit += ("--worker-timeout-s", str(worker_timeout_s))
     with supervised(root, *explicit, workers=WORKERS) as server:
         clients = Clients(server, bundles, [(time.monotonic(), 1)])
         kinds = Faults(server, bundles, chance, clients)
@@ -282,6 +295,7 @@ def run(folder: Path, faults: int, seed: int, report: Callable[[str], None]) -> 
             for number in range(faults):
                 fault = chance.choice(every)
                 happened[fault.__name__] += 1
+                clients.failed.clear()
                 fault()
                 started = time.monotonic()
                 while not _agree(server, kinds.version):
@@ -317,10 +331,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.workers", description=main.__doc__)
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--worker-timeout-s", type=float, default=5.0, help="as of the server")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         wrong = run(
-            Path(name), arguments.faults, arguments.seed, lambda line: print(line, flush=True)
+            Path(name),
+            arguments.faults,
+            arguments.seed,
+            lambda line: print(line, flush=True),
+            arguments.worker_timeout_s,
         )
     print(*wrong, sep="\n")
     return int(bool(wrong))
