@@ -284,9 +284,9 @@ def run(
     bundles.publish(root, 1)
     bundles.publish(root, 1, "spare")
     slowest, happened = 0.0, Counter[str]()
-    explicit = ("--model-control", "explicit", "--load-models", '["m"]', "--grace-s", "2")
-    explicit += ("--worker-timeout-s", str(worker_timeout_s))
-    with supervised(root, *explicit, workers=WORKERS) as server:
+    settings = ["--model-control", "explicit", "--load-models", '["m"]', "--grace-s", "2"]
+    settings += ["--worker-timeout-s", str(worker_timeout_s)]
+    with supervised(root, *settings, workers=WORKERS) as server:
         clients = Clients(server, bundles, [(time.monotonic(), 1)])
         kinds = Faults(server, bundles, chance, clients)
         every = [kinds.kill, kinds.freeze, kinds.load, kinds.load, kinds.kill_while_loading]
