@@ -144,7 +144,9 @@ class Clients:
                 for number, stub in enumerate(stubs):
                     asked_at = time.monotonic()
                     try:
-                        answer = stub.ModelInfer(raw_request(X, "m"), timeout=30.0)
+                        answer = stub.ModelInfer(
+                            raw_request(X, "m"), timeout=30.0, wait_for_ready=True
+                        )
                     except grpc.RpcError as error:
                         self.asked[error.code().name] += 1
                         self.failed[number] += 1
