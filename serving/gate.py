@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import grpc
-
 from serving.budget import MESSAGE_COPIES
+from serving.callers import Caller
 from serving.errors import (
     Cancelled,
     Expired,
@@ -36,16 +35,16 @@ class Gate:
     """
 
     room: Room
-    admit: Callable[[grpc.ServicerContext], None]
+    admit: Callable[[Caller], None]
     refused: Callable[[Exception], Failure]
     retry_after_s: Callable[[], float]
     max_message_bytes: int
     always: bool = False
 
-    def refusal(self, context: grpc.ServicerContext) -> Failure | None:
+    def refusal(self, caller: Caller) -> Failure | None:
         """Tell how a call ends that may not come in; None if it may."""
         try:
-            self.admit(context)
+            self.admit(caller)
         except Exception as error:  # one of ours would end gRPC's thread
             return self.refused(error)
         return None
@@ -56,18 +55,16 @@ class Gate:
             Overloaded("the server has no room for another call", self.retry_after_s())
         )
 
-    def hold(self, call: Silent, message: bytes, *, inflated: bool = False) -> Failure | None:
+    def hold(self, call: Silent, message: bytes) -> Failure | None:
         """Count a message that is there; tell how its call ends if it may not be taken in.
 
         Args:
             call: Whose it is.
             message: As it was sent.
-            inflated: Whether it counts as the largest message, which it may become.
         """
         if len(message) > self.max_message_bytes:
             return self.too_large()
-        size = self.max_message_bytes if inflated else len(message)
-        if self.room.hold(call, MESSAGE_COPIES * size, always=self.always):
+        if self.room.hold(call, MESSAGE_COPIES * len(message), always=self.always):
             return None
         return self.refused(OverBudget(OVER_BUDGET, self.retry_after_s()))
 

@@ -3,21 +3,22 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
-from serving import arrivals
 from serving.budget import Budget
 from serving.callers import Callers, address_of
 from serving.errors import Cancelled, Overloaded, TooLarge, VisibleError
 from serving.failures import Failure, failure_of
 from serving.messages import PROBE_BYTES, parse
 from serving.observability.metrics import Counters
-from serving.pools import Behavior, InThread
 from serving.room import Places, Room
+from serving.transport import stream_messages
+from serving.transport.threads import Behavior
 
 SERVICE: str = reflection.SERVICE_NAME
 _METHOD = "ServerReflectionInfo"
@@ -89,11 +90,10 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
             self._refused(error).end(context)
         with self._lock:
             self._open.add(context)
-        if arrivals.SUPPORTED:
-            messages = arrivals.Messages(messages)
+        messages = stream_messages.watched(messages)
         try:
             yield from self._answer(self._requests(messages, context), context)
-            if arrivals.is_too_large(messages):
+            if stream_messages.is_too_large(messages):
                 self._refused(_TOO_LARGE)  # gRPC ends it so
             elif not context.is_active():
                 self._refused(Cancelled("cancelled"))
@@ -102,7 +102,7 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
         except VisibleError as error:
             self._refused(error).end(context)
         except (grpc.RpcError, GeneratorExit):  # it has ended, by its client or by us
-            too_large = arrivals.is_too_large(messages)
+            too_large = stream_messages.is_too_large(messages)
             self._refused(_TOO_LARGE if too_large else Cancelled("cancelled"))
             raise
         finally:
@@ -120,7 +120,7 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
         self, messages: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[ServerReflectionRequest]:
         """Read the requests of a stream, each in time."""
-        waiting = InThread(context)
+        waiting = _Stream(context)
         try:
             while True:
                 self.silent.leave(waiting)
@@ -132,3 +132,24 @@ class ReflectionHandlers(grpc.GenericRpcHandler):
                 yield parse(ServerReflectionRequest, raw, PROBE_BYTES)
         finally:
             self.silent.leave(waiting)
+
+
+@dataclass(eq=False)
+class _Stream:
+    """A stream that waits for a message.
+
+    Args:
+        context: Of it.
+    """
+
+    context: grpc.ServicerContext
+
+    @property
+    def connection(self) -> str:
+        """The connection, as gRPC names it."""
+        name: str = self.context.peer()
+        return name
+
+    def give_up(self, *, late: bool) -> None:
+        """Cancel it, because no status can be sent from another thread."""
+        self.context.cancel()

@@ -1,8 +1,8 @@
 """gRPC's side of the service: which thread answers what, and who gets no answer.
 
-Requests to run a model have no threads (see arrivals.py), streams have one each. Who comes when
-there are too many, or may not come, is refused at the door: in gRPC's own thread, before the
-message is read. What must be answered however busy the server is has threads of its own.
+Requests to run a model have no threads, streams have one each. Who comes when there are too many,
+or may not come, is refused at the door, before the message is read (see transport/). What must be
+answered however busy the server is has threads of its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,23 +15,20 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from protos import inference_pb2 as pb
 from serving.access import Group
-from serving.arrivals import Arrival
 from serving.budget import Budget
-from serving.callers import Callers
-from serving.deadline import Deadline
+from serving.callers import Caller, Callers
 from serving.errors import Cancelled, NotOffered, Overloaded
 from serving.failures import failure_of
 from serving.gate import Gate
 from serving.messages import PROBE_BYTES, SMALL_BYTES, is_compressed, parse
 from serving.observability.metrics import Counters
 from serving.observability.telemetry import Record, Telemetry
-from serving.pools import one_message
 from serving.requests import METHOD, METHOD_STREAM, Requests, written
 from serving.room import Room
 from serving.service import METHODS, SERVICE, Answer, InferenceService
 from serving.streams import Streams
+from serving.transport.unary import UnaryCall, UnaryMethod
 
 _CONTROL = ("RepositoryModelLoad", "RepositoryModelUnload")
 _NOT_OFFERED = {  # of Triton's methods
@@ -71,7 +68,7 @@ class Limits:
 
 
 class RpcHandlers(grpc.GenericRpcHandler):
-    """The handlers of every method of the service, for `add_generic_rpc_handlers`.
+    """The handlers of every method of the service; gRPC is given this for those of streams.
 
     Messages are parsed in the handlers, because bytes that are no message are the client's fault
     and gRPC's own parsing would call them ours.
@@ -87,7 +84,8 @@ class RpcHandlers(grpc.GenericRpcHandler):
         retry_after_s: Tells when there will be room again, in seconds.
 
     Attributes:
-        rooms: Where calls of one message are, by what they are for.
+        rooms: Where calls are, by what they are for.
+        methods: What handles calls of one message, by the path of the method.
     """
 
     def __init__(
@@ -123,24 +121,23 @@ class RpcHandlers(grpc.GenericRpcHandler):
         self._readers = ThreadPoolExecutor(_READER_THREADS, "reader")
         self._threads = ThreadPoolExecutor(_SERVICE_THREADS, "service")
         self._control = ThreadPoolExecutor(1, "control")
-        handlers = {
+        methods = {
             name: self._unary(name, probes)
             for name in METHODS
             if name not in (METHOD, METHOD_STREAM)
         }
-        handlers[METHOD] = one_message(
+        methods[METHOD] = UnaryMethod(
             self._gate(METHOD, room, self._require_room, limits.max_message_bytes),
-            self._infer,
-            begin=self._begin,
+            self._begin,
+            is_busy=True,
         )
-        handlers[METHOD_STREAM] = self._streams.handler
         for name, instead in _NOT_OFFERED.items():
-            handlers[name] = self._refusing(name, f"{name} is not offered: {instead}")
-        self._handlers = {f"/{SERVICE}/{name}": handler for name, handler in handlers.items()}
+            methods[name] = self._refusing(name, f"{name} is not offered: {instead}")
+        self.methods = {f"/{SERVICE}/{name}": method for name, method in methods.items()}
 
     def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Find what handles a call; called in gRPC's own thread when a call arrives."""
-        return self._handlers.get(details.method)
+        """Find what handles a stream; called in gRPC's own thread when one arrives."""
+        return self._streams.handler if details.method == f"/{SERVICE}/{METHOD_STREAM}" else None
 
     def close(self) -> None:
         """End every stream, each after what it is working on, so that clients go elsewhere."""
@@ -152,36 +149,36 @@ class RpcHandlers(grpc.GenericRpcHandler):
         for pool in (self._readers, self._threads, self._control):
             pool.shutdown(wait=False)
 
-    def _unary(self, name: str, probes: Room) -> "grpc.RpcMethodHandler[Any, Any]":
+    def _unary(self, name: str, probes: Room) -> UnaryMethod:
         request_type = GetMessageClass(METHODS[name].input_type)
-        response_type = GetMessageClass(METHODS[name].output_type)
         method = getattr(self._service, name)
         counters = self._telemetry.counters
 
-        def behavior(raw: bytes, context: grpc.ServicerContext) -> Message:
+        def answer(raw: bytes, call: UnaryCall) -> None:
             request = None
             try:
                 request = parse(request_type, raw, PROBE_BYTES if name in _OPEN else SMALL_BYTES)
                 response: Message = method(request)
+                content = response.SerializeToString()
             except Exception as error:
                 failure = failure_of(name, request, error)
                 counters.count_call(name, failure.code.name, failure.reason)
-                failure.end(context)
-            counters.count_call(name, "OK")
-            return response
+                call.fail(failure)
+            else:
+                counters.count_call(name, "OK")
+                call.answer(content)
 
         if name in _OPEN:
-            room, pool = probes, None
-        elif name in _CONTROL:
+            return UnaryMethod(self._gate(name, probes), answer)
+        if name in _CONTROL:
             room, pool = self._controls, self._control
         else:
             room, pool = self._calls, self._threads
-        return one_message(
-            self._gate(name, room),
-            behavior,
-            pool,
-            response_serializer=response_type.SerializeToString,
-        )
+
+        def begin(raw: bytes, call: UnaryCall) -> None:
+            pool.submit(answer, raw, call)
+
+        return UnaryMethod(self._gate(name, room), begin)
 
     def _gate(
         self,
@@ -193,8 +190,8 @@ class RpcHandlers(grpc.GenericRpcHandler):
         """Make the way in to a method."""
         group = _group_of(name)
 
-        def admit(context: grpc.ServicerContext) -> None:
-            self._callers.admit(group, context)
+        def admit(caller: Caller) -> None:
+            self._callers.admit(group, caller)
             require()
 
         return Gate(
@@ -210,59 +207,46 @@ class RpcHandlers(grpc.GenericRpcHandler):
             raise Overloaded("the server has no room for another call", retry_after_s)
         self._requests.require_budget()
 
-    def _begin(self, raw: bytes, arrival: Arrival) -> None:
-        """Take a request in, without holding up gRPC's own thread."""
-        record = self._telemetry.begin(METHOD, arrival.context)
+    def _begin(self, raw: bytes, call: UnaryCall) -> None:
+        """Take a request in, without holding up the thread that reads all calls."""
+        record = self._telemetry.begin(METHOD, call)
         if len(raw) < _LARGE_BYTES and not is_compressed(raw):
-            self._start([raw], arrival, record)
+            self._start([raw], call, record)
             return
         message = [raw]
-        arrival.add_callback(message.clear)  # what is no longer counted waits for no thread
-        self._readers.submit(self._start, message, arrival, record)
+        call.add_callback(message.clear)  # what is no longer counted waits for no thread
+        self._readers.submit(self._start, message, call, record)
 
-    def _start(self, message: list[bytes], arrival: Arrival, record: Record) -> None:
+    def _start(self, message: list[bytes], call: UnaryCall, record: Record) -> None:
         request = None
 
         def tell(found: Answer | Exception) -> None:
             try:
                 if not isinstance(found, Exception):
-                    arrival.answer(written(found, record))
+                    call.answer(written(found, record))
                     return
             except Exception as error:  # an answer of more than 2 GB
                 found = error
             failure = failure_of(METHOD, request, found)
             record.failed(failure, request)
-            arrival.fail(failure)
+            call.fail(failure)
 
         try:
-            request = self._requests.parse(_taken(message), arrival.hold)
-            self._service.start_infer(request, arrival, tell)
+            request = self._requests.parse(_taken(message), call.hold)
+            self._service.start_infer(request, call, tell)
         except Exception as error:
             tell(error)
 
-    def _infer(self, raw: bytes, context: grpc.ServicerContext) -> bytes:
-        """Answer a request in a thread of its own."""
-        record = self._telemetry.begin(METHOD, context)
-        call = _Threaded(context, Deadline(context))
-        request = None
-        try:
-            request = parse(pb.ModelInferRequest, raw, self._requests.max_message_bytes)
-            return written(self._service.infer(request, call), record)
-        except Exception as error:
-            failure = failure_of(METHOD, request, error)
-            record.failed(failure, request)
-            failure.end(context)
-
-    def _refusing(self, name: str, message: str) -> "grpc.RpcMethodHandler[Any, Any]":
-        """Make a handler that ends every call before its message is read."""
+    def _refusing(self, name: str, message: str) -> UnaryMethod:
+        """Make a method that ends every call before its message is read."""
 
         def refuse() -> None:
             raise NotOffered(message)
 
-        def never(raw: bytes, context: grpc.ServicerContext) -> bytes:
+        def never(raw: bytes, call: UnaryCall) -> None:
             raise AssertionError("a call was let in that never is")
 
-        return one_message(self._gate(name, self._calls, refuse), never)
+        return UnaryMethod(self._gate(name, self._calls, refuse), never)
 
 
 class Unknown(grpc.GenericRpcHandler):
@@ -294,17 +278,3 @@ def _taken(message: list[bytes]) -> bytes:
         return message.pop()
     except IndexError:
         raise Cancelled("cancelled") from None
-
-
-@dataclass(frozen=True)
-class _Threaded:
-    """The `Call` of a request that has a thread of its own."""
-
-    context: grpc.ServicerContext
-    deadline: Deadline
-
-    def time_remaining(self) -> float | None:
-        return self.deadline.remaining()
-
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        return self.context.add_callback(callback)

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from kan_bundle.errors import IntegrityError
 from kan_bundle.manifest import Manifest
 from kan_bundle.signature import read_public_key
-from serving import addresses, arrivals, health, messages, pressure, reflection, runtime
+from serving import addresses, health, messages, pressure, reflection, runtime
 from serving.access import Access
 from serving.budget import Budget, choose_budget
 from serving.callers import Callers
@@ -50,6 +50,9 @@ from serving.rpc import Limits, RpcHandlers, Unknown
 from serving.service import SERVICE, InferenceService, ModelControl
 from serving.settings import Settings, is_own
 from serving.tls import server_credentials
+from serving.transport import completion_queue, threads
+from serving.transport.completion_queue import CompletionQueueTransport
+from serving.transport.unary import UnaryMethod
 
 _log = structlog.get_logger()
 
@@ -176,7 +179,6 @@ def running(
         repository = Repository()
         readiness = readiness or Readiness()
         status = health.Health(("", SERVICE))
-        cleanup.callback(status.shutdown)
         readiness.watch(status.set)
         counters = metrics.Counters()
         fused = runtime.choose_fused(settings.fused, settings.provider)
@@ -256,17 +258,15 @@ def running(
         cleanup.enter_context(end_late_calls(rooms))
         several = settings.workers > 1
         most = most_connections(settings.max_connections)
-        grpc_server = grpc.server(
-            ThreadPoolExecutor(1, "other"),  # every handler of ours brings its own
-            handlers=[handlers, healths, reflections, Unknown(counters)],
-            options=_options(settings, limit, most),
+        grpc_server, transport = _server(
+            {**handlers.methods, **healths.methods},
+            [handlers, reflections, Unknown(counters)],
+            _options(settings, limit, most),
         )
         health_address = cleanup.enter_context(
             _plain_health(
-                [
-                    health.HealthHandlers(status, callers, at_health_port, share, counters),
-                    Unknown(counters),
-                ],
+                health.HealthHandlers(status, callers, at_health_port, share, counters),
+                counters,
                 address,
                 settings,
             )
@@ -315,6 +315,8 @@ def running(
         if supervised is None:
             cleanup.enter_context(refreshing(lifecycle, settings.model_control, settings.poll_s))
         grpc_server.start()
+        if transport is not None:
+            transport.start()
         yield server
 
 
@@ -376,7 +378,7 @@ def _most_probes(max_message_bytes: int) -> int:
 
     gRPC takes a message as large as any may be, before anybody can look what it is for.
     """
-    fewest = _FEWEST_PROBES if arrivals.SUPPORTED else _FEWEST_PROBES_IN_THREADS
+    fewest = _FEWEST_PROBES if completion_queue.is_usable() else _FEWEST_PROBES_IN_THREADS
     return min(_MOST_PROBES, max(fewest, _PROBE_BYTES // max_message_bytes))
 
 
@@ -423,18 +425,33 @@ def _ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
+def _server(
+    methods: Mapping[str, UnaryMethod],
+    handlers: list[grpc.GenericRpcHandler],
+    options: list[tuple[str, int]],
+) -> tuple[grpc.Server, CompletionQueueTransport | None]:
+    """Make a server that has calls of one message by a completion queue, or by threads."""
+    by_threads = {path: threads.handler(method) for path, method in methods.items()}
+    is_usable = completion_queue.is_usable()
+    if not is_usable:
+        handlers = [threads.ThreadHandlers(by_threads), *handlers]
+    pool = ThreadPoolExecutor(1, "other")  # every handler of ours brings its own
+    server = grpc.server(pool, handlers=handlers, options=options)
+    return server, CompletionQueueTransport(server, methods, by_threads) if is_usable else None
+
+
 @contextmanager
 def _plain_health(
-    handlers: list[grpc.GenericRpcHandler], address: str, settings: Settings
+    handlers: health.HealthHandlers, counters: metrics.Counters, address: str, settings: Settings
 ) -> Iterator[str]:
     """Answer health alone at a port without TLS, if there is to be one; give where."""
     if settings.health_port is None:
         yield ""
         return
-    server = grpc.server(
-        ThreadPoolExecutor(1, "other"),
-        handlers=handlers,
-        options=[
+    server, transport = _server(
+        handlers.methods,
+        [Unknown(counters)],
+        [
             *_options(settings, messages.SMALL_BYTES, HEALTH_CONNECTIONS),
             ("grpc.max_connection_idle_ms", _ms(_IDLE_HEALTH_S)),
         ],
@@ -444,6 +461,8 @@ def _plain_health(
     except RuntimeError as error:
         raise addresses.cannot_listen(settings.host, settings.health_port, "health") from error
     server.start()
+    if transport is not None:
+        transport.start()
     try:
         yield addresses.joined(address, port)
     finally:

@@ -14,16 +14,15 @@ from typing import Any
 import grpc
 
 from protos import inference_pb2 as pb
-from serving import arrivals
-from serving.arrivals import Messages
 from serving.budget import ANSWER_COPIES, MESSAGE_COPIES
 from serving.callers import Callers, address_of
-from serving.deadline import Deadline
 from serving.errors import Cancelled, ModelNotReady, Overloaded, TooLarge, VisibleError
 from serving.failures import Failure, failure_of
-from serving.pools import Behavior
 from serving.requests import METHOD_STREAM, Requests, written
 from serving.room import Places, Room
+from serving.transport import stream_messages
+from serving.transport.threads import Behavior
+from serving.transport.unary import Deadline
 
 _STRICT = ("triton_grpc_error", "true")  # a stream is to end with a status at the first error
 _TO_REFUSE = 8  # threads beside those that streams hold
@@ -91,8 +90,8 @@ class Streams:
             self._refused(error).end(context)
         try:
             self._answer_stream(
-                Messages(messages) if arrivals.SUPPORTED else messages,
-                _Stream(context, send, Deadline(context), self._refused),
+                stream_messages.watched(messages),
+                _Stream(context, send, Deadline(context.time_remaining()), self._refused),
             )
         finally:
             self._places.give_back(peer)
@@ -162,7 +161,7 @@ class Streams:
 
 def _end_of(messages: Iterator[bytes]) -> TooLarge | None:
     """Tell whether messages end because one is too large, for which gRPC ends the call."""
-    if arrivals.is_too_large(messages):
+    if stream_messages.is_too_large(messages):
         return TooLarge("expected a message of at most --max-message-bytes, found a larger one")
     return None
 

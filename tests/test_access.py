@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving import arrivals
+from serving.transport import completion_queue
 from serving.access import Access, certificate_names
 from serving.errors import Forbidden, StartupError, Unauthenticated
 from serving.watched import Watched
@@ -59,7 +59,7 @@ def status(call: Call, stub: GRPCInferenceServiceStub, metadata: Any = None) -> 
 
 @pytest.fixture(params=["without threads", "with threads"])
 def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrivals, "SUPPORTED", request.param == "without threads")
+    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
 
 
 @pytest.mark.usefixtures("_either_way")

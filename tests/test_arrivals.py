@@ -14,7 +14,7 @@ import pytest
 from grpc import _server
 
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving import arrivals
+from serving.transport import completion_queue
 from serving.tensors import decode_inputs
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, await_true, served
@@ -28,7 +28,7 @@ METHOD = "/inference.GRPCInferenceService/ModelInfer"
 def stub(
     request: pytest.FixtureRequest, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[GRPCInferenceServiceStub]:
-    monkeypatch.setattr(arrivals, "SUPPORTED", request.param == "without threads")
+    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
     with served(repository) as (_, stub):
         yield stub
 
@@ -72,7 +72,7 @@ def test_where_grpcio_is_another_calls_have_threads(
     with monkeypatch.context() as changed:
         changed.delattr(_server, "_RECEIVE_MESSAGE_TOKEN")
         assert not arrivals._is_supported()
-    monkeypatch.setattr(arrivals, "SUPPORTED", False)
+    monkeypatch.setattr(completion_queue, "is_usable", lambda: False)
     with request_threads(repository) as found:
         assert found
 

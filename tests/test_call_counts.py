@@ -12,7 +12,7 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving import arrivals
+from serving.transport import completion_queue
 from serving.server import Server
 from tests.conftest import STATE_DICTS
 from tests.frames import Frames, frames
@@ -201,7 +201,7 @@ UNKNOWN_IN_THREADS |= {"a stream's that is too large", "reflection that is too l
 
 @pytest.fixture(params=["without threads", "with threads"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(arrivals, "SUPPORTED", request.param == "without threads")
+    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
     return bool(request.param == "with threads")
 
 
@@ -229,7 +229,7 @@ def test_every_call_is_counted_once_however_it_ends(repository: Path, threads: b
 def test_messages_that_are_too_large_are_counted_in_threads_too(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrivals, "SUPPORTED", False)
+    monkeypatch.setattr(completion_queue, "is_usable", lambda: False)
     with served(repository, max_message_bytes=MIB) as (server, _):
         for name, act, method, *_ in CASES:
             if name in UNKNOWN_IN_THREADS:

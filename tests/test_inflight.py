@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving import arrivals
+from serving.transport import completion_queue
 from serving.budget import ANSWER_COPIES, MESSAGE_COPIES
 from serving.server import Server
 from tests.conftest import STATE_DICTS
@@ -38,7 +38,7 @@ PUSHBACK = "grpc-retry-pushback-ms"
 
 @pytest.fixture(params=["without threads", "with threads"])
 def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrivals, "SUPPORTED", request.param == "without threads")
+    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
 
 
 def held(server: Server) -> float:

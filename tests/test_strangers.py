@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving import arrivals
+from serving.transport import completion_queue
 from serving.errors import InvalidRequest
 from serving.messages import PROBE_BYTES, inflate, is_compressed, parse
 from serving.room import Places, Room, peer_of
@@ -46,7 +46,7 @@ FORMS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": 
 
 @pytest.fixture(params=["without threads", "with threads"])
 def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrivals, "SUPPORTED", request.param == "without threads")
+    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
 
 
 def outcome(channel: grpc.Channel, method: str, content: bytes) -> str:

@@ -15,7 +15,7 @@ import structlog
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-from serving import arrivals
+from serving.transport import completion_queue
 from serving.observability import tracing
 from serving.observability.metrics import _SECONDS, Counters
 from serving.observability.statistics import Spent, Statistics
@@ -40,7 +40,7 @@ def value(server: Server, name: str, **labels: str) -> float | None:
 def test_where_the_time_of_requests_goes_is_counted(
     repository: Path, threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrivals, "SUPPORTED", threads == "without")
+    monkeypatch.setattr(completion_queue, "is_usable", lambda: threads == "without")
     with served(repository) as (server, stub):
         for rows in (1, 3, 20):
             stub.ModelInfer(raw_request(UNIFORM.x[:rows]), timeout=WAIT_S)

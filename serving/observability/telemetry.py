@@ -4,10 +4,10 @@ import time
 import uuid
 from typing import Any
 
-import grpc
 import structlog
 
 from protos import inference_pb2 as pb
+from serving.callers import Caller
 from serving.failures import Failure
 from serving.observability.metrics import Counters
 from serving.observability.statistics import Spent
@@ -34,29 +34,29 @@ class Telemetry:
         self.tracing = tracing
         self.log_requests = log_requests
 
-    def begin(self, method: str, context: grpc.ServicerContext) -> "Record":
+    def begin(self, method: str, caller: Caller) -> "Record":
         """Take the time at which a message has arrived.
 
         Args:
             method: Which was called.
-            context: Of the call.
+            caller: Whose call it is.
         """
-        return Record(self, method, context)
+        return Record(self, method, caller)
 
 
 class Record:
     """One request, from its arrival to its end, which is told once."""
 
-    __slots__ = ("_context", "_method", "_span", "_started", "_telemetry")
+    __slots__ = ("_caller", "_method", "_span", "_started", "_telemetry")
 
-    def __init__(self, telemetry: Telemetry, method: str, context: grpc.ServicerContext) -> None:
+    def __init__(self, telemetry: Telemetry, method: str, caller: Caller) -> None:
         self._telemetry = telemetry
         self._method = method
-        self._context = context
+        self._caller = caller
         self._started = time.perf_counter()
         self._span = None
         if telemetry.tracing is not None:
-            self._span = telemetry.tracing.begin(method, context.invocation_metadata())
+            self._span = telemetry.tracing.begin(method, caller.invocation_metadata())
 
     def answered(self, answer: Answer) -> None:
         """Tell that it has its answer, which has been serialised."""
@@ -109,6 +109,6 @@ class Record:
     def _id(self, own_id: str) -> str:
         """Name the request: as its message does, or its metadata; else by chance."""
         if not own_id:
-            metadata = dict(self._context.invocation_metadata())
+            metadata = dict(self._caller.invocation_metadata())
             own_id = str(metadata.get(_REQUEST_ID) or uuid.uuid4().hex)
         return own_id[:_MOST_OF_AN_ID]

@@ -1,0 +1,476 @@
+"""Calls of one message by a completion queue of our own, beside that of grpc.server.
+
+grpc.server gives every call a state, locks and a thread, which cost more than a small model does on
+one CPU. Here its core server gets a second queue, which one thread of ours reads: a call is
+admitted or rejected, then its message is read, then its answer is sent, each by one operation of
+gRPC's core. Ports, TLS, limits, keepalive, streams and reflection stay those of grpc.server.
+`python -m benchmarks.serving` measures both ways.
+
+gRPC's Cython layer is private, so it is used only in versions that this was tried with, and only
+after calls have come back by it at start (`is_usable`). Should it fail later, calls go by threads.
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import grpc
+import structlog
+from grpc import _common, _server
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+from serving.budget import ANSWER_COPIES
+from serving.callers import Caller
+from serving.failures import NO_MESSAGE, Failure
+from serving.gate import Gate
+from serving.messages import AS_SENT
+from serving.room import Room, peer_of
+from serving.transport.unary import Deadline, Metadata, UnaryCall, UnaryMethod
+
+TRIED = ("1.81", "1.82", "1.83", "1.84", "1.85")
+"""Versions of grpcio that this was tried with."""
+
+_POSTED, _POSTED_BUSY = 2, 64  # requests for the next calls of a method
+_LOOK_S = 1.0
+_MOST_FAILURES = 100  # in a row
+_NO_FLAGS = 0
+
+_log = structlog.get_logger()
+
+
+class _Call(UnaryCall):
+    """A call that came by a completion queue.
+
+    Args:
+        transport: Which it came by.
+        method: What handles it.
+        event: Which it came with.
+    """
+
+    __slots__ = (
+        *("_call", "_callbacks", "_connection", "_deadline", "_is_cancelled", "_is_ended"),
+        *("_is_final", "_is_finished", "_is_sending", "_is_started", "_lacks_message", "_lock"),
+        *("_metadata", "_pending", "_room", "_transport", "method"),
+    )
+
+    def __init__(self, transport: "CompletionQueueTransport", method: UnaryMethod, event: Any):
+        self.method = method
+        self._transport = transport
+        self._room = method.gate.room
+        self._call = event.call
+        self._metadata: Metadata = event.invocation_metadata
+        self._deadline = Deadline(event.call_details.deadline - time.time())
+        self._connection: str | None = None
+        self._lock = threading.RLock()  # what fails to be sent ends the call
+        self._callbacks: list[Callable[[], None]] | None = []
+        self._is_cancelled: bool | None = None  # known once gRPC has ended it
+        self._is_ended = False  # nothing more is to be sent
+        self._is_started = False  # something has been sent
+        self._is_sending = False
+        self._is_final = False  # the status goes with what is pending
+        self._is_finished = False
+        self._pending: bytes | None = None
+        self._lacks_message = False
+
+    def invocation_metadata(self) -> Metadata:
+        return self._metadata
+
+    def auth_context(self) -> Mapping[str, Sequence[bytes]]:
+        try:
+            found = cygrpc.auth_context(self._call) or {}
+            return {_common.decode(key): value for key, value in found.items()}
+        except Exception as error:
+            self._transport.fall_back(error)
+            raise
+
+    def peer(self) -> str:
+        if self._connection is None:
+            try:
+                self._connection = _common.decode(self._call.peer())
+            except Exception as error:
+                self._transport.fall_back(error)
+                raise
+        return self._connection
+
+    connection = property(peer)
+
+    def time_remaining(self) -> float:
+        return self._deadline.remaining()
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        with self._lock:
+            if self._callbacks is None:
+                return False
+            self._callbacks.append(callback)
+            return True
+
+    def hold(self, size: int) -> bool:
+        return self._room.hold(self, size)
+
+    def answer(self, content: bytes) -> None:
+        if self._end():
+            self._room.answer(self, ANSWER_COPIES * len(content))
+            self._send(content, _OK)
+
+    def fail(self, failure: Failure) -> None:
+        if self._end():
+            self._room.answer(self)
+            self._send(None, _status(failure))
+
+    def give_up(self, *, late: bool) -> None:
+        """End, because no message has come, or because its answer is not taken."""
+        if self._is_ended:
+            self._call.cancel()
+        else:
+            self.fail(self.method.gate.silent(late=late))
+
+    def publish(self, content: bytes) -> None:
+        with self._lock:
+            if not self._is_ended:
+                self._pending = content
+                self._send_pending()
+
+    def finish(self) -> None:
+        with self._lock:
+            if not self._is_ended:
+                self._is_ended = self._is_final = self._is_finished = True
+                self._send_pending()
+
+    @property
+    def is_finished(self) -> bool:
+        return self._is_finished
+
+    def reject(self, failure: Failure) -> None:
+        """End it before its message is read, as one that is not admitted."""
+        self._is_ended = True
+        self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+        self._send(None, _status(failure))
+
+    def receive(self) -> None:
+        """Have gRPC read the message, and report the end of the call."""
+        self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+        self._start(_Call.received, cygrpc.ReceiveMessageOperation(_NO_FLAGS))
+
+    def received(self, event: Any) -> None:
+        """Take the message, if there is one."""
+        message = event.batch_operations[0].message()
+        gate = self.method.gate
+        if not self._room.hear(self, len(message or b"")):
+            return  # it was given up
+        if message is not None:
+            self.method.take(message, self)
+        elif not event.success:  # gRPC ends it, because the message is too large
+            gate.too_large()
+            self._end()
+            self._room.answer(self)
+        else:  # its client has ended its side or has gone, which is known when gRPC has ended it
+            with self._lock:
+                self._lacks_message = True
+                is_cancelled = self._is_cancelled
+            if is_cancelled is None:
+                self.fail(NO_MESSAGE)
+            else:
+                gate.no_message(cancelled=is_cancelled)
+
+    def closed(self, event: Any) -> None:
+        """Note that gRPC has ended it: its client has all of the answer, or has gone."""
+        is_cancelled = event.batch_operations[0].cancelled()
+        with self._lock:
+            self._is_ended = True
+            self._is_cancelled = is_cancelled
+            lacks_message = self._lacks_message
+            callbacks, self._callbacks = self._callbacks or [], None
+        self._room.leave(self)
+        if lacks_message:
+            self.method.gate.no_message(cancelled=is_cancelled)
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception as error:  # the others are called all the same
+                _log.error("callback_failed", exc_info=error)
+
+    def sent(self, event: Any) -> None:
+        """Send what has been published meanwhile."""
+        with self._lock:
+            self._is_sending = False
+            if event.success:
+                self._send_pending()
+
+    def abandon(self) -> None:
+        """End it without an answer, because gRPC cannot be used as it was."""
+        self._end()
+        self._room.leave(self)
+        with suppress(Exception):
+            self._call.cancel(cygrpc.StatusCode.unavailable, "the call could not be answered")
+
+    def _end(self) -> bool:
+        """Have nothing more sent; return False if it had ended."""
+        with self._lock:
+            was_ended, self._is_ended = self._is_ended, True
+        return not was_ended
+
+    def _send_pending(self) -> None:
+        """Send what is pending unless something is under way; the lock is held."""
+        if self._is_sending:
+            return
+        content, self._pending = self._pending, None
+        is_final, self._is_final = self._is_final, False
+        if content is not None or is_final:
+            self._is_sending = True
+            self._send(content, _OK if is_final else None)
+
+    def _send(self, content: bytes | None, status: "_Status | None") -> None:
+        operations = []
+        if not self._is_started:
+            self._is_started = True
+            operations.append(cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS))
+        if content is not None:
+            operations.append(cygrpc.SendMessageOperation(content, _NO_FLAGS))
+        if status is not None:
+            operations.append(cygrpc.SendStatusFromServerOperation(*status, _NO_FLAGS))
+        self._start(_Call.sent, *operations)
+
+    def _start(self, then: "Callable[[_Call, Any], None]", *operations: Any) -> None:
+        """Have gRPC begin operations, and call something with their event when they are done."""
+        try:
+            error = self._call.start_server_batch(operations, (then, self))
+            if error:
+                raise RuntimeError(f"gRPC has not begun operations: error {error}")
+        except Exception as found:
+            self._transport.fall_back(found)
+            self.abandon()
+
+
+_Status = tuple[Any, Any, bytes]
+"""Trailing metadata, gRPC's own code, and details."""
+
+_OK: _Status = (None, cygrpc.StatusCode.ok, b"")
+
+
+def _status(failure: Failure) -> _Status:
+    code = _common.STATUS_CODE_TO_CYGRPC_STATUS_CODE[failure.code]
+    return failure.trailing, code, failure.details.encode()
+
+
+class CompletionQueueTransport:
+    """Brings calls of some methods to what handles them, from a thread of its own.
+
+    Args:
+        server: Has not started yet. It must not have handlers of the methods.
+        methods: What handles calls, by the path of the method.
+        by_threads: gRPC's handlers of the same methods, for calls if gRPC fails.
+
+    Attributes:
+        is_dead: Whether calls are no longer taken though the server has not stopped.
+    """
+
+    def __init__(
+        self,
+        server: grpc.Server,
+        methods: Mapping[str, UnaryMethod],
+        by_threads: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]",
+    ) -> None:
+        self._state: Any = server._state  # type: ignore[attr-defined]
+        self._core: Any = self._state.server
+        self._methods = methods
+        self._by_threads = by_threads
+        self._queue: Any = cygrpc.CompletionQueue()
+        self._core.register_completion_queue(self._queue)
+        for path in methods:
+            self._core.register_method(path)
+        self._posted = 0
+        self._open: set[_Call] = set()
+        self._has_failed = False
+        self.is_dead = False
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether calls go by threads, because gRPC has failed."""
+        return self._has_failed
+
+    def start(self) -> None:
+        """Take calls; the server has started."""
+        for path, method in self._methods.items():
+            for _ in range(_POSTED_BUSY if method.is_busy else _POSTED):
+                self._post(path)
+        threading.Thread(target=self._serve, name="calls", daemon=True).start()
+
+    def fall_back(self, error: Exception) -> None:
+        """Have calls go by threads from now on, because gRPC has failed."""
+        if self._has_failed:
+            return
+        self._has_failed = True
+        _log.error("completion_queue_failed", effect="calls go by threads", exc_info=error)
+        with self._state.lock:
+            self._state.registered_method_handlers.update(self._by_threads)
+
+    def _serve(self) -> None:
+        """Take events until the server has stopped, and with it all calls."""
+        failures, is_serving = 0, True
+        while is_serving and failures < _MOST_FAILURES:
+            try:
+                event = self._queue.poll(time.time() + _LOOK_S)
+                if event.tag is not None:
+                    is_serving = self._take(event)
+                elif self._has_failed:
+                    is_serving = self._state.stage is not _server._ServerStage.STOPPED
+                event = None  # gRPC spins as long as there is one of a call that is over
+                failures = 0
+            except Exception as error:
+                self.fall_back(error)
+                failures += 1
+        self.is_dead = is_serving
+
+    def _take(self, event: Any) -> bool:
+        """Take an event; return False after the last one of a server that stops."""
+        if isinstance(event.tag, tuple):
+            then, call = event.tag
+            try:
+                then(call, event)
+            except Exception as error:
+                self.fall_back(error)
+                call.abandon()
+            if then is _Call.closed:
+                self._open.discard(call)
+            return self._is_serving()
+        if isinstance(event.tag, str):
+            self._posted -= 1
+            call = self._arrived(event)
+            if call is not None:
+                self._admit(call)
+                return True
+            if not self._has_failed:  # the server stops
+                return self._is_serving()
+            self._state.due.add(event.tag)
+        return bool(_server._process_event_and_continue(self._state, event))
+
+    def _is_serving(self) -> bool:
+        return bool(self._posted or self._open or self._has_failed)
+
+    def _arrived(self, event: Any) -> _Call | None:
+        """Make a call of an event; None if it goes by threads."""
+        path = event.tag
+        call = None
+        try:
+            if event.success and not self._has_failed:
+                call = _Call(self, self._methods[path], event)
+                self._post(path)
+        except Exception as error:
+            self.fall_back(error)
+        return call
+
+    def _admit(self, call: _Call) -> None:
+        """Have gRPC read the message of a call, or reject it before."""
+        self._open.add(call)
+        gate = call.method.gate
+        refusal = gate.refusal(call)
+        if refusal is None and not gate.room.enter(call):
+            refusal = gate.full()
+        if refusal is None:
+            call.receive()
+        else:
+            call.reject(refusal)
+
+    def _post(self, path: str) -> None:
+        """Have gRPC report the next call of a method."""
+        with self._state.lock:  # so that the server does not stop meanwhile
+            if self._state.stage is _server._ServerStage.STARTED:
+                error = self._core.request_registered_call(self._queue, self._queue, path, path)
+                if error:
+                    raise RuntimeError(f"gRPC does not take a request for calls: error {error}")
+                self._posted += 1
+
+
+@cache
+def is_usable() -> bool:
+    """Whether calls can come by a completion queue: they do with this grpcio, and it is known."""
+    if grpc.__version__.rsplit(".", 1)[0] not in TRIED:
+        reason = f"grpcio {grpc.__version__} is not among {', '.join(TRIED)}"
+    else:
+        try:
+            _try()
+            return True
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+    _log.warning("completion_queue_not_used", effect="calls go by threads", reason=reason)
+    return False
+
+
+_SERVICE = "kanserve.Trial"
+_TRIAL_S = 5.0
+_TRIAL_BYTES = 2**16  # more than one frame
+
+
+def _try() -> None:
+    """Have calls answered, failed, cancelled and watched, with all that handlers look at.
+
+    Raises:
+        Exception: Something is not as it was in the versions that were tried.
+    """
+    admitted: list[Any] = []
+    ended = threading.Event()
+    failure = Failure(grpc.StatusCode.NOT_FOUND, "there is none", "invalid", retry_after_s=1.0)
+
+    def admit(caller: Caller) -> None:
+        _require(peer_of(caller.peer()) == "127.0.0.1", "the address of a caller")
+        names = {"transport_security_type", "security_level"}  # which there are without TLS as well
+        found = dict(caller.invocation_metadata())["k"], set(caller.auth_context()) - names
+        admitted.append(found)
+
+    def answer(message: bytes, call: UnaryCall) -> None:
+        _require(0 < call.time_remaining() <= _TRIAL_S, "a deadline")
+        call.answer(message)
+
+    def watch_once(message: bytes, call: UnaryCall) -> None:
+        call.add_callback(ended.set)
+        call.publish(b"")
+        call.publish(message)
+
+    gate = Gate(Room(8, _TRIAL_S), admit, lambda error: failure, lambda: 0.0, 2**20)
+    begun: dict[str, Callable[[bytes, UnaryCall], None]] = {
+        "Answer": answer,
+        "Fail": lambda message, call: call.fail(failure),
+        "Watch": watch_once,
+    }
+    methods = {
+        f"/{_SERVICE}/{name}": UnaryMethod(gate, begin, watchers=int(name == "Watch"))
+        for name, begin in begun.items()
+    }
+    server = grpc.server(ThreadPoolExecutor(1), options=[AS_SENT])
+    transport = CompletionQueueTransport(server, methods, {})
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
+    try:
+        transport.start()
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
+            message = bytes(_TRIAL_BYTES)
+            metadata = (("k", "v"),)
+
+            def call(name: str) -> Any:
+                method: Any = channel.unary_stream(f"/{_SERVICE}/{name}")
+                return method(message, timeout=_TRIAL_S, metadata=metadata)
+
+            _require(list(call("Answer")) == [message], "an answer")
+            failed = call("Fail")
+            _require(failed.code() is failure.code, "a status")
+            _require(failed.details() == failure.details, "a status's details")
+            _require(set(failure.trailing) <= set(failed.trailing_metadata()), "metadata")
+            watch = call("Watch")
+            _require(list(itertools.islice(watch, 2)) == [b"", message], "several answers")
+            watch.cancel()
+            _require(ended.wait(_TRIAL_S), "the end of a call that is cancelled")
+        _require(all(found == ("v", set()) for found in admitted), "what a caller has sent")
+        _require(not transport.has_failed, "that nothing failed")
+    finally:
+        server.stop(None)
+
+
+def _require(is_so: bool, what: str) -> None:
+    if not is_so:
+        raise RuntimeError(f"a trial of the completion queue: expected {what}")
