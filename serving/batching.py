@@ -312,23 +312,30 @@ class Queue(Generic[AnyItem]):
                 raise QueueFull(max(excess * wait, wait - spare))
         self._enter(lane, item)
 
-    def take(self, now: float) -> Batch[AnyItem] | None:
-        """Take what is to run now out of line, if there is a slot; `end` gives the slot back."""
+    def take(self, now: float, *, only_short: bool = False) -> Batch[AnyItem] | None:
+        """Take what is to run now out of line, if there is a slot; `end` gives the slot back.
+
+        Args:
+            now: The time.
+            only_short: Whether to take nothing but what is known to end soon.
+        """
         for _ in range(len(self._lanes) if self._free else 0):
             lane = self._lanes[0]
             self._lanes.rotate(-1)
             parts, due = lane.next_parts(now)
             if parts and due <= now:
+                rows = sum([part.rows for part in parts])
+                expected_s = lane.pace.expect(rows)
+                is_short = 0 < expected_s <= _TOGETHER_S
+                if only_short and not is_short:
+                    continue
                 for part in parts:
                     self._leave(lane, part.item)
                     part.item.started = part.stop
-                rows = sum([part.rows for part in parts])
-                expected_s = lane.pace.expect(rows)
                 ready = -math.inf
                 if lane.limits.max_wait_s:  # if not due, then full, with the last that came
                     ready = max(due, max(part.item.arrived for part in parts))
                 size_bytes = sum([part.item.size_bytes for part in parts])
-                is_short = 0 < expected_s <= _TOGETHER_S
                 batch = Batch(lane, parts, ready, rows, size_bytes, is_short)
                 self._free -= 1
                 self._short += batch.is_short

@@ -82,6 +82,9 @@ class Dispatcher:
     Args:
         slots: Runs at a time.
         clock: Seconds, never going back.
+
+    Attributes:
+        has_work: Whether something has been left to `run_short`.
     """
 
     def __init__(self, slots: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -89,6 +92,7 @@ class Dispatcher:
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
         self._queue: Queue[Request] = Queue(slots)
+        self.has_work = False
         self._idle = 0
         self._running = 0
         self._progress_at = clock()
@@ -117,6 +121,8 @@ class Dispatcher:
         inputs: Arrays,
         timeout_s: float | None,
         tell: Callable[[Outcome | Exception], None],
+        *,
+        by_caller: bool = False,
     ) -> Request:
         """Have one request run: by itself, with others or in parts, as its lane's limits say.
 
@@ -126,6 +132,7 @@ class Dispatcher:
             inputs: One array per input, (rows, ...).
             timeout_s: How long its answer is wanted, in seconds.
             tell: Told the answer, what the engine raised for these rows, Abandoned, or TooLate.
+            by_caller: Whether the caller calls `run_short` soon.
 
         Returns:
             The request, for `give_up`.
@@ -140,9 +147,22 @@ class Dispatcher:
         request = Request(len(inputs[0]), size_bytes, now, deadline, inputs, run, tell)
         with self._lock:
             self._queue.admit(lane, request)
-            if self._idle and self._queue.is_worth_a_slot:
-                self._news.notify()
+            self.has_work = by_caller
+            if not by_caller:
+                self._wake()
         return request
+
+    def run_short(self) -> None:
+        """Run what waits in this thread, where it ends soon; threads run the rest.
+
+        A thread that is woken for a run of 100 us costs as much as the run.
+        """
+        self.has_work = False
+        with self._lock:
+            batch = self._begin(self._clock(), only_short=True)
+            self._wake()
+        if batch is not None:
+            self._run(batch)
 
     def give_up(self, lane: Lane[Request], request: Request) -> None:
         """Do not run what has not started of a request, and tell it so unless it has been told."""
@@ -199,12 +219,9 @@ class Dispatcher:
                     for request in late:
                         request.told = True
                     return late
-                batch = self._queue.take(now)
+                batch = self._begin(now)
                 if batch is not None:
-                    self._running += 1
-                    self._progress_at = now
-                    if self._idle and self._queue.is_worth_a_slot:
-                        self._news.notify()
+                    self._wake()
                     return batch
                 waiting = self._queue.next_due(now)
                 timeout = None if waiting is None else waiting[1] - now
@@ -212,6 +229,19 @@ class Dispatcher:
                 self._news.wait(timeout and min(max(0.0, timeout), threading.TIMEOUT_MAX))
                 self._idle -= 1
         return None
+
+    def _begin(self, now: float, *, only_short: bool = False) -> Batch[Request] | None:
+        """Take what is to run now, if there is something and a slot; the lock is held."""
+        batch = self._queue.take(now, only_short=only_short)
+        if batch is not None:
+            self._running += 1
+            self._progress_at = now
+        return batch
+
+    def _wake(self) -> None:
+        """Wake a thread if it has something to do; the lock is held."""
+        if self._idle and self._queue.is_worth_a_slot:
+            self._news.notify()
 
     def _run(self, batch: Batch[Request]) -> None:
         """Run a batch and complete the requests that had their last part in it."""

@@ -262,6 +262,7 @@ def running(
             {**handlers.methods, **healths.methods},
             [handlers, reflections, Unknown(counters)],
             _options(settings, limit, most),
+            dispatcher,
         )
         health_address = cleanup.enter_context(
             _plain_health(
@@ -429,6 +430,7 @@ def _server(
     methods: Mapping[str, UnaryMethod],
     handlers: list[grpc.GenericRpcHandler],
     options: list[tuple[str, int]],
+    dispatcher: Dispatcher | None = None,
 ) -> tuple[grpc.Server, CompletionQueueTransport | None]:
     """Make a server that has calls of one message by a completion queue, or by threads."""
     by_threads = {path: threads.handler(method) for path, method in methods.items()}
@@ -437,7 +439,9 @@ def _server(
         handlers = [threads.ThreadHandlers(by_threads), *handlers]
     pool = ThreadPoolExecutor(1, "other")  # every handler of ours brings its own
     server = grpc.server(pool, handlers=handlers, options=options)
-    return server, CompletionQueueTransport(server, methods, by_threads) if is_usable else None
+    if not is_usable:
+        return server, None
+    return server, CompletionQueueTransport(server, methods, by_threads, dispatcher)
 
 
 @contextmanager

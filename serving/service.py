@@ -37,7 +37,14 @@ EXTENSIONS = ("model_configuration", "model_repository", "parameters", "statisti
 
 
 class Call(Protocol):
-    """The caller's side of a call, as `grpc.ServicerContext` has it."""
+    """The caller's side of a call.
+
+    Attributes:
+        runs_short: Whether the thread that a request comes by runs short batches as well.
+    """
+
+    @property
+    def runs_short(self) -> bool: ...
 
     def time_remaining(self) -> float | None:
         """Tell for how many seconds the answer is wanted; None or infinite for ever."""
@@ -237,7 +244,9 @@ class InferenceService:
         if wishes.timeout_s is not None:
             wanted_s = wishes.timeout_s if wanted_s is None else min(wanted_s, wishes.timeout_s)
         try:
-            waiting = self._dispatcher.submit(model.lane, model.run, inputs, wanted_s, end)
+            waiting = self._dispatcher.submit(
+                model.lane, model.run, inputs, wanted_s, end, by_caller=call.runs_short
+            )
         except QueueFull as error:
             raise Overloaded(
                 f"there is no room for another {rows} rows of model "

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import structlog
@@ -37,6 +38,8 @@ TRIED = ("1.81", "1.82", "1.83", "1.84", "1.85")
 
 _POSTED, _POSTED_BUSY = 2, 64  # requests for the next calls of a method
 _LOOK_S = 1.0
+_PAST = 0.0  # a deadline: do not wait
+_MOST_EVENTS = 64  # before work is done while events keep coming
 _MOST_FAILURES = 100  # in a row
 _NO_FLAGS = 0
 
@@ -57,6 +60,8 @@ class _Call(UnaryCall):
         *("_is_final", "_is_finished", "_is_sending", "_is_started", "_lacks_message", "_lock"),
         *("_metadata", "_pending", "_room", "_transport", "method"),
     )
+
+    runs_short = True
 
     def __init__(self, transport: "CompletionQueueTransport", method: UnaryMethod, event: Any):
         self.method = method
@@ -257,6 +262,27 @@ def _status(failure: Failure) -> _Status:
     return failure.trailing, code, failure.details.encode()
 
 
+class Work(Protocol):
+    """What is done between events; see `Dispatcher`."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to do."""
+
+    def run_short(self) -> None:
+        """Do it."""
+
+
+@dataclass(frozen=True)
+class NoWork:
+    """Nothing to do."""
+
+    has_work: bool = False
+
+    def run_short(self) -> None:
+        """Do nothing."""
+
+
 class CompletionQueueTransport:
     """Brings calls of some methods to what handles them, from a thread of its own.
 
@@ -264,6 +290,7 @@ class CompletionQueueTransport:
         server: Has not started yet. It must not have handlers of the methods.
         methods: What handles calls, by the path of the method.
         by_threads: gRPC's handlers of the same methods, for calls if gRPC fails.
+        work: Done in this thread when no event waits.
 
     Attributes:
         is_dead: Whether calls are no longer taken though the server has not stopped.
@@ -274,11 +301,13 @@ class CompletionQueueTransport:
         server: grpc.Server,
         methods: Mapping[str, UnaryMethod],
         by_threads: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]",
+        work: Work | None = None,
     ) -> None:
         self._state: Any = server._state  # type: ignore[attr-defined]
         self._core: Any = self._state.server
         self._methods = methods
         self._by_threads = by_threads
+        self._work = work or NoWork()
         self._queue: Any = cygrpc.CompletionQueue()
         self._core.register_completion_queue(self._queue)
         for path in methods:
@@ -312,12 +341,18 @@ class CompletionQueueTransport:
     def _serve(self) -> None:
         """Take events until the server has stopped, and with it all calls."""
         failures, is_serving = 0, True
+        work, since_work = self._work, 0
         while is_serving and failures < _MOST_FAILURES:
             try:
-                event = self._queue.poll(time.time() + _LOOK_S)
+                until = _PAST if work.has_work else time.time() + _LOOK_S
+                event = self._queue.poll(until)
                 if event.tag is not None:
                     is_serving = self._take(event)
-                elif self._has_failed:
+                    since_work += 1
+                if work.has_work and (event.tag is None or since_work >= _MOST_EVENTS):
+                    since_work = 0
+                    work.run_short()
+                elif event.tag is None and self._has_failed:
                     is_serving = self._state.stage is not _server._ServerStage.STOPPED
                 event = None  # gRPC spins as long as there is one of a call that is over
                 failures = 0

@@ -5,6 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import structlog
 
@@ -43,6 +44,9 @@ class UnaryCall(ABC):
     """
 
     __slots__ = ()
+
+    runs_short: ClassVar[bool] = False
+    """Whether the thread that takes the message runs short batches as well."""
 
     @abstractmethod
     def invocation_metadata(self) -> Metadata:
