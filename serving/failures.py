@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 import grpc
 import structlog
 
-from protos import inference_pb2 as pb
 from serving.errors import (
     Cancelled,
     ControlRefused,
@@ -26,6 +25,7 @@ from serving.errors import (
     Unauthenticated,
     VisibleError,
 )
+from serving.infer_request import InferRequest
 
 # The status of an error, and the reason under which it is counted.
 _TABLE: dict[type[VisibleError], tuple[grpc.StatusCode, str]] = {
@@ -101,6 +101,6 @@ def failure_of(method: str, request: Any, error: Exception) -> Failure:
 
 def _identity(request: Any) -> dict[str, str]:
     """Say which request it was, for the log."""
-    if not isinstance(request, pb.ModelInferRequest):
+    if not isinstance(request, InferRequest):
         return {}
     return {"model": request.model_name, "version": request.model_version, "id": request.id[:128]}

@@ -1,22 +1,19 @@
-"""What requests share, in calls of their own and in streams: reading, counting, writing."""
+"""What requests share, in calls of their own and in streams: reading and counting."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from google.protobuf.message import Message
-
-from protos import inference_pb2 as pb
 from serving.budget import MESSAGE_COPIES, Budget
 from serving.errors import OverBudget
 from serving.failures import Failure, failure_of
 from serving.gate import OVER_BUDGET
-from serving.messages import inflate, parse_inflated
-from serving.observability.telemetry import Record, Telemetry
-from serving.service import Answer, InferenceService
+from serving.infer_request import InferRequest
+from serving.messages import inflate
+from serving.observability.telemetry import Telemetry
+from serving.service import InferenceService
 
 METHOD = "ModelInfer"
 METHOD_STREAM = "ModelStreamInfer"
-_FINAL = "triton_final_response"  # clients of streams wait for it; there is one answer to a request
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Requests:
         """Make the error of a message that has no room."""
         return OverBudget(OVER_BUDGET, self.retry_after_s())
 
-    def parse(self, raw: bytes, hold: Callable[[int], bool]) -> pb.ModelInferRequest:
+    def parse(self, raw: bytes, hold: Callable[[int], bool]) -> InferRequest:
         """Read a request.
 
         Args:
@@ -62,21 +59,10 @@ class Requests:
         content = inflate(raw, self.max_message_bytes)
         if content is not raw and not hold(MESSAGE_COPIES * len(content)):
             raise self.over_budget()
-        return parse_inflated(pb.ModelInferRequest, content)
+        return InferRequest(content)
 
     def refused(self, method: str, error: Exception) -> Failure:
         """Count a call that ends with an error, and find how."""
         failure = failure_of(method, None, error)
         self.telemetry.counters.count_call(method, failure.code.name, failure.reason)
         return failure
-
-
-def written(answer: Answer, record: Record, *, in_stream: bool = False) -> bytes:
-    """Write an answer, and tell that a request has it."""
-    message: Message = answer.response
-    if in_stream:
-        answer.response.parameters[_FINAL].bool_param = True
-        message = pb.ModelStreamInferResponse(infer_response=answer.response)
-    content = message.SerializeToString()
-    record.answered(answer)
-    return content

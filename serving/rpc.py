@@ -24,7 +24,7 @@ from serving.gate import Gate
 from serving.messages import PROBE_BYTES, SMALL_BYTES, is_compressed, parse
 from serving.observability.metrics import Counters
 from serving.observability.telemetry import Record, Telemetry
-from serving.requests import METHOD, METHOD_STREAM, Requests, written
+from serving.requests import METHOD, METHOD_STREAM, Requests
 from serving.room import Room
 from serving.service import METHODS, SERVICE, Answer, InferenceService
 from serving.streams import Streams
@@ -210,7 +210,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
     def _begin(self, raw: bytes, call: UnaryCall) -> None:
         """Take a request in, without holding up the thread that reads all calls."""
         record = self._telemetry.begin(METHOD, call)
-        if len(raw) < _LARGE_BYTES and not is_compressed(raw):
+        if not is_compressed(raw) and (len(raw) < _LARGE_BYTES or self._service.is_quick(raw)):
             self._start([raw], call, record)
             return
         message = [raw]
@@ -221,12 +221,10 @@ class RpcHandlers(grpc.GenericRpcHandler):
         request = None
 
         def tell(found: Answer | Exception) -> None:
-            try:
-                if not isinstance(found, Exception):
-                    call.answer(written(found, record))
-                    return
-            except Exception as error:  # an answer of more than 2 GB
-                found = error
+            if not isinstance(found, Exception):
+                record.answered(found)
+                call.answer(found.content)
+                return
             failure = failure_of(METHOD, request, found)
             record.failed(failure, request)
             call.fail(failure)

@@ -21,30 +21,28 @@ from serving.errors import (
     ModelNotReady,
     NotOffered,
     Overloaded,
+    VisibleError,
 )
+from serving.infer_request import Arrays, InferRequest, Plan, known_names
 from serving.models.description import model_config, model_metadata
 from serving.models.loading import LoadedModel
 from serving.models.repository import Repository
 from serving.observability.metrics import Counters
-from serving.parameters import read_wishes
-from serving.tensors import choose_outputs, decode_inputs, encode_outputs
 
 _PROTOCOL = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 SERVICE = _PROTOCOL.full_name
 METHODS = _PROTOCOL.methods_by_name
 SERVER_NAME = "kanserve"
+_FINAL = "triton_final_response"  # clients of streams wait for it; there is one answer to a request
 EXTENSIONS = ("model_configuration", "model_repository", "parameters", "statistics")
 
 
 class Call(Protocol):
-    """The caller's side of a call.
-
-    Attributes:
-        runs_short: Whether the thread that a request comes by runs short batches as well.
-    """
+    """The caller's side of a call."""
 
     @property
-    def runs_short(self) -> bool: ...
+    def runs_short(self) -> bool:
+        """Whether its thread runs short batches after it has handed requests on."""
 
     def time_remaining(self) -> float | None:
         """Tell for how many seconds the answer is wanted; None or infinite for ever."""
@@ -57,7 +55,8 @@ class Answer(NamedTuple):
     """The answer to a request, and how it came about.
 
     Args:
-        response: What the client is sent.
+        content: What the client is sent: a ModelInferResponse, or that of a stream.
+        id: Of the request.
         model: Which has answered.
         rows: Of the request.
         parse_s: Reading its tensors, in seconds.
@@ -65,7 +64,8 @@ class Answer(NamedTuple):
         ended: When they ended, by `time.perf_counter`.
     """
 
-    response: pb.ModelInferResponse
+    content: bytes
+    id: str
     model: LoadedModel
     rows: int
     parse_s: float
@@ -164,10 +164,19 @@ class InferenceService:
             model_stats=[model.statistics.message() for model in models]
         )
 
-    def infer(self, request: pb.ModelInferRequest, call: Call) -> Answer:
+    def is_quick(self, content: bytes) -> bool:
+        """Whether a request of many bytes is read in no time, because its header is known."""
+        names = known_names(content)
+        try:
+            model = None if names is None else self._repository.find(*names)
+        except VisibleError:
+            return False
+        return model is not None and model.reader.find(InferRequest(content)) is not None
+
+    def infer(self, request: InferRequest, call: Call, *, in_stream: bool = False) -> Answer:
         """Run some rows, and wait for the answer; `start_infer` does not wait."""
         told: SimpleQueue[Answer | Exception] = SimpleQueue()
-        self.start_infer(request, call, told.put)
+        self.start_infer(request, call, told.put, in_stream=in_stream)
         found = told.get()
         if not isinstance(found, Exception):
             return found
@@ -178,9 +187,11 @@ class InferenceService:
 
     def start_infer(
         self,
-        request: pb.ModelInferRequest,
+        request: InferRequest,
         call: Call,
         tell: Callable[[Answer | Exception], None],
+        *,
+        in_stream: bool = False,
     ) -> None:
         """Have some rows run, as ModelInfer does.
 
@@ -188,6 +199,7 @@ class InferenceService:
             request: As it came.
             call: Whose.
             tell: Told the answer, or an error, once, from another thread.
+            in_stream: Whether the answer is one of a stream.
 
         Raises:
             VisibleError: They will not be run.
@@ -195,57 +207,27 @@ class InferenceService:
         started = time.perf_counter()
         model = self._repository.find(request.model_name, request.model_version)
         try:
-            self._submit(request, model, started, call, tell)
+            plan, inputs = model.reader.read(request)
+            parse_s = time.perf_counter() - started
+            pending = _Pending(
+                *(self, request.id, call, tell, model, plan, inputs, started, parse_s, in_stream)
+            )
+            self._submit(pending)
         except Exception:
             model.statistics.count_failure(time.perf_counter() - started)
             raise
 
-    def _submit(
-        self,
-        request: pb.ModelInferRequest,
-        model: LoadedModel,
-        started: float,
-        call: Call,
-        tell: Callable[[Answer | Exception], None],
-    ) -> None:
-        wishes = read_wishes(request)
-        inputs = decode_inputs(request, model.manifest.inputs)
-        if model.value_rules is not None:
-            model.value_rules.check(inputs)
-        chosen = choose_outputs(request, model.manifest.outputs)
-        rows = len(inputs[0])
-        parse_s = time.perf_counter() - started
-
-        def answer(outcome: Outcome) -> Answer:
-            ended = time.perf_counter()
-            manifest = model.manifest
-            response = pb.ModelInferResponse(
-                model_name=manifest.name, model_version=str(manifest.version), id=request.id
-            )
-            encode_outputs(request, response, manifest.outputs, chosen, outcome.outputs)
-            if wishes.details:
-                self._add_details(response, model, outcome)
-                if model.grid is not None:
-                    outside = model.grid.count_outside(inputs)
-                    response.parameters["out_of_grid_rows"].int64_param = outside
-            return Answer(response, model, rows, parse_s, outcome, ended)
-
-        def end(found: Outcome | Exception) -> None:
-            told: Answer | Exception
-            try:
-                told = _told(found, call) if isinstance(found, Exception) else answer(found)
-            except Exception as error:  # ours; it must not end the thread that runs everything
-                told = error
-            if isinstance(told, Exception):
-                model.statistics.count_failure(time.perf_counter() - started)
-            tell(told)
-
+    def _submit(self, pending: "_Pending") -> None:
+        call, model, rows = pending.call, pending.model, pending.plan.rows
         wanted_s = call.time_remaining()
-        if wishes.timeout_s is not None:
-            wanted_s = wishes.timeout_s if wanted_s is None else min(wanted_s, wishes.timeout_s)
+        timeout_s = pending.plan.wishes.timeout_s
+        if timeout_s is not None:
+            wanted_s = timeout_s if wanted_s is None else min(wanted_s, timeout_s)
+        lane = model.lane
         try:
             waiting = self._dispatcher.submit(
-                model.lane, model.run, inputs, wanted_s, end, by_caller=call.runs_short
+                *(lane, model.run, pending.inputs, wanted_s, pending.end),
+                by_caller=call.runs_short,
             )
         except QueueFull as error:
             raise Overloaded(
@@ -255,8 +237,8 @@ class InferenceService:
             ) from error
         except TooLate as error:
             raise Expired("the deadline leaves no time to run these rows") from error
-        if not call.add_callback(lambda: self._dispatcher.give_up(model.lane, waiting)):
-            self._dispatcher.give_up(model.lane, waiting)
+        if not call.add_callback(lambda: self._dispatcher.give_up(lane, waiting)):
+            self._dispatcher.give_up(lane, waiting)
 
     def RepositoryIndex(self, request: pb.RepositoryIndexRequest) -> pb.RepositoryIndexResponse:
         """List every version of every model that is known."""
@@ -283,17 +265,19 @@ class InferenceService:
         self._explicit(request).unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
-    def _add_details(
-        self, response: pb.ModelInferResponse, model: LoadedModel, outcome: Outcome
-    ) -> None:
+    def details(self, model: LoadedModel, outcome: Outcome, inputs: Arrays) -> dict[str, str | int]:
         """Tell how an answer came about."""
-        parameters = response.parameters
-        parameters["model_sha256"].string_param = model.manifest.files[MODEL_FILE].sha256
-        parameters["provider"].string_param = self._provider
-        parameters["fused_layers"].int64_param = model.engine.fused_layers
-        parameters["batch_rows"].int64_param = outcome.batch_rows
-        parameters["queue_us"].int64_param = round(outcome.queue_s * 1e6)
-        parameters["compute_us"].int64_param = round(outcome.compute_s * 1e6)
+        found: dict[str, str | int] = {
+            "model_sha256": model.manifest.files[MODEL_FILE].sha256,
+            "provider": self._provider,
+            "fused_layers": model.engine.fused_layers,
+            "batch_rows": outcome.batch_rows,
+            "queue_us": round(outcome.queue_s * 1e6),
+            "compute_us": round(outcome.compute_s * 1e6),
+        }
+        if model.grid is not None:
+            found["out_of_grid_rows"] = model.grid.count_outside(inputs)
+        return found
 
     def _explicit(
         self, request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest
@@ -309,6 +293,67 @@ class InferenceService:
         if unknown:
             raise NotOffered(f"parameter {unknown[0][:64]!r} is not offered")
         return self._control
+
+
+class _Pending(NamedTuple):
+    """A request that waits for its outcome.
+
+    Args:
+        service: Answers it.
+        id: Of the request.
+        call: Whose.
+        tell: Told the answer, or an error.
+        model: Which runs it.
+        plan: Of the request.
+        inputs: Its arrays.
+        started: When it came, by `time.perf_counter`.
+        parse_s: Reading it, in seconds.
+        in_stream: Whether the answer is one of a stream.
+    """
+
+    service: InferenceService
+    id: str
+    call: Call
+    tell: Callable[[Answer | Exception], None]
+    model: LoadedModel
+    plan: Plan
+    inputs: Arrays
+    started: float
+    parse_s: float
+    in_stream: bool
+
+    def end(self, found: Outcome | Exception) -> None:
+        """Tell the outcome."""
+        told: Answer | Exception
+        try:
+            told = _told(found, self.call) if isinstance(found, Exception) else self._answer(found)
+        except Exception as error:  # ours; it must not end the thread that runs everything
+            told = error
+        if isinstance(told, Exception):
+            self.model.statistics.count_failure(time.perf_counter() - self.started)
+        self.tell(told)
+
+    def _answer(self, outcome: Outcome) -> Answer:
+        ended = time.perf_counter()
+        plan = self.plan
+        if plan.wishes.details or self.in_stream:
+            content = self._written(plan.response(self.id, outcome.outputs), outcome)
+        else:
+            content = plan.answer(self.id, outcome.outputs)
+        return Answer(content, self.id, self.model, plan.rows, self.parse_s, outcome, ended)
+
+    def _written(self, response: pb.ModelInferResponse, outcome: Outcome) -> bytes:
+        parameters = response.parameters
+        if self.plan.wishes.details:
+            for name, value in self.service.details(self.model, outcome, self.inputs).items():
+                if isinstance(value, str):
+                    parameters[name].string_param = value
+                else:
+                    parameters[name].int64_param = value
+        if self.in_stream:
+            parameters[_FINAL].bool_param = True
+            return pb.ModelStreamInferResponse(infer_response=response).SerializeToString()
+        return response.SerializeToString()
 
 
 def _told(error: Exception, call: Call) -> Exception:

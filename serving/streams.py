@@ -18,7 +18,7 @@ from serving.budget import ANSWER_COPIES, MESSAGE_COPIES
 from serving.callers import Callers, address_of
 from serving.errors import Cancelled, ModelNotReady, Overloaded, TooLarge, VisibleError
 from serving.failures import Failure, failure_of
-from serving.requests import METHOD_STREAM, Requests, written
+from serving.requests import METHOD_STREAM, Requests
 from serving.room import Places, Room
 from serving.transport import stream_messages
 from serving.transport.threads import Behavior
@@ -147,7 +147,9 @@ class Streams:
             if not hold(MESSAGE_COPIES * len(raw)):
                 raise self._requests.over_budget()
             request = self._requests.parse(raw, hold)
-            return written(self._requests.service.infer(request, stream), record, in_stream=True)
+            answer = self._requests.service.infer(request, stream, in_stream=True)
+            record.answered(answer)
+            return answer.content
         except Exception as error:
             failure = failure_of(METHOD_STREAM, request, error)
             record.failed(failure, request)

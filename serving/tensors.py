@@ -18,9 +18,11 @@ from protos.inference_pb2 import InferTensorContents, ModelInferRequest, ModelIn
 from serving.errors import InvalidRequest
 from serving.parameters import refuse_parameters
 
-_WIRE: dict[Datatype, np.dtype[Any]] = {
+WIRE_TYPES: dict[Datatype, np.dtype[Any]] = {
     name: np.dtype(dtype).newbyteorder("<") for name, dtype in DATATYPES.items()
 }
+"""How numbers are sent."""
+
 _CONTENTS_FIELD: dict[Datatype, str] = {
     "FP32": "fp32_contents",
     "INT64": "int64_contents",
@@ -101,37 +103,35 @@ def choose_outputs(request: ModelInferRequest, offered: Sequence[TensorSpec]) ->
 
 
 def encode_outputs(
-    request: ModelInferRequest,
     response: ModelInferResponse,
     offered: Sequence[TensorSpec],
     chosen: Sequence[int],
-    arrays: Sequence[NDArray[np.float32]],
+    arrays: Sequence[NDArray[Any]],
+    *,
+    is_typed: bool,
 ) -> None:
-    """Write outputs into a response, typed if the request was typed, else raw.
+    """Write outputs into a response.
 
     Args:
-        request: What was asked.
         response: Filled in.
         offered: The model's outputs.
         chosen: Which of them to write, as indices.
         arrays: The values of all of them.
+        is_typed: Whether as typed contents, which is how the request came.
     """
-    typed = not request.raw_input_contents and any(
-        tensor.HasField("contents") for tensor in request.inputs
-    )
     for index in chosen:
         spec, array = offered[index], arrays[index]
         tensor = response.outputs.add(name=spec.name, datatype=spec.datatype, shape=array.shape)
-        if typed:
+        if is_typed:
             getattr(tensor.contents, _CONTENTS_FIELD[spec.datatype]).extend(array.ravel().tolist())
         else:
-            little_endian = array.astype(_WIRE[spec.datatype], copy=False)
+            little_endian = array.astype(WIRE_TYPES[spec.datatype], copy=False)
             response.raw_output_contents.append(little_endian.tobytes())
 
 
 def row_bytes(spec: TensorSpec) -> int:
     """Count the bytes that one row of a tensor takes on the wire."""
-    return _WIRE[spec.datatype].itemsize * math.prod(spec.shape[1:])
+    return WIRE_TYPES[spec.datatype].itemsize * math.prod(spec.shape[1:])
 
 
 def _checked_shape(
@@ -183,7 +183,7 @@ def _shape_remedy(
 
 
 def _from_raw(content: bytes, shape: tuple[int, ...], spec: TensorSpec) -> NDArray[Any]:
-    dtype = _WIRE[spec.datatype]
+    dtype = WIRE_TYPES[spec.datatype]
     size = math.prod(shape) * dtype.itemsize  # Python's integers do not overflow
     if len(content) != size:
         raise InvalidRequest(

@@ -29,6 +29,7 @@ from serving.batching import Lane, Limits
 from serving.dispatch import Arrays, Request
 from serving.engine import Engine
 from serving.grid import Grid
+from serving.infer_request import RequestReader
 from serving.models.graph import check_graph
 from serving.observability.statistics import Statistics
 from serving.value_rules import ValueRules, value_rules
@@ -73,6 +74,7 @@ class LoadedModel:
         count: Told of every row that is run.
         folder: Where it was loaded from. What lies there may have changed since.
         statistics: Of what it has answered.
+        reader: Of its requests.
     """
 
     manifest: Manifest
@@ -83,6 +85,7 @@ class LoadedModel:
     count: Count
     folder: Path
     statistics: Statistics
+    reader: RequestReader
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run some rows, of one request or of several, and count them."""
@@ -205,7 +208,10 @@ def _load(
     grid = Grid(manifest.input_range) if manifest.input_range else None
     statistics = Statistics(manifest.name, manifest.version)
     rules = value_rules(manifest.inputs)
-    return LoadedModel(manifest, engine, Lane(limits), grid, rules, count, folder.path, statistics)
+    reader = RequestReader(manifest, rules)
+    return LoadedModel(
+        *(manifest, engine, Lane(limits), grid, rules, count, folder.path, statistics, reader)
+    )
 
 
 def _require_sizes(folder: Path, manifest: Manifest, most: int) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import structlog
 
-from protos import inference_pb2 as pb
 from serving.callers import Caller
 from serving.failures import Failure
+from serving.infer_request import InferRequest
 from serving.observability.metrics import Counters
 from serving.observability.statistics import Spent
 from serving.observability.tracing import Tracing
@@ -76,7 +76,7 @@ class Record:
             self._span.answered(answer, spent)
         if telemetry.log_requests:
             self._log(
-                answer.response.id,
+                answer.id,
                 "OK",
                 model=model.manifest.name,
                 version=model.manifest.version,
@@ -97,7 +97,7 @@ class Record:
         if self._span is not None:
             self._span.failed(failure.code)
         if self._telemetry.log_requests:
-            known = isinstance(request, pb.ModelInferRequest)
+            known = isinstance(request, InferRequest)
             asked = {"model": request.model_name[:_MOST_OF_AN_ID]} if known else {}
             self._log(request.id if known else "", code, reason=failure.details, **asked)
 

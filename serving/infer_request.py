@@ -1,0 +1,263 @@
+"""Requests to run a model, from their bytes to arrays, and answers back to bytes.
+
+A client sends the same names, types and shapes with every request; only tensors and the id differ.
+So what a header says is parsed and checked once for each version of a model, and remembered: for
+the next request with that header, its plan says where the arrays lie in the message's bytes, and
+what goes around the outputs in the answer. All else goes the long way, through protobuf.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kan_bundle.manifest import Manifest, TensorSpec
+from protos import inference_pb2 as pb
+from serving.messages import parse_inflated
+from serving.parameters import Wishes, read_wishes
+from serving.tensors import WIRE_TYPES, choose_outputs, decode_inputs, encode_outputs
+from serving.value_rules import ValueRules
+from serving.wire_format import split_request, tensor_prefix
+
+Arrays = Sequence[NDArray[Any]]
+
+_MOST_HEADERS = 512  # remembered for a version; a client has few
+_MOST_NAMES = 4096
+
+
+class InferRequest:
+    """A request, of which at first only the names are known.
+
+    Args:
+        content: A ModelInferRequest, inflated.
+
+    Attributes:
+        model_name: Asked for.
+        model_version: The same; empty for the newest.
+        id: As the client gave it.
+        content: As above.
+        parts: Of the message; None if it is not as simple as most.
+
+    Raises:
+        InvalidRequest: It is no such message.
+    """
+
+    __slots__ = ("_message", "content", "id", "model_name", "model_version", "parts")
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.parts = split_request(content)
+        self._message: pb.ModelInferRequest | None = None
+        names = None if self.parts is None else _names.get(self.parts.header)
+        if self.parts is not None and names is not None:
+            self.id = self.parts.id
+        else:
+            message = self.message()
+            names = message.model_name, message.model_version
+            self.id = message.id
+            if self.parts is not None:
+                if len(_names) >= _MOST_NAMES:
+                    _names.clear()
+                _names[self.parts.header] = names
+        self.model_name, self.model_version = names
+
+    def message(self) -> pb.ModelInferRequest:
+        """Return the message, parsed."""
+        if self._message is None:
+            self._message = parse_inflated(pb.ModelInferRequest, self.content)
+        return self._message
+
+
+_names: dict[bytes, tuple[str, str]] = {}
+"""Name and version of a model, by the header of a request."""
+
+
+def known_names(content: bytes) -> tuple[str, str] | None:
+    """Return the name and the version of the model in a request, if its header is known."""
+    parts = split_request(content)
+    return None if parts is None else _names.get(parts.header)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where an array lies.
+
+    Args:
+        place: Among the tensors of the message.
+        shape: Of the array.
+        dtype: On the wire.
+        size: In bytes.
+        is_bool: Whether its bytes must be 0 or 1.
+    """
+
+    place: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    size: int
+    is_bool: bool
+
+
+class Plan:
+    """What the header of a request says, checked for one version of a model.
+
+    Args:
+        message: A request with that header, which is valid.
+        manifest: Of the version.
+        wishes: Of the request.
+        arrays: Of its inputs.
+
+    Attributes:
+        wishes: As above.
+        rows: Of the request.
+    """
+
+    def __init__(
+        self, message: pb.ModelInferRequest, manifest: Manifest, wishes: Wishes, arrays: Arrays
+    ) -> None:
+        self.wishes = wishes
+        self.rows = len(arrays[0])
+        self._manifest = manifest
+        self._chosen = choose_outputs(message, manifest.outputs)
+        self._is_typed = not message.raw_input_contents and any(
+            tensor.HasField("contents") for tensor in message.inputs
+        )
+        names = [tensor.name for tensor in message.inputs]
+        self._tensors = [
+            _tensor(names.index(spec.name), spec, array.shape)
+            for spec, array in zip(manifest.inputs, arrays, strict=True)
+        ]
+        self._before = self._response("").SerializeToString()
+        self._shapes: list[tuple[int, ...]] | None = None  # of the outputs, once they are known
+        self._after = b""
+        self._prefixes: list[bytes] = []
+
+    def arrays(self, content: bytes, tensors: Sequence[tuple[int, int]]) -> Arrays | None:
+        """Find the arrays of another request with the same header.
+
+        Args:
+            content: The request.
+            tensors: Where its tensors begin, and their sizes.
+
+        Returns:
+            The arrays; None if they are not as the header says.
+        """
+        if len(tensors) != len(self._tensors):
+            return None
+        found = []
+        for wanted in self._tensors:
+            begin, size = tensors[wanted.place]
+            if size != wanted.size or wanted.is_bool:
+                return None
+            array: NDArray[Any] = np.ndarray(wanted.shape, wanted.dtype, content, begin)
+            found.append(array if array.flags.aligned else array.copy())
+        return found
+
+    def response(self, request_id: str, outputs: Arrays) -> pb.ModelInferResponse:
+        """Make the answer.
+
+        Args:
+            request_id: Of the request.
+            outputs: One array per output of the model, in its order.
+        """
+        response = self._response(request_id)
+        encode_outputs(
+            response, self._manifest.outputs, self._chosen, outputs, is_typed=self._is_typed
+        )
+        return response
+
+    def answer(self, request_id: str, outputs: Arrays) -> bytes:
+        """Write the answer: the bytes of `response`, with one copy of the outputs.
+
+        Args:
+            request_id: Of the request.
+            outputs: One array per output of the model, in its order.
+        """
+        if self._is_typed:
+            return self.response(request_id, outputs).SerializeToString()
+        chosen = [outputs[i] for i in self._chosen]
+        if [array.shape for array in chosen] != self._shapes:
+            self._learn(chosen, outputs)
+        parts: list[Any] = [self._before]
+        if request_id:
+            parts.append(pb.ModelInferResponse(id=request_id).SerializeToString())
+        parts.append(self._after)
+        for prefix, array, dtype in zip(self._prefixes, chosen, self._dtypes, strict=True):
+            parts += (prefix, np.ascontiguousarray(array, dtype))
+        return b"".join(parts)
+
+    def _learn(self, chosen: Arrays, outputs: Arrays) -> None:
+        response = pb.ModelInferResponse()
+        encode_outputs(response, self._manifest.outputs, self._chosen, outputs, is_typed=False)
+        sizes = [len(content) for content in response.raw_output_contents]
+        del response.raw_output_contents[:]
+        self._after = response.SerializeToString()
+        self._prefixes = [tensor_prefix(size) for size in sizes]
+        self._dtypes = [WIRE_TYPES[self._manifest.outputs[i].datatype] for i in self._chosen]
+        self._shapes = [array.shape for array in chosen]
+
+    def _response(self, request_id: str) -> pb.ModelInferResponse:
+        manifest = self._manifest
+        return pb.ModelInferResponse(
+            model_name=manifest.name, model_version=str(manifest.version), id=request_id
+        )
+
+
+def _tensor(place: int, spec: TensorSpec, shape: tuple[int, ...]) -> _Tensor:
+    dtype = WIRE_TYPES[spec.datatype]
+    size = math.prod(shape) * dtype.itemsize
+    return _Tensor(place, shape, dtype, size, spec.datatype == "BOOL")
+
+
+class RequestReader:
+    """Reads the requests of one version of a model. Safe to call from several threads.
+
+    Args:
+        manifest: Of the version.
+        value_rules: Which values its inputs accept; None if all.
+    """
+
+    def __init__(self, manifest: Manifest, value_rules: ValueRules | None) -> None:
+        self._manifest = manifest
+        self._value_rules = value_rules
+        self._plans: dict[bytes, Plan] = {}
+
+    def read(self, request: InferRequest) -> tuple[Plan, Arrays]:
+        """Check a request, and find its arrays.
+
+        Returns:
+            Its plan, and one array per input, in the manifest's order. They may share the memory of
+            the message.
+
+        Raises:
+            InvalidRequest: The model does not take it.
+            NotOffered: It asks for something that this server does not do.
+        """
+        found = self.find(request)
+        arrays: Arrays
+        if found is None:
+            message = request.message()
+            wishes = read_wishes(message)
+            arrays = decode_inputs(message, self._manifest.inputs)
+        else:
+            plan, arrays = found
+        if self._value_rules is not None:
+            self._value_rules.check(arrays)
+        if found is None:
+            plan = Plan(message, self._manifest, wishes, arrays)
+            if request.parts is not None and message.raw_input_contents:
+                if len(self._plans) >= _MOST_HEADERS:
+                    self._plans.clear()
+                self._plans[request.parts.header] = plan
+        return plan, arrays
+
+    def find(self, request: InferRequest) -> tuple[Plan, Arrays] | None:
+        """Find the arrays of a request whose header is known; None if they are not as it says."""
+        parts = request.parts
+        plan = None if parts is None else self._plans.get(parts.header)
+        if parts is None or plan is None:
+            return None
+        arrays = plan.arrays(request.content, parts.tensors)
+        return None if arrays is None else (plan, arrays)
