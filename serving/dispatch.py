@@ -132,7 +132,7 @@ class Dispatcher:
             inputs: One array per input, (rows, ...).
             timeout_s: How long its answer is wanted, in seconds.
             tell: Told the answer, what the engine raised for these rows, Abandoned, or TooLate.
-            by_caller: Whether the caller calls `run_short` soon.
+            by_caller: Whether this thread calls `run_short` soon.
 
         Returns:
             The request, for `give_up`.
@@ -147,8 +147,9 @@ class Dispatcher:
         request = Request(len(inputs[0]), size_bytes, now, deadline, inputs, run, tell)
         with self._lock:
             self._queue.admit(lane, request)
-            self.has_work = by_caller
-            if not by_caller:
+            if by_caller:
+                self.has_work = True
+            else:
                 self._wake()
         return request
 
@@ -163,6 +164,8 @@ class Dispatcher:
             self._wake()
         if batch is not None:
             self._run(batch)
+            with self._lock:
+                self.has_work = bool(self._queue)  # which no thread was woken for
 
     def give_up(self, lane: Lane[Request], request: Request) -> None:
         """Do not run what has not started of a request, and tell it so unless it has been told."""

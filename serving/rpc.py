@@ -211,13 +211,15 @@ class RpcHandlers(grpc.GenericRpcHandler):
         """Take a request in, without holding up the thread that reads all calls."""
         record = self._telemetry.begin(METHOD, call)
         if not is_compressed(raw) and (len(raw) < _LARGE_BYTES or self._service.is_quick(raw)):
-            self._start([raw], call, record)
+            self._start([raw], call, record, by_caller=call.runs_short)
             return
         message = [raw]
         call.add_callback(message.clear)  # what is no longer counted waits for no thread
         self._readers.submit(self._start, message, call, record)
 
-    def _start(self, message: list[bytes], call: UnaryCall, record: Record) -> None:
+    def _start(
+        self, message: list[bytes], call: UnaryCall, record: Record, *, by_caller: bool = False
+    ) -> None:
         request = None
 
         def tell(found: Answer | Exception) -> None:
@@ -231,7 +233,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
 
         try:
             request = self._requests.parse(_taken(message), call.hold)
-            self._service.start_infer(request, call, tell)
+            self._service.start_infer(request, call, tell, by_caller=by_caller)
         except Exception as error:
             tell(error)
 

@@ -40,10 +40,6 @@ EXTENSIONS = ("model_configuration", "model_repository", "parameters", "statisti
 class Call(Protocol):
     """The caller's side of a call."""
 
-    @property
-    def runs_short(self) -> bool:
-        """Whether its thread runs short batches after it has handed requests on."""
-
     def time_remaining(self) -> float | None:
         """Tell for how many seconds the answer is wanted; None or infinite for ever."""
 
@@ -192,6 +188,7 @@ class InferenceService:
         tell: Callable[[Answer | Exception], None],
         *,
         in_stream: bool = False,
+        by_caller: bool = False,
     ) -> None:
         """Have some rows run, as ModelInfer does.
 
@@ -200,6 +197,7 @@ class InferenceService:
             call: Whose.
             tell: Told the answer, or an error, once, from another thread.
             in_stream: Whether the answer is one of a stream.
+            by_caller: Whether this thread runs short batches soon; see `Dispatcher`.
 
         Raises:
             VisibleError: They will not be run.
@@ -212,12 +210,12 @@ class InferenceService:
             pending = _Pending(
                 *(self, request.id, call, tell, model, plan, inputs, started, parse_s, in_stream)
             )
-            self._submit(pending)
+            self._submit(pending, by_caller=by_caller)
         except Exception:
             model.statistics.count_failure(time.perf_counter() - started)
             raise
 
-    def _submit(self, pending: "_Pending") -> None:
+    def _submit(self, pending: "_Pending", *, by_caller: bool) -> None:
         call, model, rows = pending.call, pending.model, pending.plan.rows
         wanted_s = call.time_remaining()
         timeout_s = pending.plan.wishes.timeout_s
@@ -227,7 +225,7 @@ class InferenceService:
         try:
             waiting = self._dispatcher.submit(
                 *(lane, model.run, pending.inputs, wanted_s, pending.end),
-                by_caller=call.runs_short,
+                by_caller=by_caller,
             )
         except QueueFull as error:
             raise Overloaded(

@@ -186,7 +186,6 @@ class _Stream:
     busy: threading.Lock = field(default_factory=threading.Lock)
     ended: bool = False
     given_up: Callable[[], None] | None = None
-    runs_short: bool = False
 
     def __post_init__(self) -> None:
         # gRPC keeps every callback until the call ends, and a stream may have millions of requests.
