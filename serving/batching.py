@@ -155,11 +155,11 @@ class Lane(Generic[AnyItem]):
     @property
     def is_full(self) -> bool:
         """Whether there is hardly any room left."""
+        if not self._line:
+            return False
         limits = self.limits
         rows, size_bytes = self._held
-        return bool(self._line) and (
-            rows >= _FULL * limits.max_queue_rows or size_bytes >= _FULL * limits.max_queue_bytes
-        )
+        return rows >= _FULL * limits.max_queue_rows or size_bytes >= _FULL * limits.max_queue_bytes
 
     @property
     def _held(self) -> tuple[int, int]:
@@ -168,9 +168,10 @@ class Lane(Generic[AnyItem]):
         Who comes last waits for the line and for a run to end, so that an answer comes within the
         time that so many rows take. Other runs do not count: what slots do is no reason to refuse.
         """
-        runs = max(self._runs, 1)
-        return self._rows + self._running_rows // runs, (
-            self._size_bytes + self._running_bytes // runs
+        if not self._runs:
+            return self._rows, self._size_bytes
+        return self._rows + self._running_rows // self._runs, (
+            self._size_bytes + self._running_bytes // self._runs
         )
 
     @property
@@ -184,10 +185,12 @@ class Lane(Generic[AnyItem]):
 
     def excess(self, item: AnyItem) -> float:
         """Tell which share of the line must be gone before an item has room; 0 if it has now."""
+        if not self._line:
+            return 0.0
         rows, size = self._held
         rows += item.left - self.limits.max_queue_rows
         size += item.size_bytes - self.limits.max_queue_bytes
-        if not self._line or (rows <= 0 and size <= 0):
+        if rows <= 0 and size <= 0:
             return 0.0
         share = max(rows / max(self._rows, 1), size / max(self._size_bytes, 1))
         return min(share, 1.0)
@@ -239,7 +242,7 @@ class Lane(Generic[AnyItem]):
         for item in self._line:
             if item.deadline <= now:
                 continue  # it has not been dropped yet
-            left = item.left
+            left = item.rows - item.started
             if parts and rows + left > fitting:  # requests that fit into a run stay whole
                 return parts, -math.inf
             taken = min(left, most)
@@ -247,8 +250,9 @@ class Lane(Generic[AnyItem]):
             rows += taken
             if rows >= most:
                 return parts, -math.inf
-            due = min(due, item.arrived)
-            deadline = min(deadline, item.deadline)
+            if wait_s:
+                due = min(due, item.arrived)
+                deadline = min(deadline, item.deadline)
         if not wait_s and parts:
             return parts, -math.inf
         return parts, min(due + wait_s, deadline - self.pace.expect(rows))

@@ -54,7 +54,7 @@ class Callers:
             Forbidden: It may not call this.
         """
         metadata = caller.invocation_metadata()
-        size = sum(len(key) + len(value) + _ENTRY_BYTES for key, value in metadata)
+        size = sum([len(key) + len(value) + _ENTRY_BYTES for key, value in metadata])
         if size > self._max_metadata_bytes:
             raise TooLarge(
                 f"expected metadata of at most {self._max_metadata_bytes} bytes, found {size}"

@@ -57,6 +57,7 @@ from serving.transport.unary import UnaryMethod
 _log = structlog.get_logger()
 
 _LOOK_S = 0.05
+_CUT_OFF_S = 5.0  # for calls that are cut off to end, which takes milliseconds
 _STALL_LOOK_S = 1.0
 _SIGN_OF_LIFE_S = 20.0
 _FIRST_WORDS_S = 10.0  # for TLS, and for what HTTP/2 begins with
@@ -98,11 +99,13 @@ class Server:
     _health: health.Health
     _reflection: reflection.ReflectionHandlers
     _dispatcher: Dispatcher
+    _transport: CompletionQueueTransport | None
 
     @property
     def is_stalled(self) -> bool:
-        """Whether requests wait and nothing is run."""
-        return self._dispatcher.is_stalled
+        """Whether requests wait and nothing is run, or none are taken."""
+        is_dead = self._transport is not None and self._transport.is_dead
+        return is_dead or self._dispatcher.is_stalled
 
     def announce(self) -> None:
         """Log the address and write it to the address file.
@@ -137,12 +140,12 @@ class Server:
         self._reflection.close()
         while not stopped.wait(_LOOK_S) and not now():
             pass
-        self._grpc_server.stop(None)
+        self._grpc_server.stop(0)
 
     def close(self) -> None:
         """Withdraw the address and cut off whatever still runs."""
         addresses.withdraw(self._settings)
-        self._grpc_server.stop(None).wait()
+        self._grpc_server.stop(0).wait(_CUT_OFF_S)
 
 
 class Supervised(ModelControl, Protocol):
@@ -220,8 +223,10 @@ def running(
 
         def is_full() -> bool:
             # Whose requests they are is not known before they are read.
-            served = repository.served
-            return bool(served) and all(model.lane.is_full for model in served)
+            for model in repository.served:
+                if not model.lane.is_full:
+                    return False
+            return bool(repository.served)
 
         if access is not None and settings.tls_cert is None and not is_own(settings.host):
             _log.warning("tokens_in_clear", remedy="--tls-cert and --tls-key, or a proxy with TLS")
@@ -298,12 +303,13 @@ def running(
             status,
             reflections,
             dispatcher,
+            transport,
         )
         cleanup.callback(server.close)
 
         def look_for_stall() -> None:
-            readiness.stall(dispatcher.is_stalled)
-            status.set_live(not dispatcher.is_stalled)
+            readiness.stall(server.is_stalled)
+            status.set_live(not server.is_stalled)
 
         cleanup.enter_context(repeating("stall", look_for_stall, _STALL_LOOK_S))
         ports = {addresses.port_of(each) for each in (server.address, health_address) if each}
@@ -470,7 +476,7 @@ def _plain_health(
     try:
         yield addresses.joined(address, port)
     finally:
-        server.stop(None).wait()
+        server.stop(0).wait(_CUT_OFF_S)
 
 
 def _bind(grpc_server: grpc.Server, address: str, settings: Settings) -> str:

@@ -13,9 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.transport import completion_queue
 from serving.access import Access, certificate_names
 from serving.errors import Forbidden, StartupError, Unauthenticated
+from serving.transport import completion_queue
 from serving.watched import Watched
 from tests.conftest import STATE_DICTS, run_module
 from tests.security import Authority, bearer, write_access

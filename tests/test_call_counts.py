@@ -12,8 +12,8 @@ import pytest
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.transport import completion_queue
 from serving.server import Server
+from serving.transport import completion_queue
 from tests.conftest import STATE_DICTS
 from tests.frames import Frames, frames
 from tests.security import write_access

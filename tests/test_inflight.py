@@ -16,9 +16,9 @@ from grpc_health.v1 import health_pb2
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.transport import completion_queue
 from serving.budget import ANSWER_COPIES, MESSAGE_COPIES
 from serving.server import Server
+from serving.transport import completion_queue
 from tests.conftest import STATE_DICTS
 from tests.frames import Frames, frames
 from tests.processes import Process, serving

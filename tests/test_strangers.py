@@ -19,10 +19,10 @@ from grpc_health.v1 import health_pb2
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.transport import completion_queue
 from serving.errors import InvalidRequest
 from serving.messages import PROBE_BYTES, inflate, is_compressed, parse
 from serving.room import Places, Room, peer_of
+from serving.transport import completion_queue
 from tests import strangers
 from tests.conftest import STATE_DICTS
 from tests.frames import frames

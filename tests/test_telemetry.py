@@ -15,11 +15,11 @@ import structlog
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-from serving.transport import completion_queue
 from serving.observability import tracing
 from serving.observability.metrics import _SECONDS, Counters
 from serving.observability.statistics import Spent, Statistics
 from serving.server import Server
+from serving.transport import completion_queue
 from tests.conftest import STATE_DICTS, run_module
 from tests.servers import WAIT_S, Gate, await_true, gate, served
 from tests.wire import raw_request

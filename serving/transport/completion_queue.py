@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any, Protocol
 
 import grpc
@@ -46,6 +46,24 @@ _NO_FLAGS = 0
 _log = structlog.get_logger()
 
 
+OK = Failure(grpc.StatusCode.OK, "", "")
+"""The status of a call that has its answer."""
+
+
+def _falling_back(method: Callable[..., None]) -> Callable[..., None]:
+    """Have a method of a call end the call, and calls go by threads, where gRPC fails."""
+
+    @wraps(method)
+    def call_method(call: "_Call", *args: Any) -> None:
+        try:
+            method(call, *args)
+        except Exception as error:
+            call.transport.fall_back(error)
+            call.abandon()
+
+    return call_method
+
+
 class _Call(UnaryCall):
     """A call that came by a completion queue.
 
@@ -55,32 +73,28 @@ class _Call(UnaryCall):
         event: Which it came with.
     """
 
-    __slots__ = (
-        *("_call", "_callbacks", "_connection", "_deadline", "_is_cancelled", "_is_ended"),
-        *("_is_final", "_is_finished", "_is_sending", "_is_started", "_lacks_message", "_lock"),
-        *("_metadata", "_pending", "_room", "_transport", "method"),
-    )
-
     runs_short = True
+
+    # As most calls are until they end; a call has only what differs of its own.
+    _connection: str | None = None
+    _callbacks: list[Callable[[], None]] | None = None
+    _is_cancelled: bool | None = None  # known once gRPC has ended it
+    _is_ended = False  # nothing more is to be sent
+    _is_started = False  # something has been sent
+    _is_sending = False
+    _is_final = False  # the status goes with what is pending
+    _is_finished = False
+    _lacks_message = False
+    _pending: bytes | None = None
 
     def __init__(self, transport: "CompletionQueueTransport", method: UnaryMethod, event: Any):
         self.method = method
-        self._transport = transport
+        self.transport = transport
         self._room = method.gate.room
         self._call = event.call
         self._metadata: Metadata = event.invocation_metadata
         self._deadline = Deadline(event.call_details.deadline - time.time())
-        self._connection: str | None = None
         self._lock = threading.RLock()  # what fails to be sent ends the call
-        self._callbacks: list[Callable[[], None]] | None = []
-        self._is_cancelled: bool | None = None  # known once gRPC has ended it
-        self._is_ended = False  # nothing more is to be sent
-        self._is_started = False  # something has been sent
-        self._is_sending = False
-        self._is_final = False  # the status goes with what is pending
-        self._is_finished = False
-        self._pending: bytes | None = None
-        self._lacks_message = False
 
     def invocation_metadata(self) -> Metadata:
         return self._metadata
@@ -90,7 +104,7 @@ class _Call(UnaryCall):
             found = cygrpc.auth_context(self._call) or {}
             return {_common.decode(key): value for key, value in found.items()}
         except Exception as error:
-            self._transport.fall_back(error)
+            self.transport.fall_back(error)
             raise
 
     def peer(self) -> str:
@@ -98,7 +112,7 @@ class _Call(UnaryCall):
             try:
                 self._connection = _common.decode(self._call.peer())
             except Exception as error:
-                self._transport.fall_back(error)
+                self.transport.fall_back(error)
                 raise
         return self._connection
 
@@ -109,9 +123,12 @@ class _Call(UnaryCall):
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         with self._lock:
-            if self._callbacks is None:
+            if self._is_cancelled is not None:
                 return False
-            self._callbacks.append(callback)
+            if self._callbacks is None:
+                self._callbacks = [callback]
+            else:
+                self._callbacks.append(callback)
             return True
 
     def hold(self, size: int) -> bool:
@@ -120,12 +137,12 @@ class _Call(UnaryCall):
     def answer(self, content: bytes) -> None:
         if self._end():
             self._room.answer(self, ANSWER_COPIES * len(content))
-            self._send(content, _OK)
+            self._send(content, OK)
 
     def fail(self, failure: Failure) -> None:
         if self._end():
             self._room.answer(self)
-            self._send(None, _status(failure))
+            self._send(None, failure)
 
     def give_up(self, *, late: bool) -> None:
         """End, because no message has come, or because its answer is not taken."""
@@ -150,12 +167,14 @@ class _Call(UnaryCall):
     def is_finished(self) -> bool:
         return self._is_finished
 
+    @_falling_back
     def reject(self, failure: Failure) -> None:
         """End it before its message is read, as one that is not admitted."""
         self._is_ended = True
         self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
-        self._send(None, _status(failure))
+        self._send(None, failure)
 
+    @_falling_back
     def receive(self) -> None:
         """Have gRPC read the message, and report the end of the call."""
         self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
@@ -189,7 +208,7 @@ class _Call(UnaryCall):
             self._is_ended = True
             self._is_cancelled = is_cancelled
             lacks_message = self._lacks_message
-            callbacks, self._callbacks = self._callbacks or [], None
+            callbacks, self._callbacks = self._callbacks or (), None
         self._room.leave(self)
         if lacks_message:
             self.method.gate.no_message(cancelled=is_cancelled)
@@ -210,8 +229,12 @@ class _Call(UnaryCall):
         """End it without an answer, because gRPC cannot be used as it was."""
         self._end()
         self._room.leave(self)
-        with suppress(Exception):
+        self.transport.forget(self)
+        try:
             self._call.cancel(cygrpc.StatusCode.unavailable, "the call could not be answered")
+        except Exception:
+            with suppress(Exception):
+                self._call.cancel()
 
     def _end(self) -> bool:
         """Have nothing more sent; return False if it had ended."""
@@ -227,9 +250,10 @@ class _Call(UnaryCall):
         is_final, self._is_final = self._is_final, False
         if content is not None or is_final:
             self._is_sending = True
-            self._send(content, _OK if is_final else None)
+            self._send(content, OK if is_final else None)
 
-    def _send(self, content: bytes | None, status: "_Status | None") -> None:
+    @_falling_back
+    def _send(self, content: bytes | None, status: Failure | None) -> None:
         operations = []
         if not self._is_started:
             self._is_started = True
@@ -237,27 +261,20 @@ class _Call(UnaryCall):
         if content is not None:
             operations.append(cygrpc.SendMessageOperation(content, _NO_FLAGS))
         if status is not None:
-            operations.append(cygrpc.SendStatusFromServerOperation(*status, _NO_FLAGS))
+            operations.append(cygrpc.SendStatusFromServerOperation(*_arguments(status), _NO_FLAGS))
         self._start(_Call.sent, *operations)
 
     def _start(self, then: "Callable[[_Call, Any], None]", *operations: Any) -> None:
         """Have gRPC begin operations, and call something with their event when they are done."""
-        try:
-            error = self._call.start_server_batch(operations, (then, self))
-            if error:
-                raise RuntimeError(f"gRPC has not begun operations: error {error}")
-        except Exception as found:
-            self._transport.fall_back(found)
-            self.abandon()
+        error = self._call.start_server_batch(operations, (then, self))
+        if error:
+            raise RuntimeError(f"gRPC has not begun operations: error {error}")
 
 
-_Status = tuple[Any, Any, bytes]
-"""Trailing metadata, gRPC's own code, and details."""
-
-_OK: _Status = (None, cygrpc.StatusCode.ok, b"")
-
-
-def _status(failure: Failure) -> _Status:
+def _arguments(failure: Failure) -> tuple[Any, ...]:
+    """Return what gRPC is told of a status: metadata, its own code, and details."""
+    if failure is OK:
+        return None, cygrpc.StatusCode.ok, b""
     code = _common.STATUS_CODE_TO_CYGRPC_STATUS_CODE[failure.code]
     return failure.trailing, code, failure.details.encode()
 
@@ -335,8 +352,16 @@ class CompletionQueueTransport:
             return
         self._has_failed = True
         _log.error("completion_queue_failed", effect="calls go by threads", exc_info=error)
-        with self._state.lock:
-            self._state.registered_method_handlers.update(self._by_threads)
+        state = self._state
+        with suppress(Exception), state.lock:
+            state.registered_method_handlers.update(self._by_threads)
+            if state.stage is _server._ServerStage.STARTED:
+                for path in self._by_threads:
+                    _server._request_registered_call(state, path)
+
+    def forget(self, call: _Call) -> None:
+        """Wait no longer for the end of a call: the server cannot stop before its calls end."""
+        self._open.discard(call)
 
     def _serve(self) -> None:
         """Take events until the server has stopped, and with it all calls."""
@@ -371,18 +396,28 @@ class CompletionQueueTransport:
                 self.fall_back(error)
                 call.abandon()
             if then is _Call.closed:
-                self._open.discard(call)
+                self.forget(call)
             return self._is_serving()
         if isinstance(event.tag, str):
             self._posted -= 1
             call = self._arrived(event)
             if call is not None:
                 self._admit(call)
-                return True
-            if not self._has_failed:  # the server stops
-                return self._is_serving()
-            self._state.due.add(event.tag)
-        return bool(_server._process_event_and_continue(self._state, event))
+            elif self._has_failed:
+                self._hand_over(event)
+            return self._is_serving()
+        return bool(_server._process_event_and_continue(self._state, event))  # of such a call
+
+    def _hand_over(self, event: Any) -> None:
+        """Have a call that came go by threads."""
+        state, path = self._state, event.tag
+        method = _server._RegisteredMethod(path, self._by_threads[path])
+        with state.lock:
+            rpc_state, _ = _server._handle_call(
+                *(event, method, state.interceptor_pipeline, state.thread_pool, False)
+            )
+            if rpc_state is not None:
+                state.rpc_states.add(rpc_state)
 
     def _is_serving(self) -> bool:
         return bool(self._posted or self._open or self._has_failed)
@@ -503,7 +538,7 @@ def _try() -> None:
         _require(all(found == ("v", set()) for found in admitted), "what a caller has sent")
         _require(not transport.has_failed, "that nothing failed")
     finally:
-        server.stop(None)
+        server.stop(0)  # which does not wait, as None would
 
 
 def _require(is_so: bool, what: str) -> None:

@@ -14,6 +14,8 @@ from serving.gate import Gate
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
+_FOR_EVER_S = 1e9
+
 _log = structlog.get_logger()
 
 
@@ -30,11 +32,12 @@ class Deadline:
     __slots__ = ("_end",)
 
     def __init__(self, remaining_s: float) -> None:
-        self._end = math.inf if remaining_s == math.inf else time.monotonic() + remaining_s
+        # gRPC's word for "no deadline" is a time in some hundred thousand million years.
+        self._end = math.inf if remaining_s > _FOR_EVER_S else time.monotonic() + remaining_s
 
     def remaining(self) -> float:
         """Return the seconds that are left, at least zero."""
-        return max(0.0, self._end - time.monotonic())
+        return self._end if self._end == math.inf else max(0.0, self._end - time.monotonic())
 
 
 class UnaryCall(ABC):

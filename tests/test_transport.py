@@ -1,26 +1,28 @@
-"""Calls without threads, and with threads where this grpcio is another; seen from the wire."""
+"""Calls by a completion queue, and by threads where gRPC is not as it was; seen from the wire."""
 
 import inspect
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from grpc import _server
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
-from serving.transport import completion_queue
 from serving.tensors import decode_inputs
+from serving.transport import completion_queue
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
 
 UNIFORM = STATE_DICTS[0]
+ONE_ROW = raw_request(UNIFORM.x[:1])
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 
 
@@ -58,7 +60,7 @@ def test_answers_and_errors_are_the_same_either_way(stub: GRPCInferenceServiceSt
 
 
 def test_this_grpcio_needs_no_threads(repository: Path) -> None:
-    assert arrivals.SUPPORTED
+    assert completion_queue.is_usable()
     with request_threads(repository) as found:
         assert not found
 
@@ -66,15 +68,67 @@ def test_this_grpcio_needs_no_threads(repository: Path) -> None:
 def test_where_grpcio_is_another_calls_have_threads(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as changed:
-        changed.setattr(_server, "_status", lambda state: None)
-        assert not arrivals._is_supported()
-    with monkeypatch.context() as changed:
-        changed.delattr(_server, "_RECEIVE_MESSAGE_TOKEN")
-        assert not arrivals._is_supported()
-    monkeypatch.setattr(completion_queue, "is_usable", lambda: False)
-    with request_threads(repository) as found:
+    monkeypatch.setattr(grpc, "__version__", "1.99.0")
+    with changed(), request_threads(repository) as found:
         assert found
+
+
+@contextmanager
+def changed() -> Iterator[None]:
+    """Have gRPC tried anew, now and afterwards."""
+    completion_queue.is_usable.cache_clear()
+    try:
+        yield
+    finally:
+        completion_queue.is_usable.cache_clear()
+
+
+class Broken:
+    """A module of gRPC, as our code alone sees it, with one name that is another or gone."""
+
+    def __init__(self, module: Any, name: str, *instead: Any) -> None:
+        self._module, self._name, self._instead = module, name, instead
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._name:
+            if not self._instead:
+                raise AttributeError(name)
+            return self._instead[0]
+        return getattr(self._module, name)
+
+
+PRIVATE = sorted(
+    set(re.findall(r"\b(cygrpc|_server|_common)\.(\w+)", inspect.getsource(completion_queue)))
+)
+LAYOUTS: list[Any] = [(), (lambda *_: (None, 7),)]
+
+
+def health(server: Any) -> str:
+    with grpc.insecure_channel(server.address) as channel:
+        request = health_pb2.HealthCheckRequest()
+        status = HealthStub(channel).Check(request, timeout=WAIT_S).status
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["gone", "returns"])
+@pytest.mark.parametrize(("module", "name"), PRIVATE)
+def test_health_and_inference_live_whatever_grpc_changes(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, layout: Any
+) -> None:
+    """It has changed before the server starts, or it changes while the server runs."""
+    broken = Broken(getattr(completion_queue, module), name, *layout)
+    with monkeypatch.context() as patched, changed():
+        patched.setattr(completion_queue, module, broken)
+        with served(repository) as (server, stub):
+            assert raw_output(stub.ModelInfer(ONE_ROW, timeout=WAIT_S)).shape == (1, 3)
+            assert health(server) == "SERVING"
+    with monkeypatch.context() as patched, served(repository) as (server, stub):
+        patched.setattr(completion_queue, module, broken)
+        for _ in range(3):  # what is under way may fail, in a way that a client tries again
+            with suppress(grpc.RpcError):
+                stub.ModelInfer(ONE_ROW, timeout=WAIT_S)
+        assert raw_output(stub.ModelInfer(ONE_ROW, timeout=WAIT_S)).shape == (1, 3)
+        assert health(server) == "SERVING"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +190,7 @@ def test_what_fails_unforeseen_ends_the_call_and_not_the_server(
         stub.ModelInfer(raw_request(UNIFORM.x))
 
 
-def test_large_messages_do_not_hold_up_grpcs_own_thread(
+def test_large_messages_of_unknown_headers_are_read_elsewhere(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers: list[str] = []
@@ -145,31 +199,24 @@ def test_large_messages_do_not_hold_up_grpcs_own_thread(
         readers.append(threading.current_thread().name)
         return decode_inputs(request, expected)
 
-    monkeypatch.setattr("serving.service.decode_inputs", watched)
+    monkeypatch.setattr("serving.infer_request.decode_inputs", watched)
     with served(repository) as (_, stub):
-        for rows in (1, 2**16):
+        for rows in (1, 2**16, 2**16, 1):
             answer = stub.ModelInfer(raw_request(np.zeros((rows, 4), np.float32)))
             assert raw_output(answer).shape == (rows, 3)
-    assert [name.startswith("reader") for name in readers] == [False, True]
+    assert [name.startswith("reader") for name in readers] == [False, True]  # each header once
 
 
 def test_an_answer_too_large_for_a_message_is_an_error_of_ours(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(message: Any) -> bytes:
+    def fail(*_: Any, **__: Any) -> bytes:
         raise ValueError("Message exceeds maximum protobuf size of 2GB")
 
     with served(repository) as (_, stub):
         with monkeypatch.context() as broken:
-            broken.setattr("serving.service.encode_outputs", lambda *_: fail(None))
+            broken.setattr("serving.infer_request.encode_outputs", fail)
             with pytest.raises(grpc.RpcError) as failed:
                 stub.ModelInfer(raw_request(UNIFORM.x))
         assert failed.value.code() is grpc.StatusCode.INTERNAL
         assert raw_output(stub.ModelInfer(raw_request(UNIFORM.x[:1]))).shape == (1, 3)
-
-
-def test_every_private_name_that_is_used_is_looked_at() -> None:
-    source = inspect.getsource(arrivals)
-    used = set(re.findall(r"_server\.(_\w+)", source))
-    assert {"_status", "_receive_message", "_Context"} <= used
-    assert all(f'"{name}"' in source for name in used)
