@@ -169,7 +169,7 @@ class Plan:
         return response
 
     def answer(self, request_id: str, outputs: Arrays) -> bytes:
-        """Write the answer: the bytes of `response`, with one copy of the outputs.
+        """Write the answer: the bytes of `response`, put together.
 
         Args:
             request_id: Of the request.
@@ -180,12 +180,12 @@ class Plan:
         chosen = [outputs[i] for i in self._chosen]
         if [array.shape for array in chosen] != self._shapes:
             self._learn(chosen, outputs)
-        parts: list[Any] = [self._before]
+        parts = [self._before]
         if request_id:
             parts.append(pb.ModelInferResponse(id=request_id).SerializeToString())
         parts.append(self._after)
         for prefix, array, dtype in zip(self._prefixes, chosen, self._dtypes, strict=True):
-            parts += (prefix, np.ascontiguousarray(array, dtype))
+            parts += (prefix, array.astype(dtype, copy=False).tobytes())
         return b"".join(parts)
 
     def _learn(self, chosen: Arrays, outputs: Arrays) -> None:

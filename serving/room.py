@@ -221,9 +221,9 @@ class Room:
         self.is_closing = True
 
     def _remove(self, call: Silent) -> None:
-        self._silent.pop(call, None)
-        self._heard.discard(call)
-        self._answered.pop(call, None)
+        if self._answered.pop(call, None) is None:  # where most are when they leave
+            self._silent.pop(call, None)
+            self._heard.discard(call)
         self._give_back(call)
 
     def _give_back(self, call: Silent) -> None:

@@ -21,6 +21,7 @@ from serving.callers import Caller, Callers
 from serving.errors import Cancelled, NotOffered, Overloaded
 from serving.failures import failure_of
 from serving.gate import Gate
+from serving.infer_request import InferRequest
 from serving.messages import PROBE_BYTES, SMALL_BYTES, is_compressed, parse
 from serving.observability.metrics import Counters
 from serving.observability.telemetry import Record, Telemetry
@@ -211,14 +212,28 @@ class RpcHandlers(grpc.GenericRpcHandler):
         """Take a request in, without holding up the thread that reads all calls."""
         record = self._telemetry.begin(METHOD, call)
         if not is_compressed(raw) and (len(raw) < _LARGE_BYTES or self._service.is_quick(raw)):
-            self._start([raw], call, record, by_caller=call.runs_short)
+            self._start(lambda: InferRequest(raw), call, record, by_caller=call.runs_short)
             return
         message = [raw]
         call.add_callback(message.clear)  # what is no longer counted waits for no thread
-        self._readers.submit(self._start, message, call, record)
+        read = partial(self._read, message, call)
+        self._readers.submit(self._start, read, call, record)
+
+    def _read(self, message: list[bytes], call: UnaryCall) -> InferRequest:
+        """Read a message that waited, unless its call has ended meanwhile."""
+        try:
+            raw = message.pop()
+        except IndexError:
+            raise Cancelled("cancelled") from None
+        return self._requests.parse(raw, call.hold)
 
     def _start(
-        self, message: list[bytes], call: UnaryCall, record: Record, *, by_caller: bool = False
+        self,
+        read: Callable[[], InferRequest],
+        call: UnaryCall,
+        record: Record,
+        *,
+        by_caller: bool = False,
     ) -> None:
         request = None
 
@@ -232,7 +247,7 @@ class RpcHandlers(grpc.GenericRpcHandler):
             call.fail(failure)
 
         try:
-            request = self._requests.parse(_taken(message), call.hold)
+            request = read()
             self._service.start_infer(request, call, tell, by_caller=by_caller)
         except Exception as error:
             tell(error)
@@ -270,11 +285,3 @@ def _group_of(name: str) -> Group | None:
     if name in _OPEN or name in _NOT_OFFERED:
         return None
     return "admin" if name in _CONTROL else "inference"
-
-
-def _taken(message: list[bytes]) -> bytes:
-    """Take a message that waited, unless its call has ended meanwhile."""
-    try:
-        return message.pop()
-    except IndexError:
-        raise Cancelled("cancelled") from None

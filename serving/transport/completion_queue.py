@@ -210,6 +210,7 @@ class _Call(UnaryCall):
             lacks_message = self._lacks_message
             callbacks, self._callbacks = self._callbacks or (), None
         self._room.leave(self)
+        self.transport.forget(self)
         if lacks_message:
             self.method.gate.no_message(cancelled=is_cancelled)
         for callback in callbacks:
@@ -369,44 +370,49 @@ class CompletionQueueTransport:
         work, since_work = self._work, 0
         while is_serving and failures < _MOST_FAILURES:
             try:
-                until = _PAST if work.has_work else time.time() + _LOOK_S
-                event = self._queue.poll(until)
-                if event.tag is not None:
-                    is_serving = self._take(event)
-                    since_work += 1
-                if work.has_work and (event.tag is None or since_work >= _MOST_EVENTS):
+                event = self._queue.poll(_PAST if work.has_work else time.time() + _LOOK_S)
+                tag = event.tag
+                if type(tag) is tuple:  # as most are
+                    self._take(event, *tag)
+                elif tag is not None:
+                    is_serving = self._take_other(event)
+                if work.has_work and (tag is None or since_work >= _MOST_EVENTS):
                     since_work = 0
                     work.run_short()
-                elif event.tag is None and self._has_failed:
-                    is_serving = self._state.stage is not _server._ServerStage.STOPPED
-                event = None  # gRPC spins as long as there is one of a call that is over
+                since_work += 1
+                if not self._posted:  # which they are as long as the server takes calls
+                    is_serving = is_serving and self._is_serving()
+                event = tag = None  # gRPC spins as long as there is an event of a call that is over
                 failures = 0
             except Exception as error:
                 self.fall_back(error)
                 failures += 1
         self.is_dead = is_serving
 
-    def _take(self, event: Any) -> bool:
-        """Take an event; return False after the last one of a server that stops."""
-        if isinstance(event.tag, tuple):
-            then, call = event.tag
-            try:
-                then(call, event)
-            except Exception as error:
-                self.fall_back(error)
-                call.abandon()
-            if then is _Call.closed:
-                self.forget(call)
-            return self._is_serving()
-        if isinstance(event.tag, str):
-            self._posted -= 1
-            call = self._arrived(event)
-            if call is not None:
-                self._admit(call)
-            elif self._has_failed:
-                self._hand_over(event)
-            return self._is_serving()
-        return bool(_server._process_event_and_continue(self._state, event))  # of such a call
+    def _is_serving(self) -> bool:
+        if self._has_failed:
+            return bool(self._state.stage is not _server._ServerStage.STOPPED)
+        return bool(self._open)
+
+    def _take(self, event: Any, then: "Callable[[_Call, Any], None]", call: _Call) -> None:
+        """Take an event of a call."""
+        try:
+            then(call, event)
+        except Exception as error:
+            self.fall_back(error)
+            call.abandon()
+
+    def _take_other(self, event: Any) -> bool:
+        """Take a new call, or an event of one that goes by threads; return False after the last."""
+        if not isinstance(event.tag, str):
+            return bool(_server._process_event_and_continue(self._state, event))
+        self._posted -= 1
+        call = self._arrived(event)
+        if call is not None:
+            self._admit(call)
+        elif self._has_failed:
+            self._hand_over(event)
+        return True
 
     def _hand_over(self, event: Any) -> None:
         """Have a call that came go by threads."""
@@ -418,9 +424,6 @@ class CompletionQueueTransport:
             )
             if rpc_state is not None:
                 state.rpc_states.add(rpc_state)
-
-    def _is_serving(self) -> bool:
-        return bool(self._posted or self._open or self._has_failed)
 
     def _arrived(self, event: Any) -> _Call | None:
         """Make a call of an event; None if it goes by threads."""
