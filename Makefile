@@ -95,11 +95,14 @@ SEED ?= 0
 fuzz-files: $(VENV)/installed
 	$(BIN)/python -m tests.hostile --seed $(SEED) $(if $(SECONDS),--seconds $(SECONDS),--files $(FILES))
 
-# A million good and malformed requests, mixed, at a server in a process of its own; then hostile
-# messages of a hundred kinds, at every port of servers of four kinds, beside honest clients.
+# A million mutated requests, as our parser and protobuf's read them; a million good and malformed
+# ones, mixed, at a server in a process of its own; then hostile messages of a hundred kinds, at
+# every port of servers of four kinds, beside honest clients.
+MUTATED ?= 1000000
 REQUESTS ?= 1000000
 MESSAGES ?= 10000
 fuzz-wire: $(VENV)/installed
+	$(BIN)/python -m tests.mutated --messages $(MUTATED)
 	$(BIN)/python -m tests.fuzzing --requests $(REQUESTS)
 	$(BIN)/python -m tests.strangers --messages $(MESSAGES)
 

@@ -10,7 +10,7 @@ watches, so that one watcher makes every shutdown last the whole grace period.
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from grpc_health.v1 import health_pb2 as pb
@@ -60,14 +60,16 @@ class Health:
         with self._lock:
             changed = self._status != _status(ready)
             self._status = _status(ready)
-            self._notify(changed)
+            if changed:
+                self._notify(lambda service: service != LIVE)
 
     def set_live(self, live: bool) -> None:
         """Change the status of `LIVE` and notify every watcher."""
         with self._lock:
             changed = self._live != _status(live)
             self._live = _status(live)
-            self._notify(changed)
+            if changed:
+                self._notify(lambda service: service == LIVE)
 
     def close(self) -> None:
         """End every watch."""
@@ -103,9 +105,10 @@ class Health:
         if not watcher.add_callback(forget):
             forget()
 
-    def _notify(self, changed: bool) -> None:
-        for watcher, service in self._watchers.items() if changed else ():
-            watcher.publish(self._status_of(service))
+    def _notify(self, is_concerned: Callable[[str], bool]) -> None:
+        for watcher, service in self._watchers.items():
+            if is_concerned(service):
+                watcher.publish(self._status_of(service))
 
     def _status_of(self, service: str) -> bytes:
         return self._live if service == LIVE else self._status
