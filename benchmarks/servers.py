@@ -25,7 +25,7 @@ from protos import inference_pb2 as pb
 ROOT = Path(__file__).parent.parent
 _RIVALS = Path(__file__).parent / "rivals"
 TWO_WORKERS = "kanserve 2 workers"
-_ECHOES = ("echo", "echo 4 threads", "echo asyncio")
+_ECHOES = ("echo C++", "echo completion queue", "echo", "echo 4 threads", "echo asyncio")
 _START_S = 120.0
 _END_S = 30.0
 _LOOK_S = 0.01
@@ -123,11 +123,11 @@ def _script(name: str) -> Callable[[Place], list[str]]:
     return arguments
 
 
-def _echo(*flags: str) -> Callable[[Place], list[str]]:
+def _echo(*flags: str, script: str = "echo") -> Callable[[Place], list[str]]:
     def arguments(place: Place) -> list[str]:
         rows, columns = place.question.expected.shape  # its answers are as long as the model's
         shape = ["--rows", str(rows), "--outputs", str(columns)]
-        return [*_script("echo")(place), *shape, *flags]
+        return [*_script(script)(place), *shape, *flags]
 
     return arguments
 
@@ -147,6 +147,23 @@ def kanserve(*flags: str, drain_s: float = 0.0) -> Callable[[Place], list[str]]:
 CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
     for contender in (
+        Contender(
+            "echo C++",
+            "a bare gRPC server in C++, which parses nothing and answers every request with the "
+            "same bytes: the limit of any gRPC server",
+            "grpc",
+            None,
+            _echo(script="echo_cpp"),
+            rival=False,
+        ),
+        Contender(
+            "echo completion queue",
+            "the same by our own way to gRPC's core, without a model: what our transport costs",
+            "grpc",
+            None,
+            _echo("--completion-queue"),
+            rival=False,
+        ),
         Contender(
             "echo",
             "a bare grpcio server, synchronous, with a thread for each connection, which parses "

@@ -12,6 +12,8 @@ from serving.client.load import Opened
 
 # Okabe and Ito's colours, told apart by the colour-blind too; ours is nobody else's.
 STYLES: dict[str, dict[str, object]] = {
+    "echo C++": {"color": "#555555", "linestyle": "--", "marker": None},
+    "echo completion queue": {"color": "#777777", "linestyle": (0, (5, 1)), "marker": None},
     "echo": {"color": "#888888", "linestyle": "--", "marker": None},
     "echo 4 threads": {"color": "#888888", "linestyle": "-.", "marker": None},
     "echo asyncio": {"color": "#BBBBBB", "linestyle": ":", "marker": None},
@@ -190,7 +192,7 @@ def _ratios(results: Results) -> list[str]:
             if CONTENDERS[name].rival and (per_s := results.per_s(name, rows))
         }
         facts = [f"{ours * rows:,.0f} rows a second"]
-        for floor in ("echo", "echo 4 threads"):
+        for floor in ("echo C++", "echo completion queue", "echo", "echo 4 threads"):
             if echo := results.per_s(floor, rows):
                 facts.append(f"{ours / echo:.2f} of {floor}")
         facts.append(f"{ours * rows / engine:.2f} of the engine's {engine:,.0f} rows")

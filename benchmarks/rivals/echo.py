@@ -1,9 +1,9 @@
 """The floor: what gRPC in Python costs when a server does nothing. Runs in our own environment.
 
-Runs grpcio's synchronous server with `--threads` threads, or with `--asyncio` its asyncio server. A
-generic handler takes a request as bytes, does not parse it, and answers every one with the same
-bytes: a response of the right shape, zeros in it, serialised once. So what any server built on
-grpcio adds is its parsing, its model and its answer.
+Runs grpcio's synchronous server with `--threads` threads, with `--asyncio` its asyncio server, or
+with `--completion-queue` our own way to its core. A handler takes a request as bytes, does not
+parse it, and answers every one with the same bytes: a response of the right shape, zeros in it,
+serialised once. So what any server built on grpcio adds is its parsing, its model and its answer.
 
 Wire: /inference.GRPCInferenceService/ModelInfer of the Open Inference Protocol. Every other call
 of the service is refused. `--rows` has to be what the client sends.
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--outputs", type=int, default=10, help="columns of a response")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--asyncio", action="store_true")
+    parser.add_argument("--completion-queue", action="store_true")
     arguments = parser.parse_args()
 
     # Blocked before gRPC starts threads, which inherit it: only sigwait below sees them.
@@ -79,6 +80,8 @@ def main() -> None:
     answer = response(arguments.rows, arguments.outputs)
     if arguments.asyncio:
         asyncio.run(serve_asyncio(address, answer))
+    elif arguments.completion_queue:
+        serve_completion_queue(address, answer)
     else:
         serve(address, answer, arguments.threads)
 
@@ -89,6 +92,24 @@ def serve(address: str, answer: bytes, threads: int) -> None:
     server.add_generic_rpc_handlers([Echo(lambda request, context: answer)])
     server.add_insecure_port(address)
     server.start()
+    signal.sigwait(SIGNALS)
+    server.stop(grace=None).wait()
+
+
+def serve_completion_queue(address: str, answer: bytes) -> None:
+    """Answer from the thread that reads a completion queue, with nothing that limits callers."""
+    from serving.gate import Gate
+    from serving.room import Room
+    from serving.transport.completion_queue import CompletionQueueTransport
+    from serving.transport.unary import UnaryMethod
+
+    gate = Gate(Room(2**16, 60.0), lambda caller: None, NotImplemented, lambda: 0.0, 2**31)
+    method = UnaryMethod(gate, lambda message, call: call.answer(answer), is_busy=True)
+    server = grpc.server(ThreadPoolExecutor(1), options=OPTIONS)
+    transport = CompletionQueueTransport(server, {METHOD: method}, {})
+    server.add_insecure_port(address)
+    server.start()
+    transport.start()
     signal.sigwait(SIGNALS)
     server.stop(grace=None).wait()
 
