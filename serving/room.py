@@ -94,6 +94,11 @@ class Room:
         """Count the calls whose messages are not there."""
         return len(self._silent)
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether a call whose message is not there must leave for the next one."""
+        return len(self._silent) >= self.most_silent
+
     def enter(self, call: Silent) -> bool:
         """Take a call in whose message is not there; tell whether there is room for it."""
         leaving: list[Silent] = []

@@ -13,6 +13,7 @@ after calls have come back by it at start (`is_usable`). Should it fail later, c
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -332,6 +333,7 @@ class CompletionQueueTransport:
             self._core.register_method(path)
         self._posted = 0
         self._open: set[_Call] = set()
+        self._arrivals: deque[_Call] = deque()
         self._has_failed = False
         self.is_dead = False
 
@@ -376,6 +378,7 @@ class CompletionQueueTransport:
                     self._take(event, *tag)
                 elif tag is not None:
                     is_serving = self._take_other(event)
+                    self._admit_arrivals()
                 if work.has_work and (tag is None or since_work >= _MOST_EVENTS):
                     since_work = 0
                     work.run_short()
@@ -409,7 +412,7 @@ class CompletionQueueTransport:
         self._posted -= 1
         call = self._arrived(event)
         if call is not None:
-            self._admit(call)
+            self._arrivals.append(call)
         elif self._has_failed:
             self._hand_over(event)
         return True
@@ -436,6 +439,27 @@ class CompletionQueueTransport:
         except Exception as error:
             self.fall_back(error)
         return call
+
+    def _admit_arrivals(self) -> None:
+        """Admit or reject the calls that have arrived.
+
+        Where one makes another leave whose message is not there, messages that are come first: they
+        may be events that wait behind those of arrivals.
+        """
+        events = 0
+        while self._arrivals:
+            room = self._arrivals[0].method.gate.room
+            if room.is_crowded and events < _MOST_EVENTS:
+                event = self._queue.poll(_PAST)
+                if type(event.tag) is tuple:
+                    self._take(event, *event.tag)
+                elif event.tag is not None:
+                    self._take_other(event)
+                else:
+                    events = _MOST_EVENTS
+                events += 1
+            else:
+                self._admit(self._arrivals.popleft())
 
     def _admit(self, call: _Call) -> None:
         """Have gRPC read the message of a call, or reject it before."""
