@@ -6,7 +6,6 @@ the next request with that header, its plan says where the arrays lie in the mes
 what goes around the outputs in the answer. All else goes the long way, through protobuf.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kan_bundle.manifest import Manifest, TensorSpec
+from kan_bundle.manifest import Manifest
 from protos import inference_pb2 as pb
 from serving.messages import parse_inflated
 from serving.parameters import Wishes, read_wishes
@@ -89,15 +88,11 @@ class _Tensor:
         place: Among the tensors of the message.
         shape: Of the array.
         dtype: On the wire.
-        size: In bytes.
-        is_bool: Whether its bytes must be 0 or 1.
     """
 
     place: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    size: int
-    is_bool: bool
 
 
 class Plan:
@@ -126,31 +121,35 @@ class Plan:
         )
         names = [tensor.name for tensor in message.inputs]
         self._tensors = [
-            _tensor(names.index(spec.name), spec, array.shape)
+            _Tensor(names.index(spec.name), array.shape, WIRE_TYPES[spec.datatype])
             for spec, array in zip(manifest.inputs, arrays, strict=True)
         ]
+        self._sizes = [len(content) for content in message.raw_input_contents]
+        self._has_bool = any(spec.datatype == "BOOL" for spec in manifest.inputs)
         self._before = self._response("").SerializeToString()
         self._shapes: list[tuple[int, ...]] | None = None  # of the outputs, once they are known
         self._after = b""
         self._prefixes: list[bytes] = []
 
-    def arrays(self, content: bytes, tensors: Sequence[tuple[int, int]]) -> Arrays | None:
-        """Find the arrays of another request with the same header.
+    def fits(self, tensors: Sequence[tuple[int, int]]) -> bool:
+        """Whether tensors are as the header says, and need no look at their values.
+
+        Args:
+            tensors: Where they begin, and their sizes.
+        """
+        sizes = [size for _, size in tensors]
+        return sizes == self._sizes and not self._has_bool
+
+    def arrays(self, content: bytes, tensors: Sequence[tuple[int, int]]) -> Arrays:
+        """Find the arrays of another request with the same header, whose tensors fit.
 
         Args:
             content: The request.
             tensors: Where its tensors begin, and their sizes.
-
-        Returns:
-            The arrays; None if they are not as the header says.
         """
-        if len(tensors) != len(self._tensors):
-            return None
         found = []
         for wanted in self._tensors:
-            begin, size = tensors[wanted.place]
-            if size != wanted.size or wanted.is_bool:
-                return None
+            begin, _ = tensors[wanted.place]
             array: NDArray[Any] = np.ndarray(wanted.shape, wanted.dtype, content, begin)
             found.append(array if array.flags.aligned else array.copy())
         return found
@@ -205,12 +204,6 @@ class Plan:
         )
 
 
-def _tensor(place: int, spec: TensorSpec, shape: tuple[int, ...]) -> _Tensor:
-    dtype = WIRE_TYPES[spec.datatype]
-    size = math.prod(shape) * dtype.itemsize
-    return _Tensor(place, shape, dtype, size, spec.datatype == "BOOL")
-
-
 class RequestReader:
     """Reads the requests of one version of a model. Safe to call from several threads.
 
@@ -235,29 +228,29 @@ class RequestReader:
             InvalidRequest: The model does not take it.
             NotOffered: It asks for something that this server does not do.
         """
-        found = self.find(request)
-        arrays: Arrays
-        if found is None:
-            message = request.message()
-            wishes = read_wishes(message)
-            arrays = decode_inputs(message, self._manifest.inputs)
-        else:
-            plan, arrays = found
-        if self._value_rules is not None:
-            self._value_rules.check(arrays)
-        if found is None:
-            plan = Plan(message, self._manifest, wishes, arrays)
-            if request.parts is not None and message.raw_input_contents:
-                if len(self._plans) >= _MOST_HEADERS:
-                    self._plans.clear()
-                self._plans[request.parts.header] = plan
+        parts = request.parts
+        plan = self.find(request)
+        if plan is not None and parts is not None:
+            arrays = plan.arrays(request.content, parts.tensors)
+            self._check_values(arrays)
+            return plan, arrays
+        message = request.message()
+        wishes = read_wishes(message)
+        arrays = decode_inputs(message, self._manifest.inputs)
+        self._check_values(arrays)
+        plan = Plan(message, self._manifest, wishes, arrays)
+        if parts is not None and message.raw_input_contents:
+            if len(self._plans) >= _MOST_HEADERS:
+                self._plans.clear()
+            self._plans[parts.header] = plan
         return plan, arrays
 
-    def find(self, request: InferRequest) -> tuple[Plan, Arrays] | None:
-        """Find the arrays of a request whose header is known; None if they are not as it says."""
+    def _check_values(self, arrays: Arrays) -> None:
+        if self._value_rules is not None:
+            self._value_rules.check(arrays)
+
+    def find(self, request: InferRequest) -> Plan | None:
+        """Find the plan of a request whose header is known; None if it is not as that says."""
         parts = request.parts
         plan = None if parts is None else self._plans.get(parts.header)
-        if parts is None or plan is None:
-            return None
-        arrays = plan.arrays(request.content, parts.tensors)
-        return None if arrays is None else (plan, arrays)
+        return plan if plan is not None and parts is not None and plan.fits(parts.tensors) else None

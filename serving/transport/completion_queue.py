@@ -37,7 +37,10 @@ from serving.transport.unary import Deadline, Metadata, UnaryCall, UnaryMethod
 TRIED = ("1.81", "1.82", "1.83", "1.84", "1.85")
 """Versions of grpcio that this was tried with."""
 
-_POSTED, _POSTED_BUSY = 2, 64  # requests for the next calls of a method
+_POSTED, _POSTED_BUSY = (
+    1,
+    4,
+)  # requests for the next calls of a method: few, so that messages come between
 _LOOK_S = 1.0
 _PAST = 0.0  # a deadline: do not wait
 _MOST_EVENTS = 64  # before work is done while events keep coming
