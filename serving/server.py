@@ -267,7 +267,7 @@ def running(
             {**handlers.methods, **healths.methods},
             [handlers, reflections, Unknown(counters)],
             _options(settings, limit, most),
-            dispatcher,
+            dispatcher if settings.provider == "cpu" else None,  # nobody waits for a device
         )
         health_address = cleanup.enter_context(
             _plain_health(

@@ -68,7 +68,6 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """A gate before every run of a model that is loaded already; all runs have threads."""
-    monkeypatch.setattr("serving.transport.unary.UnaryCall.runs_short", False)
     monkeypatch.setattr("serving.transport.completion_queue._Call.runs_short", False)
     gate = Gate()
     run = Engine.run

@@ -356,3 +356,34 @@ def test_a_long_run_is_no_stall(engine: Doubler) -> None:
         assert answer(first) == [2]
         assert answer(second) == [4]
         assert not client.dispatcher.is_stalled
+
+
+def test_what_its_caller_runs_is_run_to_the_last_though_nobody_wakes_a_thread() -> None:
+    doubler = Doubler()
+    doubler.go.set()
+    lane: Lane[Request] = Lane(Limits(4, 0.0, 10**6, 10**9))
+    lane.pace.learn(4, 1e-4)
+    x = np.ones((4, 1), np.float32)
+    with Dispatcher(2) as dispatcher:
+        ends: list[Any] = []
+        for _ in range(3):
+            dispatcher.submit(lane, doubler, [x], None, ends.append, by_caller=True)
+        assert not ends
+        while dispatcher.has_work:
+            dispatcher.run_short()
+        assert len(ends) == 3
+        assert all(isinstance(end, Outcome) for end in ends)
+
+
+def test_what_does_not_end_soon_is_run_by_a_thread() -> None:
+    doubler = Doubler()
+    lane: Lane[Request] = Lane(Limits(4, 0.0, 10**6, 10**9))
+    lane.pace.learn(4, 1.0)
+    with Dispatcher(1) as dispatcher:
+        ended: Future[Any] = Future()
+        x = np.ones((4, 1), np.float32)
+        dispatcher.submit(lane, doubler, [x], None, ended.set_result, by_caller=True)
+        dispatcher.run_short()
+        assert doubler.started.acquire(timeout=WAIT_S)  # in another thread, as this one goes on
+        doubler.go.set()
+        assert isinstance(ended.result(WAIT_S), Outcome)

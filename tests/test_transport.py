@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,8 +16,12 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving.failures import NO_MESSAGE, Failure
+from serving.gate import Gate
+from serving.room import Room
 from serving.tensors import decode_inputs
 from serving.transport import completion_queue
+from serving.transport.unary import UnaryMethod
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, await_true, served
 from tests.wire import raw_output, raw_request
@@ -220,3 +225,45 @@ def test_an_answer_too_large_for_a_message_is_an_error_of_ours(
                 stub.ModelInfer(raw_request(UNIFORM.x))
         assert failed.value.code() is grpc.StatusCode.INTERNAL
         assert raw_output(stub.ModelInfer(raw_request(UNIFORM.x[:1]))).shape == (1, 3)
+
+
+class Event:
+    """What gRPC reports of a call."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.success = True
+        self.call = self.call_details = self
+        self.deadline = float("inf")
+        self.invocation_metadata = ()
+        self.batch_operations = [self]
+        for name, answer in answers.items():
+            setattr(self, name, lambda answer=answer: answer)
+
+    def start_server_batch(self, operations: Any, tag: Any) -> int:
+        return 0
+
+    def peer(self) -> bytes:
+        return b"ipv4:192.0.2.1:1"
+
+
+@pytest.mark.parametrize("order", [("closed", "received"), ("received", "closed")])
+def test_a_call_without_a_message_is_counted_once_whatever_comes_first(
+    order: tuple[str, str],
+) -> None:
+    counted: list[str] = []
+
+    def refused(error: Exception) -> Failure:
+        counted.append(type(error).__name__)
+        return NO_MESSAGE
+
+    room = Room(4, WAIT_S)
+    gate = Gate(room, lambda caller: None, refused, lambda: 0.0, 100)
+    transport: Any = SimpleNamespace(runs_short=False, forget=lambda call: None)
+    call = completion_queue._Call(transport, UnaryMethod(gate, lambda *_: None), Event())
+    assert room.enter(call)
+    call.receive()
+    events = {"closed": Event(cancelled=True), "received": Event(message=None)}
+    for number, name in enumerate(order):
+        getattr(call, name)(events[name])
+        assert len(room) == 1 - number
+    assert counted == ["Cancelled"]

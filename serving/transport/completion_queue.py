@@ -77,8 +77,6 @@ class _Call(UnaryCall):
         event: Which it came with.
     """
 
-    runs_short = True
-
     # As most calls are until they end; a call has only what differs of its own.
     _connection: str | None = None
     _callbacks: list[Callable[[], None]] | None = None
@@ -88,6 +86,7 @@ class _Call(UnaryCall):
     _is_sending = False
     _is_final = False  # the status goes with what is pending
     _is_finished = False
+    _awaits_message = False
     _lacks_message = False
     _pending: bytes | None = None
 
@@ -99,6 +98,10 @@ class _Call(UnaryCall):
         self._metadata: Metadata = event.invocation_metadata
         self._deadline = Deadline(event.call_details.deadline - time.time())
         self._lock = threading.RLock()  # what fails to be sent ends the call
+
+    @property
+    def runs_short(self) -> bool:
+        return self.transport.runs_short
 
     def invocation_metadata(self) -> Metadata:
         return self._metadata
@@ -182,10 +185,17 @@ class _Call(UnaryCall):
     def receive(self) -> None:
         """Have gRPC read the message, and report the end of the call."""
         self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+        self._awaits_message = True
         self._start(_Call.received, cygrpc.ReceiveMessageOperation(_NO_FLAGS))
 
     def received(self, event: Any) -> None:
         """Take the message, if there is one."""
+        self._awaits_message = False
+        self._receive(event)
+        if self._is_cancelled is not None:  # that gRPC has ended the call was heard before
+            self._leave()
+
+    def _receive(self, event: Any) -> None:
         message = event.batch_operations[0].message()
         gate = self.method.gate
         if not self._room.hear(self, len(message or b"")):
@@ -213,8 +223,8 @@ class _Call(UnaryCall):
             self._is_cancelled = is_cancelled
             lacks_message = self._lacks_message
             callbacks, self._callbacks = self._callbacks or (), None
-        self._room.leave(self)
-        self.transport.forget(self)
+        if not self._awaits_message:
+            self._leave()
         if lacks_message:
             self.method.gate.no_message(cancelled=is_cancelled)
         for callback in callbacks:
@@ -222,6 +232,10 @@ class _Call(UnaryCall):
                 callback()
             except Exception as error:  # the others are called all the same
                 _log.error("callback_failed", exc_info=error)
+
+    def _leave(self) -> None:
+        self._room.leave(self)
+        self.transport.forget(self)
 
     def sent(self, event: Any) -> None:
         """Send what has been published meanwhile."""
@@ -233,8 +247,7 @@ class _Call(UnaryCall):
     def abandon(self) -> None:
         """End it without an answer, because gRPC cannot be used as it was."""
         self._end()
-        self._room.leave(self)
-        self.transport.forget(self)
+        self._leave()
         try:
             self._call.cancel(cygrpc.StatusCode.unavailable, "the call could not be answered")
         except Exception:
@@ -315,6 +328,7 @@ class CompletionQueueTransport:
         work: Done in this thread when no event waits.
 
     Attributes:
+        runs_short: Whether its thread does work.
         is_dead: Whether calls are no longer taken though the server has not stopped.
     """
 
@@ -330,6 +344,7 @@ class CompletionQueueTransport:
         self._methods = methods
         self._by_threads = by_threads
         self._work = work or NoWork()
+        self.runs_short = work is not None
         self._queue: Any = cygrpc.CompletionQueue()
         self._core.register_completion_queue(self._queue)
         for path in methods:

@@ -5,7 +5,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import structlog
 
@@ -48,8 +47,10 @@ class UnaryCall(ABC):
 
     __slots__ = ()
 
-    runs_short: ClassVar[bool] = False
-    """Whether the thread that takes the message runs short batches as well."""
+    @property
+    def runs_short(self) -> bool:
+        """Whether the thread that takes the message runs short batches as well."""
+        return False
 
     @abstractmethod
     def invocation_metadata(self) -> Metadata:
