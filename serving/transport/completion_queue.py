@@ -37,10 +37,8 @@ from serving.transport.unary import Deadline, Metadata, UnaryCall, UnaryMethod
 TRIED = ("1.81", "1.82", "1.83", "1.84", "1.85")
 """Versions of grpcio that this was tried with."""
 
-_POSTED, _POSTED_BUSY = (
-    1,
-    4,
-)  # requests for the next calls of a method: few, so that messages come between
+# Requests for the next calls of a method: few, so that messages come between calls.
+_POSTED, _POSTED_BUSY = 1, 4
 _LOOK_S = 1.0
 _PAST = 0.0  # a deadline: do not wait
 _MOST_EVENTS = 64  # before work is done while events keep coming
@@ -387,7 +385,7 @@ class CompletionQueueTransport:
     def _serve(self) -> None:
         """Take events until the server has stopped, and with it all calls."""
         failures, is_serving = 0, True
-        work, since_work = self._work, 0
+        work, since_work = self._work, 0  # events since there is work
         while is_serving and failures < _MOST_FAILURES:
             try:
                 event = self._queue.poll(_PAST if work.has_work else time.time() + _LOOK_S)
@@ -397,10 +395,13 @@ class CompletionQueueTransport:
                 elif tag is not None:
                     is_serving = self._take_other(event)
                     self._admit_arrivals()
-                if work.has_work and (tag is None or since_work >= _MOST_EVENTS):
+                if not work.has_work:
                     since_work = 0
+                elif tag is None or since_work >= _MOST_EVENTS:
                     work.run_short()
-                since_work += 1
+                    since_work = 0
+                else:
+                    since_work += 1
                 if not self._posted:  # which they are as long as the server takes calls
                     is_serving = is_serving and self._is_serving()
                 event = tag = None  # gRPC spins as long as there is an event of a call that is over
@@ -432,7 +433,11 @@ class CompletionQueueTransport:
         if call is not None:
             self._arrivals.append(call)
         elif self._has_failed:
-            self._hand_over(event)
+            try:
+                self._hand_over(event)
+            except Exception:
+                event.call.cancel()  # so that its client hears of it
+                raise
         return True
 
     def _hand_over(self, event: Any) -> None:
