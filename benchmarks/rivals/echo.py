@@ -98,12 +98,13 @@ def serve(address: str, answer: bytes, threads: int) -> None:
 
 def serve_completion_queue(address: str, answer: bytes) -> None:
     """Answer from the thread that reads a completion queue, with nothing that limits callers."""
+    from serving.failures import INTERNAL
     from serving.gate import Gate
     from serving.room import Room
     from serving.transport.completion_queue import CompletionQueueTransport
     from serving.transport.unary import UnaryMethod
 
-    gate = Gate(Room(2**16, 60.0), lambda caller: None, NotImplemented, lambda: 0.0, 2**31)
+    gate = Gate(Room(2**16, 60.0), lambda caller: None, lambda error: INTERNAL, lambda: 0.0, 2**31)
     method = UnaryMethod(gate, lambda message, call: call.answer(answer), is_busy=True)
     server = grpc.server(ThreadPoolExecutor(1), options=OPTIONS)
     transport = CompletionQueueTransport(server, {METHOD: method}, {})

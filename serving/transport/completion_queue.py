@@ -456,9 +456,10 @@ class CompletionQueueTransport:
         path = event.tag
         call = None
         try:
-            if event.success and not self._has_failed:
-                call = _Call(self, self._methods[path], event)
+            if not self._has_failed:
                 self._post(path)
+                if event.success:  # or there is none, because the server stops
+                    call = _Call(self, self._methods[path], event)
         except Exception as error:
             self.fall_back(error)
         return call
