@@ -130,7 +130,6 @@ class RpcHandlers(grpc.GenericRpcHandler):
         methods[METHOD] = UnaryMethod(
             self._gate(METHOD, room, self._require_room, limits.max_message_bytes),
             self._begin,
-            is_busy=True,
         )
         for name, instead in _NOT_OFFERED.items():
             methods[name] = self._refusing(name, f"{name} is not offered: {instead}")

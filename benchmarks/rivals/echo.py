@@ -105,7 +105,7 @@ def serve_completion_queue(address: str, answer: bytes) -> None:
     from serving.transport.unary import UnaryMethod
 
     gate = Gate(Room(2**16, 60.0), lambda caller: None, lambda error: INTERNAL, lambda: 0.0, 2**31)
-    method = UnaryMethod(gate, lambda message, call: call.answer(answer), is_busy=True)
+    method = UnaryMethod(gate, lambda message, call: call.answer(answer))
     server = grpc.server(ThreadPoolExecutor(1), options=OPTIONS)
     transport = CompletionQueueTransport(server, {METHOD: method}, {})
     server.add_insecure_port(address)

@@ -37,8 +37,6 @@ from serving.transport.unary import Deadline, Metadata, UnaryCall, UnaryMethod
 TRIED = ("1.81", "1.82", "1.83", "1.84", "1.85")
 """Versions of grpcio that this was tried with."""
 
-# Requests for the next calls of a method: few, so that messages come between calls.
-_POSTED, _POSTED_BUSY = 1, 4
 _LOOK_S = 1.0
 _PAST = 0.0  # a deadline: do not wait
 _MOST_EVENTS = 64  # before work is done while events keep coming
@@ -128,7 +126,7 @@ class _Call(UnaryCall):
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         with self._lock:
-            if self._is_cancelled is not None:
+            if self._is_ended:
                 return False
             if self._callbacks is None:
                 self._callbacks = [callback]
@@ -141,11 +139,13 @@ class _Call(UnaryCall):
 
     def answer(self, content: bytes) -> None:
         if self._end():
+            self._callbacks = None  # and what they hold
             self._room.answer(self, ANSWER_COPIES * len(content))
             self._send(content, OK)
 
     def fail(self, failure: Failure) -> None:
         if self._end():
+            self._callbacks = None
             self._room.answer(self)
             self._send(None, failure)
 
@@ -360,9 +360,8 @@ class CompletionQueueTransport:
 
     def start(self) -> None:
         """Take calls; the server has started."""
-        for path, method in self._methods.items():
-            for _ in range(_POSTED_BUSY if method.is_busy else _POSTED):
-                self._post(path)
+        for path in self._methods:
+            self._post(path)  # once, so that messages come between calls
         threading.Thread(target=self._serve, name="calls", daemon=True).start()
 
     def fall_back(self, error: Exception) -> None:

@@ -75,7 +75,7 @@ class UnaryCall(ABC):
 
     @abstractmethod
     def add_callback(self, callback: Callable[[], None]) -> bool:
-        """Have something called when the call has ended; return False if it has already."""
+        """Have something called if the call ends unanswered; return False if it has ended."""
 
     @abstractmethod
     def hold(self, size: int) -> bool:
@@ -121,13 +121,11 @@ class UnaryMethod:
             other calls wait for its thread.
         watchers: How many calls there may be that have several answers and last as long as their
             clients like; 0 if every call has one answer.
-        is_busy: Whether there are many calls of it at a time.
     """
 
     gate: Gate
     begin: Callable[[bytes, UnaryCall], None]
     watchers: int = 0
-    is_busy: bool = False
 
     def take(self, message: bytes, call: UnaryCall) -> None:
         """Take a message that has come."""
