@@ -46,7 +46,7 @@ class Callers:
 
         Args:
             group: Of the call; None if it is in none.
-            caller: Whose call it is.
+            caller: The call, as gRPC describes it.
 
         Raises:
             TooLarge: gRPC holds only those to the limit who say that they have read it.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kan_bundle.manifest import Manifest
 from protos import inference_pb2 as pb
 from serving.messages import parse_inflated
-from serving.parameters import Wishes, read_wishes
+from serving.parameters import RequestParameters, read_request_parameters
 from serving.tensors import WIRE_TYPES, choose_outputs, decode_inputs, encode_outputs
 from serving.value_rules import ValueRules
 from serving.wire_format import split_request, tensor_prefix
@@ -101,18 +101,22 @@ class Plan:
     Args:
         message: A request with that header, which is valid.
         manifest: Of the version.
-        wishes: Of the request.
+        parameters: Of the request.
         arrays: Of its inputs.
 
     Attributes:
-        wishes: As above.
+        parameters: As above.
         rows: Of the request.
     """
 
     def __init__(
-        self, message: pb.ModelInferRequest, manifest: Manifest, wishes: Wishes, arrays: Arrays
+        self,
+        message: pb.ModelInferRequest,
+        manifest: Manifest,
+        parameters: RequestParameters,
+        arrays: Arrays,
     ) -> None:
-        self.wishes = wishes
+        self.parameters = parameters
         self.rows = len(arrays[0])
         self._manifest = manifest
         self._chosen = choose_outputs(message, manifest.outputs)
@@ -141,7 +145,7 @@ class Plan:
         return sizes == self._sizes and not self._has_bool
 
     def arrays(self, content: bytes, tensors: Sequence[tuple[int, int]]) -> Arrays:
-        """Find the arrays of another request with the same header, whose tensors fit.
+        """Return the arrays of another request with the same header and fitting tensors.
 
         Args:
             content: The request.
@@ -235,10 +239,10 @@ class RequestReader:
             self._check_values(arrays)
             return plan, arrays
         message = request.message()
-        wishes = read_wishes(message)
+        parameters = read_request_parameters(message)
         arrays = decode_inputs(message, self._manifest.inputs)
         self._check_values(arrays)
-        plan = Plan(message, self._manifest, wishes, arrays)
+        plan = Plan(message, self._manifest, parameters, arrays)
         if parts is not None and message.raw_input_contents:
             if len(self._plans) >= _MOST_HEADERS:
                 self._plans.clear()

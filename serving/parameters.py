@@ -47,7 +47,7 @@ _US = 1e-6
 
 
 @dataclass(frozen=True)
-class Wishes:
+class RequestParameters:
     """What a request asks for.
 
     Args:
@@ -60,10 +60,10 @@ class Wishes:
     timeout_s: float | None = None
 
 
-_NONE = Wishes()
+_NONE = RequestParameters()
 
 
-def read_wishes(request: ModelInferRequest) -> Wishes:
+def read_request_parameters(request: ModelInferRequest) -> RequestParameters:
     """Read the parameters of a request.
 
     Raises:
@@ -81,7 +81,7 @@ def read_wishes(request: ModelInferRequest) -> Wishes:
     timeout_us = _whole(parameters[TIMEOUT]) if TIMEOUT in parameters else 0
     if timeout_us < 0:
         raise InvalidRequest(f"parameter {TIMEOUT!r}: expected microseconds, found {timeout_us}")
-    return Wishes(
+    return RequestParameters(
         details=DETAILS in parameters and parameters[DETAILS].bool_param,
         timeout_s=timeout_us * _US if timeout_us else None,  # 0 is none, as in Triton
     )

@@ -218,7 +218,7 @@ class InferenceService:
     def _submit(self, pending: "_Pending", *, by_caller: bool) -> None:
         call, model, rows = pending.call, pending.model, pending.plan.rows
         wanted_s = call.time_remaining()
-        timeout_s = pending.plan.wishes.timeout_s
+        timeout_s = pending.plan.parameters.timeout_s
         if timeout_s is not None:
             wanted_s = timeout_s if wanted_s is None else min(wanted_s, timeout_s)
         lane = model.lane
@@ -334,7 +334,7 @@ class _Pending(NamedTuple):
     def _answer(self, outcome: Outcome) -> Answer:
         ended = time.perf_counter()
         plan = self.plan
-        if plan.wishes.details or self.in_stream:
+        if plan.parameters.details or self.in_stream:
             content = self._written(plan.response(self.id, outcome.outputs), outcome)
         else:
             content = plan.answer(self.id, outcome.outputs)
@@ -342,7 +342,7 @@ class _Pending(NamedTuple):
 
     def _written(self, response: pb.ModelInferResponse, outcome: Outcome) -> bytes:
         parameters = response.parameters
-        if self.plan.wishes.details:
+        if self.plan.parameters.details:
             for name, value in self.service.details(self.model, outcome, self.inputs).items():
                 if isinstance(value, str):
                     parameters[name].string_param = value

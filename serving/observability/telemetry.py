@@ -39,7 +39,7 @@ class Telemetry:
 
         Args:
             method: Which was called.
-            caller: Whose call it is.
+            caller: The call, as gRPC describes it.
         """
         return Record(self, method, caller)
 
