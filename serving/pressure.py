@@ -9,7 +9,7 @@ kept. Where the kernel says nothing, each call counts as the largest message.
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from heapq import heappop, heappush
 
@@ -92,7 +92,7 @@ class Watch:
     def __init__(
         self,
         budget: Budget,
-        rooms: Sequence[Room],
+        rooms: Collection[Room],
         received: Received,
         resident: Callable[[], int | None] = memory.resident_bytes,
         release: Callable[[], bool] = memory.release_free_memory,

@@ -10,7 +10,7 @@ import ipaddress
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Protocol
@@ -263,7 +263,7 @@ def _choose(calls: Iterable[Silent], coming: Silent, most: int) -> list[Silent]:
     return chosen[: max(1, min(most // _AT_ONCE, len(chosen) // 2))]
 
 
-def end_late_calls(rooms: Sequence[Room]) -> AbstractContextManager[None]:
+def end_late_calls(rooms: Collection[Room]) -> AbstractContextManager[None]:
     """End the calls in some rooms that are late, from a thread, as long as the block runs."""
 
     def look() -> None:

@@ -51,7 +51,7 @@ from serving.rpc import Limits, RpcHandlers, Unknown
 from serving.service import SERVICE, InferenceService, ModelControl
 from serving.settings import Settings, is_own
 from serving.tls import server_credentials
-from serving.transport import completion_queue, threads
+from serving.transport import threads, trial
 from serving.transport.completion_queue import CompletionQueueTransport
 from serving.transport.unary import UnaryMethod
 
@@ -262,8 +262,12 @@ def running(
         cleanup.callback(reflections.shutdown)
         healths = health.HealthHandlers(status, callers, probes, share, counters)
         at_health_port = Room(_MOST_PROBES, patience_s, budget=budget)
-        rooms = (*handlers.rooms.values(), reflections.silent, at_health_port)
-        cleanup.enter_context(end_late_calls(rooms))
+        rooms = {
+            **handlers.rooms,
+            "reflection": reflections.silent,
+            "health port": at_health_port,
+        }
+        cleanup.enter_context(end_late_calls(rooms.values()))
         several = settings.workers > 1
         most = most_connections(settings.max_connections)
         grpc_server, transport = _server(
@@ -298,7 +302,7 @@ def running(
             limit,
             registry,
             readiness,
-            {**handlers.rooms, "health port": at_health_port},
+            rooms,
             budget,
             settings,
             grpc_server,
@@ -317,7 +321,7 @@ def running(
         cleanup.enter_context(repeating("stall", look_for_stall, _STALL_LOOK_S))
         ports = {addresses.port_of(each) for each in (server.address, health_address) if each}
         received = partial(received_bytes, ports)
-        cleanup.enter_context(pressure.watching(pressure.Watch(budget, rooms, received)))
+        cleanup.enter_context(pressure.watching(pressure.Watch(budget, rooms.values(), received)))
         limits = {addresses.port_of(server.address): most}
         if health_address:
             limits[addresses.port_of(health_address)] = HEALTH_CONNECTIONS
@@ -388,7 +392,7 @@ def _most_probes(max_message_bytes: int) -> int:
 
     gRPC takes a message as large as any may be, before anybody can look what it is for.
     """
-    fewest = _FEWEST_PROBES if completion_queue.is_usable() else _FEWEST_PROBES_IN_THREADS
+    fewest = _FEWEST_PROBES if trial.is_usable() else _FEWEST_PROBES_IN_THREADS
     return min(_MOST_PROBES, max(fewest, _PROBE_BYTES // max_message_bytes))
 
 
@@ -443,7 +447,7 @@ def _server(
 ) -> tuple[grpc.Server, CompletionQueueTransport | None]:
     """Make a server that has calls of one message by a completion queue, or by threads."""
     by_threads = {path: threads.handler(method) for path, method in methods.items()}
-    is_usable = completion_queue.is_usable()
+    is_usable = trial.is_usable()
     if not is_usable:
         handlers = [threads.ThreadHandlers(by_threads), *handlers]
     pool = ThreadPoolExecutor(1, "other")  # every handler of ours brings its own

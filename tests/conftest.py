@@ -36,6 +36,7 @@ from export.report import Report
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server, running
 from serving.settings import Settings
+from serving.transport import trial
 from tests import forkserver
 from tests.browsing import FLAGS
 from tests.registry import read_operators_once
@@ -64,6 +65,14 @@ def pytest_collection_finish() -> None:
     """Keep what is imported from the garbage collector: half a million objects that stay."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(params=["without threads", "with threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether servers have threads for calls of one message; they do it either way."""
+    has_threads: bool = request.param == "with threads"
+    monkeypatch.setattr(trial, "is_usable", lambda: not has_threads)
+    return has_threads
 
 
 @pytest.hookimpl(tryfirst=True)

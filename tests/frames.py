@@ -8,7 +8,7 @@ from typing import Any
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import PingAckReceived, StreamEnded, StreamReset
+from h2.events import StreamEnded, StreamReset
 from h2.exceptions import StreamClosedError
 
 WAIT_S = 60.0  # for what happens at once unless something is wrong
@@ -86,13 +86,6 @@ class Frames:
             last = start + len(part) == len(frame) and claimed is None
             self.h2.send_data(stream, part, end_stream=last)
             self.flush()
-
-    def ping(self) -> None:
-        """Wait until the server has taken everything that was sent before."""
-        self.h2.ping(bytes(8))
-        self.flush()
-        while not any(isinstance(event, PingAckReceived) for event in self.read()):
-            pass
 
     def cancel(self, stream: int) -> None:
         """Reset a call, unless it has ended by now."""

@@ -15,7 +15,6 @@ from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.access import Access, certificate_names
 from serving.errors import Forbidden, StartupError, Unauthenticated
-from serving.transport import completion_queue
 from serving.watched import Watched
 from tests.conftest import STATE_DICTS, run_module
 from tests.security import Authority, bearer, write_access
@@ -57,12 +56,7 @@ def status(call: Call, stub: GRPCInferenceServiceStub, metadata: Any = None) -> 
     return grpc.StatusCode.OK
 
 
-@pytest.fixture(params=["without threads", "with threads"])
-def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
-
-
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("threads")
 def test_tokens_open_their_group_alone(repository: Path, tmp_path: Path) -> None:
     access = write_access(tmp_path / "access.toml", tokens=TOKENS)
     with served(
@@ -113,7 +107,7 @@ def test_tokens_change_while_the_server_runs(repository: Path, tmp_path: Path) -
         assert status(infer, stub, bearer("old")) is grpc.StatusCode.UNAUTHENTICATED
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("threads")
 def test_certificates_open_their_group_alone(repository: Path, tmp_path: Path) -> None:
     authority = Authority.make(tmp_path / "ca")
     access = write_access(
@@ -165,7 +159,7 @@ NAMED: dict[str, tuple[list[x509.GeneralName], str | None]] = {
 
 
 @pytest.mark.parametrize("rule", ["", *NAMED])
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("threads")
 def test_a_name_counts_as_what_the_certificate_says_it_is(
     repository: Path, tmp_path: Path, rule: str
 ) -> None:

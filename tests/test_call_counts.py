@@ -13,7 +13,7 @@ import pytest
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.server import Server
-from serving.transport import completion_queue
+from serving.transport import trial
 from tests.conftest import STATE_DICTS
 from tests.frames import Frames, frames
 from tests.security import write_access
@@ -34,7 +34,7 @@ CHECK, WATCH = f"{HEALTH}/Check", f"{HEALTH}/Watch"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 Counts = Counter[tuple[str, ...]]
-Act = Callable[[Frames], object]
+Act = Callable[[Frames, Server], object]
 
 
 def counts(server: Server) -> Counts:
@@ -47,10 +47,14 @@ def counts(server: Server) -> Counts:
     return +found
 
 
+def someone_is_here(server: Server) -> bool:
+    return any(map(len, server.rooms.values()))
+
+
 def sending(method: str, content: bytes = b"", *, compressed: bool = False) -> Act:
     """Send a message and wait for the end."""
 
-    def act(client: Frames) -> None:
+    def act(client: Frames, server: Server) -> None:
         client.send(client.call(method), content, compressed=compressed)
         client.statuses(1)
 
@@ -60,7 +64,7 @@ def sending(method: str, content: bytes = b"", *, compressed: bool = False) -> A
 def ending(method: str) -> Act:
     """Send nothing and end."""
 
-    def act(client: Frames) -> None:
+    def act(client: Frames, server: Server) -> None:
         client.h2.end_stream(client.call(method))
         client.flush()
         client.statuses(1)
@@ -71,11 +75,11 @@ def ending(method: str) -> Act:
 def cancelling(method: str, size: int = 0) -> Act:
     """Send a part of a message, or nothing, and cancel."""
 
-    def act(client: Frames) -> None:
+    def act(client: Frames, server: Server) -> None:
         call = client.call(method)
         if size:
             client.send(call, bytes(size), compressed=False, claimed=2 * size)
-        client.ping()  # of a call that is cancelled too soon, gRPC tells nobody
+        await_true(lambda: someone_is_here(server))  # of one cancelled too soon, gRPC tells nobody
         client.cancel(call)
 
     return act
@@ -84,9 +88,9 @@ def cancelling(method: str, size: int = 0) -> Act:
 def leaving(method: str) -> Act:
     """Send a part of a message, and close the connection."""
 
-    def act(client: Frames) -> None:
+    def act(client: Frames, server: Server) -> None:
         client.send(client.call(method), bytes(1000), compressed=False, claimed=2000)
-        client.ping()  # what has not been read is lost with the connection
+        await_true(lambda: someone_is_here(server))  # what is not read is lost with the connection
         client.socket.close()
 
     return act
@@ -95,14 +99,14 @@ def leaving(method: str) -> Act:
 def waiting(method: str) -> Act:
     """Send headers alone, until the server ends the call."""
 
-    def act(client: Frames) -> None:
+    def act(client: Frames, server: Server) -> None:
         client.call(method)
         client.statuses(1)
 
     return act
 
 
-def watching(client: Frames) -> None:
+def watching(client: Frames, _: Server) -> None:
     call = client.call(WATCH)
     client.send(call, b"", compressed=False)
     while not any(type(event).__name__ == "DataReceived" for event in client.read()):
@@ -199,12 +203,6 @@ UNKNOWN_IN_THREADS = {"one that is too large", "a check that is too large"}
 UNKNOWN_IN_THREADS |= {"a stream's that is too large", "reflection that is too large"}
 
 
-@pytest.fixture(params=["without threads", "with threads"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
-    return bool(request.param == "with threads")
-
-
 def test_every_call_is_counted_once_however_it_ends(repository: Path, threads: bool) -> None:
     with served(repository, max_message_bytes=MIB, receive_timeout_s=2.0) as (server, _):
         for name, act, method, code, reason in CASES:
@@ -214,9 +212,9 @@ def test_every_call_is_counted_once_however_it_ends(repository: Path, threads: b
                 continue  # gRPC's public side tells neither when nor why a call has ended early
             before = counts(server)
             with frames(server.address) as client:
-                act(client)
+                act(client, server)
                 await_true(lambda before=before: counts(server) != before)  # type: ignore[misc]
-                await_true(lambda: not any(map(len, server.rooms.values())))
+                await_true(lambda: not someone_is_here(server))
             wanted: Counts = Counter({(method, code): 1})
             if reason is not None:
                 wanted[reason,] = 1
@@ -229,13 +227,13 @@ def test_every_call_is_counted_once_however_it_ends(repository: Path, threads: b
 def test_messages_that_are_too_large_are_counted_in_threads_too(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completion_queue, "is_usable", lambda: False)
+    monkeypatch.setattr(trial, "is_usable", lambda: False)
     with served(repository, max_message_bytes=MIB) as (server, _):
         for name, act, method, *_ in CASES:
             if name in UNKNOWN_IN_THREADS:
                 before = counts(server)
                 with frames(server.address) as client:
-                    act(client)
+                    act(client, server)
                     await_true(lambda before=before: counts(server) != before)  # type: ignore[misc]
                 found = counts(server) - before
                 assert found.total() in (1, 2), name  # by its status, and by a reason if it has one
@@ -244,9 +242,9 @@ def test_messages_that_are_too_large_are_counted_in_threads_too(
 
 def test_calls_at_the_port_of_health_are_counted(repository: Path) -> None:
     with served(repository, health_port=0) as (server, _), frames(server.health_address) as client:
-        sending(CHECK)(client)
-        sending(CHECK, bytes(MIB))(client)
-        sending(INFER, ROW)(client)
+        sending(CHECK)(client, server)
+        sending(CHECK, bytes(MIB))(client, server)
+        sending(INFER, ROW)(client, server)
         await_true(lambda: counts(server).total() == 5)
         assert counts(server) == {
             ("Check", "OK"): 1,
@@ -261,7 +259,7 @@ def test_who_is_refused_at_the_door_is_counted_by_why(repository: Path, tmp_path
     access = write_access(tmp_path / "access.toml", tokens={"inference": ["reader"]})
     with served(repository, access=access) as (server, _), frames(server.address) as client:
         for method in (INFER, STREAM, READY):
-            waiting(method)(client)
+            waiting(method)(client, server)
         assert counts(server) == {
             ("ModelInfer", "UNAUTHENTICATED"): 1,
             ("ModelStreamInfer", "UNAUTHENTICATED"): 1,
@@ -271,7 +269,7 @@ def test_who_is_refused_at_the_door_is_counted_by_why(repository: Path, tmp_path
     with served(repository, max_message_bytes=MIB) as (server, _), frames(server.address) as client:
         server.budget.take(server.budget.limit)
         for method in (INFER, STREAM):
-            waiting(method)(client)
+            waiting(method)(client, server)
         assert counts(server) == {
             ("ModelInfer", "RESOURCE_EXHAUSTED"): 1,
             ("ModelStreamInfer", "RESOURCE_EXHAUSTED"): 1,
@@ -283,7 +281,7 @@ def test_who_is_refused_at_the_door_is_counted_by_why(repository: Path, tmp_path
         )
         next(iter(kept))
         with frames(server.address) as client:
-            waiting(STREAM)(client)
+            waiting(STREAM)(client, server)
         assert counts(server)["shed",] == 1
         kept.cancel()
 

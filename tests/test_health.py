@@ -10,7 +10,6 @@ from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from serving.health import LIVE, Health
-from serving.transport import completion_queue
 from tests.servers import WAIT_S, await_true, served
 
 SERVING, NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
@@ -74,11 +73,8 @@ def test_a_live_process_stays_so_while_readiness_comes_and_goes(health: Health) 
     assert live.seen == [SERVING, None]
 
 
-@pytest.mark.parametrize("is_usable", [True, False], ids=["without threads", "with threads"])
-def test_watchers_over_the_network_see_every_state_and_the_end(
-    repository: Path, monkeypatch: pytest.MonkeyPatch, is_usable: bool
-) -> None:
-    monkeypatch.setattr(completion_queue, "is_usable", lambda: is_usable)
+@pytest.mark.usefixtures("threads")
+def test_watchers_over_the_network_see_every_state_and_the_end(repository: Path) -> None:
     with served(repository) as (server, _), grpc.insecure_channel(server.address) as channel:
         watch = HealthStub(channel).Watch(pb.HealthCheckRequest(), timeout=WAIT_S)
         assert next(watch).status == SERVING

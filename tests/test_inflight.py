@@ -18,7 +18,6 @@ from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.budget import ANSWER_COPIES, MESSAGE_COPIES
 from serving.server import Server
-from serving.transport import completion_queue
 from tests.conftest import STATE_DICTS
 from tests.frames import Frames, frames
 from tests.processes import Process, serving
@@ -34,11 +33,6 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 CHECK = "/grpc.health.v1.Health/Check"
 PUSHBACK = "grpc-retry-pushback-ms"
-
-
-@pytest.fixture(params=["without threads", "with threads"])
-def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
 
 
 def held(server: Server) -> float:
@@ -158,7 +152,7 @@ ENDS: list[Callable[[Frames, GRPCInferenceServiceStub], None]] = [
 ]
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("threads")
 def test_bytes_are_given_back_after_every_kind_of_end(repository: Path) -> None:
     limits = {"max_message_bytes": MIB, "max_inflight_bytes": 3 * MIB, "receive_timeout_s": 5.0}
     with served(repository, **limits) as (server, stub):
@@ -171,7 +165,7 @@ def test_bytes_are_given_back_after_every_kind_of_end(repository: Path) -> None:
             answered(client, stub)
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("threads")
 def test_requests_beyond_the_budget_are_refused_and_told_when_to_come_again(
     repository: Path, gate: Gate
 ) -> None:
@@ -237,7 +231,7 @@ def test_what_is_inflated_counts(repository: Path, gate: Gate) -> None:
         assert client.statuses(1) == ["0"]
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("threads")
 def test_answers_count_until_they_are_taken(repository: Path) -> None:
     with served(repository, max_message_bytes=MIB) as (server, stub), frames(server.address) as c:
         answer = stub.ModelInfer(rows_of(2**16)).ByteSize()

@@ -22,7 +22,6 @@ from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.errors import InvalidRequest
 from serving.messages import PROBE_BYTES, inflate, is_compressed, parse
 from serving.room import Places, Room, peer_of
-from serving.transport import completion_queue
 from tests import strangers
 from tests.conftest import STATE_DICTS
 from tests.frames import frames
@@ -44,11 +43,6 @@ STREAMS = [f"/{INFERENCE}/ModelStreamInfer", f"/{REFLECTION}/ServerReflectionInf
 FORMS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
 
 
-@pytest.fixture(params=["without threads", "with threads"])
-def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
-
-
 def outcome(channel: grpc.Channel, method: str, content: bytes) -> str:
     """Send a message as it is, so that no header says what it is, and tell how the call ends."""
     call: Any = channel.stream_stream(method)
@@ -62,7 +56,7 @@ def outcome(channel: grpc.Channel, method: str, content: bytes) -> str:
     return "OK"
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("threads")
 def test_small_bytes_that_become_large_are_refused_by_every_method(repository: Path) -> None:
     """They are inflated to the limit and no further, whatever the method and the form."""
     bombs = [compress(bytes(2**28)) for compress in FORMS.values()]
@@ -172,7 +166,7 @@ def _kind(field: Any, kinds: dict[str, int]) -> int:
     return kinds["fixed32"] if field.cpp_type == field.CPPTYPE_FLOAT else kinds["varint"]
 
 
-@pytest.mark.usefixtures("_either_way")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("method", UNARY)
 def test_calls_that_send_no_message_keep_nobody_out(repository: Path, method: str) -> None:
     with (

@@ -19,7 +19,6 @@ from serving.observability import tracing
 from serving.observability.metrics import _SECONDS, Counters
 from serving.observability.statistics import Spent, Statistics
 from serving.server import Server
-from serving.transport import completion_queue
 from tests.conftest import STATE_DICTS, run_module
 from tests.servers import WAIT_S, Gate, await_true, gate, served
 from tests.wire import raw_request
@@ -36,11 +35,8 @@ def value(server: Server, name: str, **labels: str) -> float | None:
     return server.registry.get_sample_value(f"kanserve_{name}", labels)
 
 
-@pytest.mark.parametrize("threads", ["without", "with"])
-def test_where_the_time_of_requests_goes_is_counted(
-    repository: Path, threads: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(completion_queue, "is_usable", lambda: threads == "without")
+@pytest.mark.usefixtures("threads")
+def test_where_the_time_of_requests_goes_is_counted(repository: Path) -> None:
     with served(repository) as (server, stub):
         for rows in (1, 3, 20):
             stub.ModelInfer(raw_request(UNIFORM.x[:rows]), timeout=WAIT_S)

@@ -15,12 +15,11 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from protos.inference_pb2_grpc import GRPCInferenceServiceStub
 from serving.failures import NO_MESSAGE, Failure
 from serving.gate import Gate
 from serving.room import Room
 from serving.tensors import decode_inputs
-from serving.transport import completion_queue
+from serving.transport import completion_queue, trial
 from serving.transport.unary import UnaryMethod
 from tests.conftest import STATE_DICTS
 from tests.servers import WAIT_S, await_true, served
@@ -29,15 +28,6 @@ from tests.wire import raw_output, raw_request
 UNIFORM = STATE_DICTS[0]
 ONE_ROW = raw_request(UNIFORM.x[:1])
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
-
-
-@pytest.fixture(params=["without threads", "with threads"])
-def stub(
-    request: pytest.FixtureRequest, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[GRPCInferenceServiceStub]:
-    monkeypatch.setattr(completion_queue, "is_usable", lambda: request.param == "without threads")
-    with served(repository) as (_, stub):
-        yield stub
 
 
 @contextmanager
@@ -50,22 +40,24 @@ def request_threads(repository: Path) -> Iterator[set[threading.Thread]]:
         yield {thread for thread in new if thread.name.startswith("request")}
 
 
-def test_answers_and_errors_are_the_same_either_way(stub: GRPCInferenceServiceStub) -> None:
-    futures = [stub.ModelInfer.future(raw_request(UNIFORM.x[i : i + 1])) for i in range(50)]
-    for i, future in enumerate(futures):
-        found = raw_output(future.result(WAIT_S))
-        np.testing.assert_allclose(found, UNIFORM.y64[i : i + 1], rtol=1e-5, atol=1e-5)
-    for request, code in (
-        (raw_request(UNIFORM.x, "none"), grpc.StatusCode.NOT_FOUND),
-        (raw_request(UNIFORM.x[:, :3]), grpc.StatusCode.INVALID_ARGUMENT),
-    ):
-        with pytest.raises(grpc.RpcError) as refused:
-            stub.ModelInfer(request)
-        assert refused.value.code() is code
+@pytest.mark.usefixtures("threads")
+def test_answers_and_errors_are_the_same_either_way(repository: Path) -> None:
+    with served(repository) as (_, stub):
+        futures = [stub.ModelInfer.future(raw_request(UNIFORM.x[i : i + 1])) for i in range(50)]
+        for i, future in enumerate(futures):
+            found = raw_output(future.result(WAIT_S))
+            np.testing.assert_allclose(found, UNIFORM.y64[i : i + 1], rtol=1e-5, atol=1e-5)
+        for request, code in (
+            (raw_request(UNIFORM.x, "none"), grpc.StatusCode.NOT_FOUND),
+            (raw_request(UNIFORM.x[:, :3]), grpc.StatusCode.INVALID_ARGUMENT),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.ModelInfer(request)
+            assert refused.value.code() is code
 
 
 def test_this_grpcio_needs_no_threads(repository: Path) -> None:
-    assert completion_queue.is_usable()
+    assert trial.is_usable()
     with request_threads(repository) as found:
         assert not found
 
@@ -81,11 +73,11 @@ def test_where_grpcio_is_another_calls_have_threads(
 @contextmanager
 def changed() -> Iterator[None]:
     """Have gRPC tried anew, now and afterwards."""
-    completion_queue.is_usable.cache_clear()
+    trial.is_usable.cache_clear()
     try:
         yield
     finally:
-        completion_queue.is_usable.cache_clear()
+        trial.is_usable.cache_clear()
 
 
 class Broken:
@@ -134,6 +126,22 @@ def test_health_and_inference_live_whatever_grpc_changes(
                 stub.ModelInfer(ONE_ROW, timeout=WAIT_S)
         assert raw_output(stub.ModelInfer(ONE_ROW, timeout=WAIT_S)).shape == (1, 3)
         assert health(server) == "SERVING"
+
+
+def test_where_no_way_is_left_the_server_is_not_live(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched, served(repository) as (server, stub):
+        for module, name in (
+            ("cygrpc", "SendMessageOperation"),
+            ("_server", "_request_registered_call"),
+        ):
+            broken = Broken(getattr(completion_queue, module), name)
+            patched.setattr(completion_queue, module, broken)
+        assert not server.is_stalled
+        with pytest.raises(grpc.RpcError):
+            stub.ModelInfer(ONE_ROW, timeout=WAIT_S)
+        assert server.is_stalled
 
 
 @pytest.mark.parametrize(

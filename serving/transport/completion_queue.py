@@ -6,19 +6,17 @@ admitted or rejected, then its message is read, then its answer is sent, each by
 gRPC's core. Ports, TLS, limits, keepalive, streams and reflection stay those of grpc.server.
 `python -m benchmarks.serving` measures both ways.
 
-gRPC's Cython layer is private, so it is used only in versions that this was tried with, and only
-after calls have come back by it at start (`is_usable`). Should it fail later, calls go by threads.
+gRPC's Cython layer is private, so it is used only where it was tried (`trial.py`). Should it fail
+later, calls go by threads.
 """
 
-import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, Protocol
 
 import grpc
@@ -27,15 +25,8 @@ from grpc import _common, _server
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from serving.budget import ANSWER_COPIES
-from serving.callers import Caller
 from serving.failures import NO_MESSAGE, Failure
-from serving.gate import Gate
-from serving.messages import AS_SENT
-from serving.room import Room, peer_of
 from serving.transport.unary import Deadline, Metadata, UnaryCall, UnaryMethod
-
-TRIED = ("1.81", "1.82", "1.83", "1.84", "1.85")
-"""Versions of grpcio that this was tried with."""
 
 _LOOK_S = 1.0
 _PAST = 0.0  # a deadline: do not wait
@@ -338,6 +329,7 @@ class CompletionQueueTransport:
         work: Work | None = None,
     ) -> None:
         self._state: Any = server._state  # type: ignore[attr-defined]
+        self._stopped = self._started = self._state.stage
         self._core: Any = self._state.server
         self._methods = methods
         self._by_threads = by_threads
@@ -360,6 +352,7 @@ class CompletionQueueTransport:
 
     def start(self) -> None:
         """Take calls; the server has started."""
+        self._started = self._state.stage
         for path in self._methods:
             self._post(path)  # once, so that messages come between calls
         threading.Thread(target=self._serve, name="calls", daemon=True).start()
@@ -371,11 +364,15 @@ class CompletionQueueTransport:
         self._has_failed = True
         _log.error("completion_queue_failed", effect="calls go by threads", exc_info=error)
         state = self._state
-        with suppress(Exception), state.lock:
-            state.registered_method_handlers.update(self._by_threads)
-            if state.stage is _server._ServerStage.STARTED:
-                for path in self._by_threads:
-                    _server._request_registered_call(state, path)
+        try:
+            with state.lock:
+                state.registered_method_handlers.update(self._by_threads)
+                if state.stage is self._started:
+                    for path in self._by_threads:
+                        _server._request_registered_call(state, path)
+        except Exception as error:
+            self.is_dead = True
+            _log.error("calls_not_taken", exc_info=error)
 
     def forget(self, call: _Call) -> None:
         """Wait no longer for the end of a call: the server cannot stop before its calls end."""
@@ -408,11 +405,11 @@ class CompletionQueueTransport:
             except Exception as error:
                 self.fall_back(error)
                 failures += 1
-        self.is_dead = is_serving
+        self.is_dead |= is_serving
 
     def _is_serving(self) -> bool:
         if self._has_failed:
-            return bool(self._state.stage is not _server._ServerStage.STOPPED)
+            return bool(self._state.stage is not self._stopped)
         return bool(self._open)
 
     def _take(self, event: Any, then: "Callable[[_Call, Any], None]", call: _Call) -> None:
@@ -499,98 +496,8 @@ class CompletionQueueTransport:
     def _post(self, path: str) -> None:
         """Have gRPC report the next call of a method."""
         with self._state.lock:  # so that the server does not stop meanwhile
-            if self._state.stage is _server._ServerStage.STARTED:
+            if self._state.stage is self._started:
                 error = self._core.request_registered_call(self._queue, self._queue, path, path)
                 if error:
                     raise RuntimeError(f"gRPC does not take a request for calls: error {error}")
                 self._posted += 1
-
-
-@cache
-def is_usable() -> bool:
-    """Whether calls can come by a completion queue: they do with this grpcio, and it is known."""
-    if grpc.__version__.rsplit(".", 1)[0] not in TRIED:
-        reason = f"grpcio {grpc.__version__} is not among {', '.join(TRIED)}"
-    else:
-        try:
-            _try()
-            return True
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-    _log.warning("completion_queue_not_used", effect="calls go by threads", reason=reason)
-    return False
-
-
-_SERVICE = "kanserve.Trial"
-_TRIAL_S = 5.0
-_TRIAL_BYTES = 2**16  # more than one frame
-
-
-def _try() -> None:
-    """Have calls answered, failed, cancelled and watched, with all that handlers look at.
-
-    Raises:
-        Exception: Something is not as it was in the versions that were tried.
-    """
-    admitted: list[Any] = []
-    ended = threading.Event()
-    failure = Failure(grpc.StatusCode.NOT_FOUND, "there is none", "invalid", retry_after_s=1.0)
-
-    def admit(caller: Caller) -> None:
-        _require(peer_of(caller.peer()) == "127.0.0.1", "the address of a caller")
-        names = {"transport_security_type", "security_level"}  # which there are without TLS as well
-        found = dict(caller.invocation_metadata())["k"], set(caller.auth_context()) - names
-        admitted.append(found)
-
-    def answer(message: bytes, call: UnaryCall) -> None:
-        _require(0 < call.time_remaining() <= _TRIAL_S, "a deadline")
-        call.answer(message)
-
-    def watch_once(message: bytes, call: UnaryCall) -> None:
-        call.add_callback(ended.set)
-        call.publish(b"")
-        call.publish(message)
-
-    gate = Gate(Room(8, _TRIAL_S), admit, lambda error: failure, lambda: 0.0, 2**20)
-    begun: dict[str, Callable[[bytes, UnaryCall], None]] = {
-        "Answer": answer,
-        "Fail": lambda message, call: call.fail(failure),
-        "Watch": watch_once,
-    }
-    methods = {
-        f"/{_SERVICE}/{name}": UnaryMethod(gate, begin, watchers=int(name == "Watch"))
-        for name, begin in begun.items()
-    }
-    server = grpc.server(ThreadPoolExecutor(1), options=[AS_SENT])
-    transport = CompletionQueueTransport(server, methods, {})
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    options = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
-    try:
-        transport.start()
-        with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:
-            message = bytes(_TRIAL_BYTES)
-            metadata = (("k", "v"),)
-
-            def call(name: str) -> Any:
-                method: Any = channel.unary_stream(f"/{_SERVICE}/{name}")
-                return method(message, timeout=_TRIAL_S, metadata=metadata)
-
-            _require(list(call("Answer")) == [message], "an answer")
-            failed = call("Fail")
-            _require(failed.code() is failure.code, "a status")
-            _require(failed.details() == failure.details, "a status's details")
-            _require(set(failure.trailing) <= set(failed.trailing_metadata()), "metadata")
-            watch = call("Watch")
-            _require(list(itertools.islice(watch, 2)) == [b"", message], "several answers")
-            watch.cancel()
-            _require(ended.wait(_TRIAL_S), "the end of a call that is cancelled")
-        _require(all(found == ("v", set()) for found in admitted), "what a caller has sent")
-        _require(not transport.has_failed, "that nothing failed")
-    finally:
-        server.stop(0)  # which does not wait, as None would
-
-
-def _require(is_so: bool, what: str) -> None:
-    if not is_so:
-        raise RuntimeError(f"a trial of the completion queue: expected {what}")
