@@ -69,6 +69,7 @@ class _Call(UnaryCall):
     _callbacks: list[Callable[[], None]] | None = None
     _is_cancelled: bool | None = None  # known once gRPC has ended it
     _is_ended = False  # nothing more is to be sent
+    _is_watched = False  # gRPC reports its end
     _is_started = False  # something has been sent
     _is_sending = False
     _is_final = False  # the status goes with what is pending
@@ -153,6 +154,14 @@ class _Call(UnaryCall):
                 self._pending = content
                 self._send_pending()
 
+    def watch(self) -> None:
+        """Have gRPC report its end, as soon as it is not answered at once."""
+        with self._lock:
+            if self._is_ended or self._is_watched:
+                return
+            self._is_watched = True
+        self._await_end()
+
     def finish(self) -> None:
         with self._lock:
             if not self._is_ended:
@@ -167,13 +176,11 @@ class _Call(UnaryCall):
     def reject(self, failure: Failure) -> None:
         """End it before its message is read, as one that is not admitted."""
         self._is_ended = True
-        self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
         self._send(None, failure)
 
     @_falling_back
     def receive(self) -> None:
-        """Have gRPC read the message, and report the end of the call."""
-        self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+        """Have gRPC read the message; its end is reported with it."""
         self._awaits_message = True
         self._start(_Call.received, cygrpc.ReceiveMessageOperation(_NO_FLAGS))
 
@@ -191,8 +198,11 @@ class _Call(UnaryCall):
             return  # it was given up
         if message is not None:
             self.method.take(message, self)
+            if not self._is_ended:
+                self.transport.watch_soon(self)
         elif not event.success:  # gRPC ends it, because the message is too large
             gate.too_large()
+            self.watch()
             self._end()
             self._room.answer(self)
         else:  # its client has ended its side or has gone, which is known when gRPC has ended it
@@ -206,7 +216,7 @@ class _Call(UnaryCall):
 
     def closed(self, event: Any) -> None:
         """Note that gRPC has ended it: its client has all of the answer, or has gone."""
-        is_cancelled = event.batch_operations[0].cancelled()
+        is_cancelled = event.batch_operations[-1].cancelled()
         with self._lock:
             self._is_ended = True
             self._is_cancelled = is_cancelled
@@ -269,7 +279,15 @@ class _Call(UnaryCall):
             operations.append(cygrpc.SendMessageOperation(content, _NO_FLAGS))
         if status is not None:
             operations.append(cygrpc.SendStatusFromServerOperation(*_arguments(status), _NO_FLAGS))
-        self._start(_Call.sent, *operations)
+        if status is None or self._is_watched:
+            self._start(_Call.sent, *operations)
+        else:  # one event for both
+            self._is_watched = True
+            self._start(_Call.closed, *operations, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+
+    @_falling_back
+    def _await_end(self) -> None:
+        self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
 
     def _start(self, then: "Callable[[_Call, Any], None]", *operations: Any) -> None:
         """Have gRPC begin operations, and call something with their event when they are done."""
@@ -341,6 +359,7 @@ class CompletionQueueTransport:
             self._core.register_method(path)
         self._posted = 0
         self._open: set[_Call] = set()
+        self._unwatched: list[_Call] = []
         self._arrivals: deque[_Call] = deque()
         self._has_failed = False
         self.is_dead = False
@@ -378,6 +397,13 @@ class CompletionQueueTransport:
         """Wait no longer for the end of a call: the server cannot stop before its calls end."""
         self._open.discard(call)
 
+    def watch_soon(self, call: _Call) -> None:
+        """Have the end of a call reported unless it is answered by what this thread does next."""
+        if self._work.has_work:
+            self._unwatched.append(call)
+        else:
+            call.watch()
+
     def _serve(self) -> None:
         """Take events until the server has stopped, and with it all calls."""
         failures, is_serving = 0, True
@@ -394,7 +420,7 @@ class CompletionQueueTransport:
                 if not work.has_work:
                     since_work = 0
                 elif tag is None or since_work >= _MOST_EVENTS:
-                    work.run_short()
+                    self._do_work()
                     since_work = 0
                 else:
                     since_work += 1
@@ -406,6 +432,12 @@ class CompletionQueueTransport:
                 self.fall_back(error)
                 failures += 1
         self.is_dead |= is_serving
+
+    def _do_work(self) -> None:
+        self._work.run_short()
+        for call in self._unwatched:
+            call.watch()
+        self._unwatched.clear()
 
     def _is_serving(self) -> bool:
         if self._has_failed:
