@@ -5,6 +5,7 @@ client has taken it (see `Room`). What has come of other messages is measured (s
 This module knows no gRPC.
 """
 
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterable
@@ -77,12 +78,14 @@ class Budget:
         limit: As above.
         max_message_bytes: As above.
         in_transit: Bytes of messages that are not whole yet, when they were last measured.
+        measured_at: When that was, by the clock of rooms.
     """
 
     def __init__(self, limit: int, max_message_bytes: int) -> None:
         self.limit = limit
         self.max_message_bytes = max_message_bytes
         self.in_transit = 0
+        self.measured_at = -math.inf
         self._held = 0
         self._is_shut = False
         self._heard: defaultdict[str, int] = defaultdict(int)
@@ -92,6 +95,11 @@ class Budget:
     def held(self) -> int:
         """Bytes of messages and answers that are held."""
         return self._held
+
+    @property
+    def most_messages(self) -> int:
+        """How many of the largest messages there is room for."""
+        return (self.limit - self._held - self.in_transit) // self.max_message_bytes
 
     @property
     def is_full(self) -> bool:

@@ -113,6 +113,10 @@ class Watch:
     def look(self) -> None:
         """Measure once, and end calls while there is more than the budget allows."""
         now = self._clock()
+        self._measure(now)
+        self._budget.measured_at = now
+
+    def _measure(self, now: float) -> None:
         self._looks += 1
         budget = self._budget
         self._end_untaken(now - _TAKEN_S)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from itertools import islice
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -98,6 +99,21 @@ class Room:
     def is_crowded(self) -> bool:
         """Whether a call whose message is not there must leave for the next one."""
         return len(self._silent) >= self.most_silent
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether the next call should wait until it is known what others have brought.
+
+        As many calls as the budget has room for the largest messages are read between two
+        measurements; those before them count with what was measured.
+        """
+        budget = self._budget
+        if budget is None or not self._silent:
+            return False
+        with self._lock:
+            newest = islice(reversed(self._silent.values()), max(1, budget.most_messages))
+            unmeasured = [since > budget.measured_at for since in newest]
+        return len(unmeasured) >= budget.most_messages and all(unmeasured)
 
     def enter(self, call: Silent) -> bool:
         """Take a call in whose message is not there; tell whether there is room for it."""

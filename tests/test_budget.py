@@ -202,6 +202,31 @@ def test_calls_that_bring_too_much_before_they_are_whole_end(machine: Machine) -
     assert not any(call.ended for call in small)
 
 
+def test_the_next_call_waits_while_others_may_bring_more_than_there_is_room_for(
+    machine: Machine,
+) -> None:
+    held = Budget(200 * MIB, 64 * MIB)  # three of the largest
+    room = room_of(held, machine)
+    watch = machine.watch(held, room)
+    watch.look()
+    machine.now = 1.0
+    calls = enter(room, *(f"ipv4:192.0.2.9:{i}" for i in range(2)))
+    assert not room.is_held_up
+    calls += enter(room, "ipv4:192.0.2.9:2")
+    assert room.is_held_up
+    assert room.hear(calls[0], 100)  # a small one
+    assert not room.is_held_up
+    calls += enter(room, "ipv4:192.0.2.9:3")
+    assert room.is_held_up
+    machine.now = 2.0
+    watch.look()  # nothing has come
+    assert not room.is_held_up
+    machine.now = 3.0
+    assert room.hold(calls[0], 130 * MIB)
+    enter(room, "ipv4:192.0.2.9:4")
+    assert room.is_held_up  # there is room for one
+
+
 def test_those_of_the_worst_address_end_first(machine: Machine) -> None:
     held = Budget(400 * MIB, 64 * MIB)
     room = room_of(held, machine)

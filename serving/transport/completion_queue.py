@@ -29,6 +29,7 @@ from serving.failures import NO_MESSAGE, Failure
 from serving.transport.unary import Deadline, Metadata, UnaryCall, UnaryMethod
 
 _LOOK_S = 1.0
+_WAIT_S = 0.01  # while calls are held up
 _PAST = 0.0  # a deadline: do not wait
 _MOST_EVENTS = 64  # before work is done while events keep coming
 _MOST_FAILURES = 100  # in a row
@@ -361,6 +362,7 @@ class CompletionQueueTransport:
         self._open: set[_Call] = set()
         self._unwatched: list[_Call] = []
         self._arrivals: deque[_Call] = deque()
+        self._held_up: deque[_Call] = deque()
         self._has_failed = False
         self.is_dead = False
 
@@ -410,13 +412,16 @@ class CompletionQueueTransport:
         work, since_work = self._work, 0  # events since there is work
         while is_serving and failures < _MOST_FAILURES:
             try:
-                event = self._queue.poll(_PAST if work.has_work else time.time() + _LOOK_S)
+                pause_s = _WAIT_S if self._held_up else _LOOK_S
+                event = self._queue.poll(_PAST if work.has_work else time.time() + pause_s)
                 tag = event.tag
                 if type(tag) is tuple:  # as most are
                     self._take(event, *tag)
                 elif tag is not None:
                     is_serving = self._take_other(event)
                     self._admit_arrivals()
+                if self._held_up:
+                    self._admit_held_up()
                 if not work.has_work:
                     since_work = 0
                 elif tag is None or since_work >= _MOST_EVENTS:
@@ -442,7 +447,7 @@ class CompletionQueueTransport:
     def _is_serving(self) -> bool:
         if self._has_failed:
             return bool(self._state.stage is not self._stopped)
-        return bool(self._open)
+        return bool(self._open or self._held_up)
 
     def _take(self, event: Any, then: "Callable[[_Call, Any], None]", call: _Call) -> None:
         """Take an event of a call."""
@@ -495,13 +500,14 @@ class CompletionQueueTransport:
     def _admit_arrivals(self) -> None:
         """Admit or reject the calls that have arrived.
 
-        Where one makes another leave whose message is not there, messages that are come first: they
-        may be events that wait behind those of arrivals.
+        Where one makes another leave whose message is not there, or is held up, messages that are
+        come first: they may be events that wait behind those of arrivals.
         """
         events = 0
         while self._arrivals:
-            room = self._arrivals[0].method.gate.room
-            if room.is_crowded and events < _MOST_EVENTS:
+            gate = self._arrivals[0].method.gate
+            is_held_up = not gate.always and gate.room.is_held_up
+            if (gate.room.is_crowded or is_held_up) and events < _MOST_EVENTS:
                 event = self._queue.poll(_PAST)
                 if type(event.tag) is tuple:
                     self._take(event, *event.tag)
@@ -510,8 +516,14 @@ class CompletionQueueTransport:
                 else:
                     events = _MOST_EVENTS
                 events += 1
+            elif is_held_up:
+                self._held_up.append(self._arrivals.popleft())
             else:
                 self._admit(self._arrivals.popleft())
+
+    def _admit_held_up(self) -> None:
+        while self._held_up and not self._held_up[0].method.gate.room.is_held_up:
+            self._admit(self._held_up.popleft())
 
     def _admit(self, call: _Call) -> None:
         """Have gRPC read the message of a call, or reject it before."""
