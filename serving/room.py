@@ -108,12 +108,11 @@ class Room:
         measurements; those before them count with what was measured.
         """
         budget = self._budget
-        if budget is None or not self._silent:
+        if budget is None or not self._silent or len(self._silent) < budget.most_messages:
             return False
         with self._lock:
             newest = islice(reversed(self._silent.values()), max(1, budget.most_messages))
-            unmeasured = [since > budget.measured_at for since in newest]
-        return len(unmeasured) >= budget.most_messages and all(unmeasured)
+            return all(since > budget.measured_at for since in newest)
 
     def enter(self, call: Silent) -> bool:
         """Take a call in whose message is not there; tell whether there is room for it."""

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, Protocol
 
 import grpc
@@ -40,20 +39,6 @@ _log = structlog.get_logger()
 
 OK = Failure(grpc.StatusCode.OK, "", "")
 """The status of a call that has its answer."""
-
-
-def _falling_back(method: Callable[..., None]) -> Callable[..., None]:
-    """Have a method of a call end the call, and calls go by threads, where gRPC fails."""
-
-    @wraps(method)
-    def call_method(call: "_Call", *args: Any) -> None:
-        try:
-            method(call, *args)
-        except Exception as error:
-            call.transport.fall_back(error)
-            call.abandon()
-
-    return call_method
 
 
 class _Call(UnaryCall):
@@ -161,7 +146,10 @@ class _Call(UnaryCall):
             if self._is_ended or self._is_watched:
                 return
             self._is_watched = True
-        self._await_end()
+        try:
+            self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+        except Exception as error:
+            self._fall_back(error)
 
     def finish(self) -> None:
         with self._lock:
@@ -173,17 +161,18 @@ class _Call(UnaryCall):
     def is_finished(self) -> bool:
         return self._is_finished
 
-    @_falling_back
     def reject(self, failure: Failure) -> None:
         """End it before its message is read, as one that is not admitted."""
         self._is_ended = True
         self._send(None, failure)
 
-    @_falling_back
     def receive(self) -> None:
-        """Have gRPC read the message; its end is reported with it."""
+        """Have gRPC read the message."""
         self._awaits_message = True
-        self._start(_Call.received, cygrpc.ReceiveMessageOperation(_NO_FLAGS))
+        try:
+            self._start(_Call.received, cygrpc.ReceiveMessageOperation(_NO_FLAGS))
+        except Exception as error:
+            self._fall_back(error)
 
     def received(self, event: Any) -> None:
         """Take the message, if there is one."""
@@ -270,25 +259,30 @@ class _Call(UnaryCall):
             self._is_sending = True
             self._send(content, OK if is_final else None)
 
-    @_falling_back
     def _send(self, content: bytes | None, status: Failure | None) -> None:
         operations = []
-        if not self._is_started:
-            self._is_started = True
-            operations.append(cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS))
-        if content is not None:
-            operations.append(cygrpc.SendMessageOperation(content, _NO_FLAGS))
-        if status is not None:
+        try:
+            if not self._is_started:
+                self._is_started = True
+                operations.append(cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS))
+            if content is not None:
+                operations.append(cygrpc.SendMessageOperation(content, _NO_FLAGS))
+            if status is None:
+                self._start(_Call.sent, *operations)
+                return
             operations.append(cygrpc.SendStatusFromServerOperation(*_arguments(status), _NO_FLAGS))
-        if status is None or self._is_watched:
-            self._start(_Call.sent, *operations)
-        else:  # one event for both
-            self._is_watched = True
-            self._start(_Call.closed, *operations, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+            if self._is_watched:
+                self._start(_Call.sent, *operations)
+            else:  # one event for both
+                self._is_watched = True
+                operations.append(cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+                self._start(_Call.closed, *operations)
+        except Exception as error:
+            self._fall_back(error)
 
-    @_falling_back
-    def _await_end(self) -> None:
-        self._start(_Call.closed, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+    def _fall_back(self, error: Exception) -> None:
+        self.transport.fall_back(error)
+        self.abandon()
 
     def _start(self, then: "Callable[[_Call, Any], None]", *operations: Any) -> None:
         """Have gRPC begin operations, and call something with their event when they are done."""
