@@ -47,26 +47,15 @@ class _Collector(Collector):
 class MultiprocessServer:
     """All workers, as one server; see `Server`."""
 
-    settings: Settings
     supervisor: WorkerSupervisor
     address: str
     metrics_address: str
     health_address: str
 
-    def announce(self) -> None:
-        """Log the addresses and write them to the address file.
-
-        Raises:
-            StartupError: The file cannot be written.
-        """
-        addresses.announce(
-            self.settings,
-            grpc=self.address,
-            metrics=self.metrics_address,
-            health=self.health_address,
-            ready=self.supervisor.ready,
-            workers=self.settings.workers,
-        )
+    @property
+    def ready(self) -> bool:
+        """Whether every worker that takes connections is ready."""
+        return self.supervisor.ready
 
     def drain(self) -> None:
         """Turn readiness and health off; requests are still taken."""
@@ -131,7 +120,6 @@ def supervising(settings: Settings) -> Iterator[MultiprocessServer]:
         )
         health_address = "" if health_port is None else addresses.joined(address, health_port)
         yield MultiprocessServer(
-            settings,
             supervisor,
             addresses.joined(address, port),
             metrics_address,
