@@ -273,11 +273,11 @@ class WorkerSupervisor(Collector):
             }
             worker = WorkerProcess(process, ours, RpcConnection(ours, handlers))
             with self._changed:  # it gets the whole desired state, then all that changes
-                self._workers[index] = worker
                 for model in self.lifecycle.plans.items():
                     worker.connection.ask("publish", model)
                 for order in self._orders.items():
                     worker.connection.ask(*order)
+                self._workers[index] = worker
                 self._changed.notify_all()
             try:
                 worker.connection.serve()
