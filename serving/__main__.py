@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from kan_bundle import __version__
     from kan_bundle.errors import BundleError
+    from serving import addresses
     from serving.configuration import as_toml, completion, read_settings, unknown_variables
     from serving.errors import StartupError, WrongSetting
     from serving.observability.logs import configure_logging
@@ -133,7 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             # What has been made by now stays: collections need not look at it again and again.
             gc.collect()
             gc.freeze()
-            server.announce()
+            addresses.announce(
+                settings,
+                grpc=server.address,
+                metrics=server.metrics_address,
+                health=server.health_address,
+                ready=server.ready,
+            )
             ends.wait()
             log.info("draining", seconds=settings.drain_s)
             server.drain()

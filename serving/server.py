@@ -109,19 +109,10 @@ class Server:
         is_dead = self._transport is not None and self._transport.is_dead
         return is_dead or self._dispatcher.is_stalled
 
-    def announce(self) -> None:
-        """Log the address and write it to the address file.
-
-        Raises:
-            StartupError: The file cannot be written.
-        """
-        addresses.announce(
-            self._settings,
-            grpc=self.address,
-            metrics=self.metrics_address,
-            health=self.health_address,
-            ready=self.readiness.ready,
-        )
+    @property
+    def ready(self) -> bool:
+        """Whether it is ready."""
+        return self.readiness.ready
 
     def drain(self) -> None:
         """Turn readiness and health off; requests are still taken."""

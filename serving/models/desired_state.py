@@ -94,16 +94,8 @@ class ModelHost(Protocol):
         """End loads that are under way, and those to come."""
 
 
-def plans_to_json(plans: Plans) -> dict[str, Any]:
-    """Write plans as JSON can hold them."""
-    return {
-        str(number): {**vars(plan), "pinned": plan.pinned and vars(plan.pinned)}
-        for number, plan in plans.items()
-    }
-
-
 def plans_from_json(content: Mapping[str, Any]) -> Plans:
-    """Read what `plans_to_json` wrote."""
+    """Read plans that were written as JSON."""
     return {
         int(number): VersionPlan(
             **{**plan, "pinned": plan["pinned"] and PinnedVersion(**plan["pinned"])}

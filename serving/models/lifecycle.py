@@ -99,6 +99,11 @@ class ModelLifecycle:
         self._skipped: set[Path] = set()
         self._closed = False
 
+    @property
+    def plans(self) -> dict[str, Plans]:
+        """The desired state of every model, by name."""
+        return dict(self._plans)
+
     def refresh(self, names: Collection[str] | None = None, *, retry: bool = False) -> None:
         """Look at the folders and serve what the policy wants of them.
 

@@ -13,7 +13,7 @@ from kan_bundle.manifest import Manifest
 from serving.errors import ControlRefused, ModelNotFound, ModelNotReady
 from serving.models.repository import Repository
 
-_LARGEST = 16 * 2**20  # bytes; it is read as a whole, and may cross a pipe
+_LARGEST = 16 * 2**20  # bytes; it is read as a whole, and may cross to another process
 
 _log = structlog.get_logger()
 

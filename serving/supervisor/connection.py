@@ -1,33 +1,24 @@
-"""JSON messages between the supervisor and a worker, over a pipe.
+"""JSON messages between the supervisor and a worker, over a socket, one a line.
 
-Both ends are alike: each names the requests that it handles. Sending never blocks, because a thread
-of the connection writes what is queued: a process that does not read holds up nothing but its own
-messages. Nothing is unpickled.
+Both ends are alike: each names the requests that it handles, and every request is answered. Sending
+never blocks, because a thread of the connection writes what is queued: a process that does not read
+holds up nothing but its own messages. Nothing is unpickled.
 """
 
+import itertools
 import json
+import socket
 import threading
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from multiprocessing.connection import Connection
-from queue import SimpleQueue
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import structlog
 
-from serving.errors import (
-    ControlRefused,
-    EngineError,
-    ModelNotFound,
-    ServingError,
-    StartupError,
-)
+from serving.errors import ControlRefused, EngineError, ModelNotFound, ServingError, StartupError
 
 _CROSSING = {kind.__name__: kind for kind in (ControlRefused, ModelNotFound, StartupError)}
-
-Handler = Callable[[Any], Any]
-"""Takes and returns what JSON can hold. It does not wait; if it must, it returns a Future."""
 
 _log = structlog.get_logger()
 
@@ -40,24 +31,20 @@ class RpcConnection:
     """The other process, as this one sees it. Thread-safe.
 
     Args:
-        connection: A pipe between them.
+        peer: A socket that is connected to it. Its timeout limits each wait for the other process.
         handlers: Of requests from the other process, by name. They run in the thread of `serve`, in
-            the order of the requests.
-
-    Attributes:
-        heard_at: When the last message came, by `time.monotonic`.
+            the order of the requests. Each takes what JSON can hold, and returns that or
+            dataclasses. It does not wait; if it must, it returns a Future.
     """
 
-    def __init__(self, connection: "Connection[Any, Any]", handlers: Mapping[str, Handler]) -> None:
-        self.heard_at = time.monotonic()
-        self._connection = connection
+    def __init__(self, peer: socket.socket, handlers: Mapping[str, Callable[[Any], Any]]) -> None:
+        self._socket = peer
         self._handlers = handlers
-        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        self._writer = ThreadPoolExecutor(1, "rpc-write")
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._asked: dict[int, Future[Any]] = {}
-        self._count = 0
-        self._disconnected = False
-        threading.Thread(target=self._write, name="rpc-write", daemon=True).start()
+        self._pending: dict[int, Future[Any]] = {}
+        self._is_connected = True
 
     def ask(self, what: str, argument: Any = None) -> "Future[Any]":
         """Send a request.
@@ -67,81 +54,58 @@ class RpcConnection:
             an EngineError for any other, or PeerDisconnected.
         """
         future: Future[Any] = Future()
+        number = next(self._numbers)
         with self._lock:
-            if self._disconnected:
+            if not self._is_connected:
                 future.set_exception(PeerDisconnected("the other process has ended"))
                 return future
-            self._count += 1
-            number = self._count
-            self._asked[number] = future
+            self._pending[number] = future
         self._send({"ask": number, "what": what, "argument": argument})
         return future
 
-    def notify(self, what: str, argument: Any = None) -> None:
-        """Send a request that has no answer."""
-        self._send({"what": what, "argument": argument})
-
     def serve(self) -> None:
-        """Handle requests and answers until the other process has ended."""
+        """Handle requests and answers until the other process has ended.
+
+        Raises:
+            TimeoutError: It sends nothing within the timeout of the socket.
+        """
         try:
-            while True:
-                message = json.loads(self._connection.recv_bytes())
-                self.heard_at = time.monotonic()
-                if "answer" in message:
-                    self._take(message)
-                else:
-                    self._handle(message)
-        except (EOFError, OSError):
-            self._disconnect()
+            # A ValueError is half a line: the other process was killed while it wrote.
+            with suppress(ConnectionError, ValueError), self._socket.makefile("rb") as lines:
+                for line in lines:
+                    self._handle(json.loads(line))
+        finally:
+            with self._lock:
+                self._is_connected = False
+            for future in self._pending.values():
+                future.set_exception(PeerDisconnected("the other process has ended"))
 
     def _handle(self, message: dict[str, Any]) -> None:
-        what, number = message["what"], message.get("ask")
-        try:
-            found = self._handlers[what](message["argument"])
-        except Exception as error:
-            found = Future()
-            found.set_exception(error)
-        if isinstance(found, Future):
-            found.add_done_callback(lambda done: self._answer(what, number, done))
-        elif number is not None:
-            self._send({"answer": number, "value": found})
-
-    def _answer(self, what: str, number: int | None, done: "Future[Any]") -> None:
-        error = done.exception()
-        if error is not None and type(error).__name__ not in _CROSSING:
-            _log.error("peer_failed", what=what, exc_info=error)
-        if number is None:
+        if "ask" in message:
+            self._answer(message, lambda: self._handlers[message["what"]](message["argument"]))
             return
-        if error is None:
-            self._send({"answer": number, "value": done.result()})
-        else:
-            self._send({"answer": number, "error": [type(error).__name__, str(error)]})
-
-    def _take(self, message: dict[str, Any]) -> None:
-        with self._lock:
-            future = self._asked.pop(message["answer"], None)
-        if future is None:  # it could not be sent to the end any more
-            return
+        future = self._pending.pop(message["answer"])
         if "error" in message:
             kind, text = message["error"]
             future.set_exception(_CROSSING.get(kind, EngineError)(text))
         else:
             future.set_result(message["value"])
 
-    def _send(self, message: dict[str, Any]) -> None:
-        self._outgoing.put(json.dumps(message).encode())
-
-    def _write(self) -> None:
+    def _answer(self, request: dict[str, Any], handle: Callable[[], Any]) -> None:
+        """Send what a handler returns or raises; if it returns a Future, once that is done."""
         try:
-            while (content := self._outgoing.get()) is not None:
-                self._connection.send_bytes(content)
-        except OSError:
-            self._disconnect()
+            value = handle()
+            if isinstance(value, Future):
+                value.add_done_callback(lambda done: self._answer(request, done.result))
+                return
+            answer = {"value": value}
+        except Exception as error:
+            kind = type(error).__name__
+            if kind not in _CROSSING:
+                _log.error("peer_failed", what=request["what"], exc_info=error)
+            answer = {"error": [kind, str(error)]}
+        self._send({"answer": request["ask"], **answer})
 
-    def _disconnect(self) -> None:
-        with self._lock:
-            self._disconnected = True
-            lost, self._asked = self._asked, {}
-        self._outgoing.put(None)
-        for future in lost.values():
-            future.set_exception(PeerDisconnected("the other process has ended"))
+    def _send(self, message: dict[str, Any]) -> None:
+        line = json.dumps(message, default=vars) + "\n"  # of dataclasses, the fields
+        self._writer.submit(self._socket.sendall, line.encode())

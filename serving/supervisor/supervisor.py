@@ -1,9 +1,9 @@
 """Worker processes on one port: started, watched, replaced, and kept at one desired state.
 
-The supervisor decides with `ModelLifecycle` what is served, and writes it in one place, `_plans`.
-Every change goes to all workers in the same order: first all load, then all change over. A worker
-that starts gets the whole desired state, and listens once it serves it, so it is neither ahead of
-its siblings nor behind. A worker whose heartbeats stop is killed and replaced.
+`ModelLifecycle` decides what is served, and holds this desired state in one place. Every change
+goes to all workers in the same order: first all load, then all change over. A worker that starts
+gets the whole desired state, and listens once it serves it, so it is neither ahead of its siblings
+nor behind. A worker whose heartbeats stop is killed and replaced.
 
 No well-kept library does this. gunicorn's arbiter has heartbeats, timeouts and restarts, but it
 forks, which gRPC survives only with care; it knows no state that workers must agree on, and its
@@ -12,24 +12,27 @@ gauges of live state. The supervisor imports neither gRPC nor onnxruntime, and w
 afresh, because neither survives a fork.
 """
 
-import math
-import multiprocessing
+import socket
 import threading
 import time
 from base64 import b64decode
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import wait as wait_for_process
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import structlog
 from prometheus_client import Counter
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from kan_bundle.errors import BundleError
 from serving.errors import ControlRefused, EngineError, StartupError
-from serving.models.desired_state import LoadFailure, PinnedVersion, Plans, plans_to_json
+from serving.models.desired_state import LoadFailure, PinnedVersion, Plans
 from serving.models.lifecycle import ModelLifecycle, load_at_start
 from serving.models.policy import parse_policy
 from serving.settings import Settings
@@ -48,8 +51,20 @@ _FORCE_S = 0.5  # after a second signal
 _log = structlog.get_logger()
 
 
-class WorkerSupervisor:
-    """A fixed number of workers and the desired state that all of them serve. A `ModelHost`.
+@dataclass(frozen=True)
+class WorkerProcess:
+    """A process, and what it has reported."""
+
+    process: SpawnProcess
+    peer: socket.socket
+    connection: RpcConnection
+    ready: bool = False  # whatever its siblings are
+    max_message_bytes: int | None = None  # largest that it accepts; None: it does not listen yet
+    refusal: str | None = None  # why it cannot serve the desired state
+
+
+class WorkerSupervisor(Collector):
+    """A fixed number of workers that serve one desired state. A `ModelHost`.
 
     Args:
         settings: Of each worker; the port is one that is held for them.
@@ -62,19 +77,13 @@ class WorkerSupervisor:
     def __init__(self, settings: Settings, deaths: Counter) -> None:
         self._settings = settings
         self._deaths = deaths
-        self._lock = threading.Lock()  # nothing waits while it is held
-        self._changed = threading.Condition(self._lock)
-        self._plans: dict[str, Plans] = {}
-        self._failed = 0
-        self._connections: dict[int, RpcConnection] = {}  # of workers that load what they are asked
-        self._ready: dict[int, bool] = {}  # of workers that take connections
-        self._all_ready = False
-        self._may_listen = self._started = self._lost = False
+        self._changed = threading.Condition()  # nothing else is waited for while it is held
+        self._workers: dict[int, WorkerProcess] = {}
+        self._orders: dict[str, Any] = {"failed": 0, "peers_ready": False}  # the last of each
         self._refusal: StartupError | None = None
-        self._max_message_bytes: int | None = None
+        self._started = False
         self._ending = threading.Event()
         self._changes = ThreadPoolExecutor(1, "changes")
-        self._kill_at = math.inf
         self.lifecycle = ModelLifecycle(
             settings.model_repository, parse_policy(settings.version_policy), self
         )
@@ -90,31 +99,29 @@ class WorkerSupervisor:
             StartupError: A worker refuses to start, or there is nothing to serve.
             LayoutError: The repository cannot be read.
         """
+        settings = self._settings
         for thread in self._threads:
             thread.start()
-        self._await_all(self._connections)
-        settings = self._settings
+        self._await(lambda: len(self._workers) == settings.workers)
         load_at_start(
             self.lifecycle, settings.model_repository, settings.model_control, settings.load_models
         )
-        with self._lock:
-            self._may_listen = True
-            for connection in self._connections.values():
-                connection.notify("listen", self._max_message_bytes)
-        self._await_all(self._ready)
-        with self._lock:
+        self._order("listen", None)
+        self._await(lambda: len(self.listening) == settings.workers)
+        with self._changed:
             self._started = True
             self._update_ready()
 
     @property
     def ready(self) -> bool:
         """Whether every worker that takes connections is ready."""
-        return self._all_ready
+        return bool(self._orders["peers_ready"])
 
     @property
-    def listening(self) -> int:
-        """Number of workers that take connections."""
-        return len(self._ready)
+    def listening(self) -> dict[int, WorkerProcess]:
+        """The workers that take connections, by number."""
+        with self._changed:
+            return {i: w for i, w in self._workers.items() if w.max_message_bytes is not None}
 
     def load(self, version: PinnedVersion) -> LoadFailure | None:
         """Load a version in every worker; return why it failed in one, if it did.
@@ -122,42 +129,32 @@ class WorkerSupervisor:
         Raises:
             StartupError: The provider is not available.
         """
-        answers = self._broadcast("load", vars(version))
+        self._await(lambda: bool(self._workers))
+        answers = self._ask_all("load", version)
         wait(answers)
-        found = []
-        for answer in answers:
-            with suppress(PeerDisconnected):  # it returns with the desired state
-                found.append(answer.result())
+        # A worker that has ended meanwhile returns with the desired state.
+        found = [a.result() for a in answers if not isinstance(a.exception(), PeerDisconnected)]
         if not found:
             reason = "every worker ended while it was being loaded"
             return LoadFailure(reason, reason, transient=True)
         return next((LoadFailure(**content) for content in found if content is not None), None)
 
     def publish(self, name: str, plans: Plans) -> None:
-        """Write the desired state of a model, and return when every worker serves it."""
-        with self._lock:
-            if plans:
-                self._plans[name] = plans
-            else:
-                self._plans.pop(name, None)
-            content = [name, plans_to_json(plans)]
-            answers = [each.ask("publish", content) for each in self._connections.values()]
-        wait(answers)  # a worker that hangs is killed, and one that cannot follow ends
+        """Have every worker serve the desired state of a model, and return when all do."""
+        # A worker that hangs is killed, and one that cannot follow ends.
+        wait(self._ask_all("publish", [name, plans]))
 
     def set_failed(self, count: int) -> None:
         """Have every worker report how many versions of the repository have failed."""
-        with self._lock:
-            self._failed = count
-            for connection in self._connections.values():
-                connection.notify("failed", count)
+        self._order("failed", count)
 
     def cancel(self) -> None:
-        """Do nothing: workers end their loads when they are told to stop, which comes next."""
+        """Do nothing: `stop`, which comes next, ends the loads of workers."""
 
     def drain(self) -> None:
         """Turn readiness and health off in all of them; requests are still taken."""
         self._ending.set()
-        wait(self._broadcast("drain"), _DRAIN_S)
+        wait(self._order("peers_ready", False), _DRAIN_S)
 
     def stop(self, grace_s: float, now: Callable[[], bool]) -> None:
         """Take no more requests, let the running ones end, and return when no worker is left.
@@ -167,32 +164,35 @@ class WorkerSupervisor:
             now: Once true, requests are waited for no longer.
         """
         self._ending.set()
-        self._kill_at = time.monotonic() + grace_s + _KILL_S
         self.lifecycle.close()
-        self._notify_all("stop", grace_s)
-        forced = False
-        for thread in self._threads:
-            while thread.is_alive():
-                if now() and not forced:
-                    forced = True
-                    self._kill_at = min(self._kill_at, time.monotonic() + _FORCE_S)
-                    self._notify_all("stop_now")
-                thread.join(_LOOK_S)
+        self._order("stop", grace_s)
+        kill_at = time.monotonic() + grace_s + _KILL_S
+        while any(thread.is_alive() for thread in self._threads):
+            if now() and time.monotonic() + _FORCE_S < kill_at:
+                kill_at = time.monotonic() + _FORCE_S
+                self._order("stop", 0)
+            if time.monotonic() > kill_at:
+                with self._changed:
+                    for worker in self._workers.values():
+                        worker.process.kill()
+            time.sleep(_LOOK_S)
 
-    def close(self) -> None:
-        """Leave no worker."""
-        self.stop(0, lambda: True)
-
-    def scrape(self) -> dict[int, str]:
-        """Return the metrics of every worker that answers, in Prometheus's text format."""
-        with self._lock:
-            asked = {index: each.ask("metrics") for index, each in self._connections.items()}
-        wait(asked.values(), _SCRAPE_S)
-        return {
-            index: future.result()
-            for index, future in asked.items()
-            if future.done() and future.exception() is None
-        }
+    def collect(self) -> Iterator[Metric]:
+        """Scrape all workers; return the metrics of those that answer, each under its number."""
+        asked = {i: worker.connection.ask("metrics") for i, worker in self.listening.items()}
+        done, _ = wait(asked.values(), _SCRAPE_S)
+        families: dict[str, Metric] = {}
+        for index, answer in asked.items():
+            if answer not in done or answer.exception() is not None:
+                continue
+            for family in text_string_to_metric_families(answer.result()):
+                own = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    labels = {**sample.labels, "worker": str(index)}
+                    own.samples.append(sample._replace(labels=labels))
+        yield from families.values()
 
     def report(self, name: str, version: str) -> bytes:
         """Return the report of a version, from the first worker that answers.
@@ -201,29 +201,28 @@ class WorkerSupervisor:
             ModelNotFound: There is none.
             ControlRefused: It cannot be had, or no worker answers.
         """
-        with self._lock:
-            connections = list(self._connections.values())
-        for connection in connections:
+        for worker in self.listening.values():
             with suppress(PeerDisconnected, EngineError, TimeoutError):
-                return b64decode(connection.ask("report", [name, version]).result(_SCRAPE_S))
+                answer = worker.connection.ask("report", [name, version])
+                return b64decode(answer.result(_SCRAPE_S))
         raise ControlRefused("no worker answers; the server's log says more")
 
-    def _await_all(self, workers: Sized) -> None:
+    def _ask_all(self, what: str, argument: Any) -> list["Future[Any]"]:
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._refusal is not None or len(workers) == self._settings.workers
-            )
+            return [worker.connection.ask(what, argument) for worker in self._workers.values()]
+
+    def _order(self, what: str, argument: Any) -> list["Future[Any]"]:
+        """Have every worker do something, and every one that starts later."""
+        with self._changed:
+            self._orders[what] = argument
+            return self._ask_all(what, argument)
+
+    def _await(self, is_true: Callable[[], bool]) -> None:
+        """Wait until something is true, or the start of the server is refused."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._refusal is not None or is_true())
         if self._refusal is not None:
             raise self._refusal
-
-    def _broadcast(self, what: str, argument: Any = None) -> list["Future[Any]"]:
-        with self._lock:
-            return [each.ask(what, argument) for each in self._connections.values()]
-
-    def _notify_all(self, what: str, argument: Any = None) -> None:
-        with self._lock:
-            for connection in self._connections.values():
-                connection.notify(what, argument)
 
     def _keep(self, index: int) -> None:
         """Run one worker, and another when it has ended."""
@@ -231,11 +230,13 @@ class WorkerSupervisor:
         give_up_at = time.monotonic() + _START_RETRY_S
         while not self._ending.is_set():
             try:
-                code, has_listened = self._run(index)
-                if has_listened:
+                worker = self._run(index)
+                if worker.max_message_bytes is not None:
                     backoff_s = _FIRST_BACKOFF_S
+                code = worker.process.exitcode
                 event = partial(_log.error, "worker_died", code=code)
-                self._refuse_start(f"worker {index} ended with code {code} at its start")
+                reason = f"worker {index} ended with code {code} at its start"
+                self._refuse_start(worker.refusal or reason)
             except OSError as error:  # the system has no process or no file for it now
                 event = partial(_log.error, "worker_not_started", reason=str(error))
                 if time.monotonic() > give_up_at:
@@ -250,123 +251,65 @@ class WorkerSupervisor:
             self._ending.wait(backoff_s)
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
 
-    def _run(self, index: int) -> tuple[int | None, bool]:
+    def _run(self, index: int) -> WorkerProcess:
         """Run a process from its start to its end.
-
-        Returns:
-            Its exit code, negative for a signal, and whether it took connections.
 
         Raises:
             OSError: It cannot be started.
         """
-        spawn = multiprocessing.get_context("spawn")
-        ours, its = spawn.Pipe()
+        ours, its = socket.socketpair()
         with ours:
             with its:
-                process = spawn.Process(target=work, args=(self._settings, index, its), daemon=True)
+                process = SpawnProcess(target=work, args=(self._settings, index, its), daemon=True)
                 process.start()
             _log.info("worker_started", worker=index, pid=process.pid)
+            ours.settimeout(_START_S)
+            handlers: dict[str, Callable[[Any], Any]] = {
+                "ready": lambda ready: self._note(index, ready=ready),
+                "listening": lambda limit: self._note(index, max_message_bytes=limit),
+                "refused": lambda reason: self._note(index, refusal=reason),
+                "load": lambda name: self._changes.submit(self.lifecycle.load, name),
+                "unload": lambda name: self._changes.submit(self.lifecycle.unload, name),
+            }
+            worker = WorkerProcess(process, ours, RpcConnection(ours, handlers))
+            with self._changed:  # it gets the whole desired state, then all that changes
+                for model in self.lifecycle.plans.items():
+                    worker.connection.ask("publish", model)
+                for order in self._orders.items():
+                    worker.connection.ask(*order)
+                self._workers[index] = worker
+                self._changed.notify_all()
+            try:
+                worker.connection.serve()
+            except TimeoutError:
+                _log.error("worker_hung", worker=index, silent_s=ours.gettimeout())
+                process.kill()
+            process.join()
+        with self._changed:
+            worker = self._workers.pop(index)
+            self._update_ready()
+        if self._started and worker.refusal is not None:
+            _log.error("worker_refused", worker=index, reason=worker.refusal)
+            if not self.listening:  # no worker is left that serves it
+                self._changes.submit(self._start_over, self.lifecycle.plans)
+        return worker
 
-            def note(status: dict[str, Any]) -> None:
-                if status["stalled"]:
-                    _log.error("worker_stalled", worker=index)
-                    process.kill()
-                self._note(index, connection, **status)
-
-            connection = RpcConnection(
-                ours,
-                {
-                    "status": note,
-                    "refused": partial(self._refuse, index),
-                    "load": lambda name: self._changes.submit(self.lifecycle.load, name),
-                    "unload": lambda name: self._changes.submit(self.lifecycle.unload, name),
-                },
-            )
-            connection.heard_at += _START_S
-            reader = threading.Thread(target=connection.serve, name=f"rpc-{index}", daemon=True)
-            reader.start()
-            self._watch(index, process, connection)
-            reader.join()  # it reads what the process has sent before its end
-            with self._lock:
-                self._connections.pop(index, None)
-                has_listened = self._ready.pop(index, None) is not None
-                self._update_ready()
-        return process.exitcode, has_listened
-
-    def _watch(self, index: int, process: Any, connection: RpcConnection) -> None:
-        """Wait until a process has ended; kill it if its heartbeats stop, or it will not end."""
-        while not wait_for_process([process.sentinel], _LOOK_S):
-            now = time.monotonic()
-            silent_s = now - connection.heard_at
-            if silent_s > self._settings.worker_timeout_s:
-                _log.error("worker_hung", worker=index, silent_s=round(silent_s, 1))
-            elif now < self._kill_at and (index in self._connections or not self._ending.is_set()):
-                continue
-            process.kill()
-            break
-        process.join()
-
-    def _note(
-        self,
-        index: int,
-        connection: RpcConnection,
-        *,
-        attached: bool,
-        ready: bool,
-        stalled: bool,
-        max_message_bytes: int | None,
-    ) -> None:
-        """Take a worker's status, which it sends when it changes, and as its heartbeat.
-
-        Args:
-            index: Of the worker.
-            connection: To it.
-            attached: Whether it can load models.
-            ready: Whether it takes requests, whatever its siblings do.
-            stalled: Whether its requests wait and nothing runs.
-            max_message_bytes: Largest message that it accepts; None as long as it does not listen.
-        """
-        with self._lock:
-            if attached and index not in self._connections:
-                self._attach(index, connection)
-            if max_message_bytes is not None:
-                if index not in self._ready:
-                    connection.notify("peers_ready", self._all_ready)
-                self._max_message_bytes = max_message_bytes
-                self._ready[index] = ready
+    def _note(self, index: int, **reported: Any) -> None:
+        """Take what a worker reports; being ready or not is its heartbeat."""
+        with self._changed:
+            worker = self._workers[index] = replace(self._workers[index], **reported)
+            worker.peer.settimeout(self._settings.worker_timeout_s)
+            if worker.max_message_bytes is not None:
+                self._orders["listen"] = worker.max_message_bytes
             self._update_ready()
             self._changed.notify_all()
 
-    def _attach(self, index: int, connection: RpcConnection) -> None:
-        """Give a worker that has started the desired state, then have it listen."""
-        self._connections[index] = connection
-        for name, plans in self._plans.items():
-            connection.ask("publish", [name, plans_to_json(plans)])
-        connection.notify("failed", self._failed)
-        connection.notify("peers_ready", self._all_ready)
-        if self._may_listen:
-            connection.notify("listen", self._max_message_bytes)
-        if self._lost:
-            self._lost = False
-            self._changes.submit(self._start_over)
-
     def _update_ready(self) -> None:
         """Find whether all are ready, and notify them of a change."""
-        ready = self._started and bool(self._ready) and all(self._ready.values())
-        if ready != self._all_ready:
-            self._all_ready = ready
-            for connection in self._connections.values():
-                connection.notify("peers_ready", ready)
-
-    def _refuse(self, index: int, reason: str) -> None:
-        """Note that a worker ends because it cannot serve the desired state."""
-        if self._started:
-            _log.error("worker_refused", worker=index, reason=reason)
-        self._refuse_start(reason)
-        with self._lock:
-            if self._started and not self._ready:  # no worker is left that serves it
-                self._plans.clear()
-                self._lost = True
+        is_open = self._started and bool(self.listening) and not self._ending.is_set()
+        ready = is_open and all(worker.ready for worker in self.listening.values())
+        if ready != self.ready:
+            self._order("peers_ready", ready)
 
     def _refuse_start(self, reason: str) -> None:
         """End the start of the server with an error, unless it is over."""
@@ -375,7 +318,10 @@ class WorkerSupervisor:
                 self._refusal = StartupError(reason)
                 self._changed.notify_all()
 
-    def _start_over(self) -> None:
+    def _start_over(self, lost: dict[str, Plans]) -> None:
+        """Decide anew what is served, unless that was done since a worker refused these plans."""
+        if self.lifecycle.plans != lost:
+            return
         _log.error("desired_state_lost")
         try:
             self.lifecycle.start_over()

@@ -6,27 +6,28 @@ imported only here, because the supervisor imports this module, too.
 """
 
 import gc
+import math
 import os
 import signal
+import socket
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from multiprocessing.connection import Connection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import structlog
 from prometheus_client import generate_latest
 
 from kan_bundle.errors import BundleError
-from serving.errors import EngineError, StartupError
-from serving.models.desired_state import PinnedVersion, plans_from_json
+from serving.errors import StartupError
+from serving.models.desired_state import LoadFailure, PinnedVersion, plans_from_json
 from serving.observability.logs import configure_logging
 from serving.readiness import Readiness
+from serving.runtime import require_onnxruntime
 from serving.settings import Settings
-from serving.supervisor.connection import PeerDisconnected, RpcConnection
+from serving.supervisor.connection import RpcConnection
 
 if TYPE_CHECKING:
     from serving.models.host import LocalHost
@@ -38,7 +39,7 @@ _REPORT_S = 5.0  # for the supervisor to hear why a worker ends
 _log = structlog.get_logger()
 
 
-def work(settings: Settings, index: int, connection: "Connection[Any, Any]") -> None:
+def work(settings: Settings, index: int, connection: socket.socket) -> None:
     """Run a worker until the supervisor stops it or ends. Does not return.
 
     Args:
@@ -66,29 +67,27 @@ class Worker:
         connection: To the supervisor.
     """
 
-    def __init__(self, settings: Settings, connection: "Connection[Any, Any]") -> None:
+    def __init__(self, settings: Settings, connection: socket.socket) -> None:
         self._settings = settings
         self._host: Future[LocalHost] = Future()
-        self._server: Future[Server] = Future()
         self._may_listen: Future[int | None] = Future()
-        self._stop, self._force = threading.Event(), threading.Event()
-        self._grace_s = settings.grace_s
+        self._server: Future[Server] = Future()
+        self._stop = threading.Event()
+        self._cut_off_at = math.inf
         self._changes = ThreadPoolExecutor(1, "changes")
         self._reports = ThreadPoolExecutor(1, "reports")
+        self._readiness = Readiness(others=False, on_own_change=lambda own: self._report_ready())
         handlers: dict[str, Callable[[Any], Any]] = {
             "load": lambda version: self._changes.submit(self._load, version),
             "publish": lambda model: self._changes.submit(self._publish, *model),
-            "failed": lambda count: self._changes.submit(self._host.result().set_failed, count),
+            "failed": lambda count: self._changes.submit(self._set_failed, count),
             "listen": lambda limit: self._changes.submit(self._may_listen.set_result, limit),
-            "peers_ready": lambda ready: self._readiness.hear(ready),
-            "drain": lambda _: self._readiness.drain(),
+            "peers_ready": self._readiness.hear,
             "stop": self._stop_within,
-            "stop_now": self._stop_now,
-            "metrics": lambda _: generate_latest(self._server.result(0).registry).decode(),
+            "metrics": lambda _: generate_latest(self._server.result().registry).decode(),
             "report": lambda version: self._reports.submit(self._report, *version),
         }
         self._supervisor = RpcConnection(connection, handlers)
-        self._readiness = Readiness(others=False, on_own_change=lambda own: self._report_status())
 
     def run(self) -> None:
         """Serve until the supervisor says so or has ended.
@@ -98,8 +97,6 @@ class Worker:
         """
         for target in (self._listen_to_supervisor, self._send_heartbeats):
             threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
-        from serving.runtime import require_onnxruntime
-
         require_onnxruntime()
         from serving.server import running  # imports onnxruntime
 
@@ -107,9 +104,9 @@ class Worker:
             self._server.set_result(server)
             gc.collect()  # as in __main__
             gc.freeze()
-            self._report_status()
+            self._supervisor.ask("listening", server.max_message_bytes)
             self._stop.wait()
-            server.stop(self._grace_s, self._force.is_set)
+            server.stop(self._settings.grace_s, lambda: time.monotonic() >= self._cut_off_at)
 
     def attach(self, host: "LocalHost") -> int | None:
         """Let the supervisor load models, and wait until this worker serves the desired state.
@@ -118,7 +115,6 @@ class Worker:
             The largest message that the other workers accept; None if this one is to choose.
         """
         self._host.set_result(host)
-        self._report_status()
         return self._may_listen.result()
 
     def load(self, name: str) -> None:
@@ -131,13 +127,11 @@ class Worker:
 
     def refuse(self, reason: str) -> NoReturn:
         """End, because the desired state cannot be served."""
-        with suppress(EngineError, PeerDisconnected, TimeoutError):
-            self._supervisor.ask("refused", reason).result(_REPORT_S)
+        wait([self._supervisor.ask("refused", reason)], _REPORT_S)
         os._exit(1)
 
-    def _load(self, version: dict[str, Any]) -> dict[str, Any] | None:
-        failure = self._host.result().load(PinnedVersion(**version))
-        return None if failure is None else vars(failure)
+    def _load(self, version: dict[str, Any]) -> LoadFailure | None:
+        return self._host.result().load(PinnedVersion(**version))
 
     def _publish(self, name: str, content: dict[str, Any]) -> None:
         host, plans = self._host.result(), plans_from_json(content)
@@ -148,6 +142,9 @@ class Worker:
                     self.refuse(failure.reason)
         host.publish(name, plans)
 
+    def _set_failed(self, count: int) -> None:
+        self._host.result().set_failed(count)
+
     def _report(self, name: str, version: str) -> str:
         from serving.observability.reports import read_report  # imports onnxruntime
 
@@ -157,32 +154,22 @@ class Worker:
         if not self._server.done():  # there is nothing to end
             os._exit(0)
         self._host.result().cancel()
-        self._grace_s = grace_s
+        self._cut_off_at = time.monotonic() + grace_s
         self._stop.set()
-
-    def _stop_now(self, _: Any) -> None:
-        self._force.set()
-        self._stop_within(0)
 
     def _send_heartbeats(self) -> None:
         while True:  # until the process ends
+            self._report_ready()
             time.sleep(_HEARTBEAT_S)
-            self._report_status()
+            if self._server.done() and self._server.result().is_stalled:
+                _log.error("worker_stalled")
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def _report_status(self) -> None:
-        server = self._server.result() if self._server.done() else None
-        status = {
-            "attached": self._host.done(),
-            "ready": self._readiness.own,
-            "stalled": server is not None and server.is_stalled,
-            "max_message_bytes": server and server.max_message_bytes,
-        }
-        self._supervisor.notify("status", status)
+    def _report_ready(self) -> None:
+        self._supervisor.ask("ready", self._readiness.own)
 
     def _listen_to_supervisor(self) -> None:
         self._supervisor.serve()
-        if not self._server.done():
-            os._exit(1)
         _log.error("supervisor_lost")
         self._readiness.drain()
-        self._stop.set()
+        self._stop_within(self._settings.grace_s)
