@@ -92,7 +92,7 @@ FROM server AS cpu
 COPY --from=cpu-environment /opt/kanserve /opt/kanserve
 # Python's own modules come without bytecode in its image, and nobody could write it later: what
 # is imported at every start and every probe would be compiled each time.
-RUN python -c "import serving.server, serving.workers, serving.client.health"
+RUN python -c "import serving.supervisor.server, serving.supervisor.preload, serving.client.health"
 USER 10001:10001
 ARG REVISION=
 LABEL org.opencontainers.image.revision="${REVISION}"
@@ -103,7 +103,7 @@ ENV KANSERVE_PROVIDER=cuda \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=cuda-environment /opt/kanserve /opt/kanserve
-RUN python -c "import serving.server, serving.workers, serving.client.health"
+RUN python -c "import serving.supervisor.server, serving.supervisor.preload, serving.client.health"
 USER 10001:10001
 ARG REVISION=
 LABEL org.opencontainers.image.revision="${REVISION}"

@@ -154,6 +154,22 @@ def find_bundles(
     return sorted(bundles)
 
 
+def model_bytes(repository: Path) -> int:
+    """Count the bytes of the models of a repository with their weights: the largest versions.
+
+    Raises:
+        LayoutError: The repository itself is not a folder that can be read.
+    """
+    largest: dict[str, int] = {}
+    for bundle in find_bundles(repository):
+        size = 0
+        for name in (MODEL_FILE, WEIGHTS_FILE):
+            with suppress(OSError):  # it is not there, or is found to be damaged when it is loaded
+                size += (bundle.path / name).stat().st_size
+        largest[bundle.name] = max(size, largest.get(bundle.name, 0))
+    return sum(largest.values())
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading if it is a regular one: a pipe or a device would hang its reader.
 

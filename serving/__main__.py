@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure_logging(settings.log_level)
         for name, nearest in unknown_variables(Settings).items():
             log.warning("unknown_variable", variable=name, nearest=nearest or None)
+        if settings.workers is None:
+            settings = settings.model_copy(update={"workers": _default_workers(settings)})
         with _chosen(settings) as server:
             ends.listening = True
             # What has been made by now stays: collections need not look at it again and again.
@@ -157,9 +159,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     os._exit(0)
 
 
+def _default_workers(settings: "Settings") -> int:
+    """Choose how many processes serve.
+
+    Raises:
+        LayoutError: The repository cannot be read.
+    """
+    from kan_bundle.layout import model_bytes
+    from serving.runtime import default_workers
+
+    models = model_bytes(settings.model_repository)
+    return default_workers(settings.provider, settings.engine_threads, models)
+
+
 def _chosen(settings: "Settings") -> "AbstractContextManager[Server | MultiprocessServer]":
     """Serve in this process, or in several others."""
-    if settings.workers > 1:
+    if settings.processes > 1:
         from serving.supervisor.server import supervising
 
         return supervising(settings)

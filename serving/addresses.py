@@ -110,8 +110,8 @@ def announce(settings: Settings, *, ready: bool, **found: Any) -> None:
             raise StartupError(
                 f"--address-file {file}: cannot be written: {error.strerror}"
             ) from error
-    if settings.workers > 1:
-        found["workers"] = settings.workers
+    if settings.processes > 1:
+        found["workers"] = settings.processes
     _log.info("listening", provider=settings.provider, ready=ready, **found)
     if not ready and settings.model_control == "none":
         _log.warning("nothing_served", remedy=_NOTHING_SERVED)

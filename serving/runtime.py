@@ -15,6 +15,11 @@ import structlog
 
 import kan_ops
 from serving.errors import StartupError
+from serving.memory import memory_limit
+
+MOST_WORKERS = 256
+_WORKER_BYTES = 2**28  # with a budget for messages, without models
+_MODEL_COPIES = 3  # of a model's bytes: loaded, and while its next version is loaded beside it
 
 Provider = Literal["cpu", "cuda"]
 """Where models run."""
@@ -135,6 +140,22 @@ def available_cpus(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
             if int(quota) > 0:
                 cpus = min(cpus, int(quota) // int(period))
     return max(1, cpus)
+
+
+def default_workers(provider: Provider, engine_threads: int, model_bytes: int) -> int:
+    """Choose how many processes serve: one for every CPU, as far as memory holds their models.
+
+    One process of Python answers no more single rows on two CPUs than on one.
+
+    Args:
+        provider: Where models run; on a device one process is enough.
+        engine_threads: Threads of one run.
+        model_bytes: Of the files of all models.
+    """
+    if provider != "cpu":
+        return 1
+    by_memory = memory_limit() // (_WORKER_BYTES + _MODEL_COPIES * model_bytes)
+    return max(1, min(available_cpus() // engine_threads, by_memory, MOST_WORKERS))
 
 
 def _is_installed(distribution: str) -> bool:

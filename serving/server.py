@@ -231,7 +231,7 @@ def running(
         callers = Callers(access, settings.max_metadata_bytes)
         share, patience_s = settings.max_peer_share, settings.receive_timeout_s
         limit = loader.max_message_bytes
-        budget = choose_budget(settings.max_inflight_bytes, limit, settings.workers)
+        budget = choose_budget(settings.max_inflight_bytes, limit, settings.processes)
         registry.register(metrics.BudgetCollector(budget))
         most_silent = _most_probes(limit)
         probes = Room(_MOST_PROBES, patience_s, most_silent, budget)
@@ -259,7 +259,7 @@ def running(
             "health port": at_health_port,
         }
         cleanup.enter_context(end_late_calls(rooms.values()))
-        several = settings.workers > 1
+        several = settings.processes > 1
         most = most_connections(settings.max_connections)
         grpc_server, transport = _server(
             {**handlers.methods, **healths.methods},
@@ -393,7 +393,7 @@ def _slots(settings: Settings) -> int:
         return settings.engine_slots
     if settings.provider == "cuda":
         return 1  # runs of one session share a stream and gain nothing from each other
-    return max(1, runtime.available_cpus() // (settings.engine_threads * settings.workers))
+    return max(1, runtime.available_cpus() // settings.engine_threads)
 
 
 def _options(
@@ -407,7 +407,7 @@ def _options(
         "grpc.http2.bdp_probe": 0,
         "grpc.max_allowed_incoming_connections": most_connections,
         # Of one process, a port in use is an error, not a port shared.
-        "grpc.so_reuseport": int(settings.workers > 1),
+        "grpc.so_reuseport": int(settings.processes > 1),
         "grpc.max_concurrent_streams": settings.max_connection_calls,
         "grpc.max_metadata_size": settings.max_metadata_bytes,
         "grpc.absolute_max_metadata_size": settings.max_metadata_bytes,

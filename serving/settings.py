@@ -21,7 +21,7 @@ from serving.batching import Limits
 from serving.budget import too_small
 from serving.configuration import PREFIX, ConfigFile
 from serving.models.policy import Control, parse_policy
-from serving.runtime import Fused, Provider
+from serving.runtime import MOST_WORKERS, Fused, Provider
 
 _DAY_S = 86_400
 
@@ -170,15 +170,15 @@ class Settings(BaseSettings):
         description="serve only versions that are signed by the owner of this public key, a PEM "
         "file; see python -m export --sign-key",
     )
-    workers: Annotated[int, Field(ge=1, le=256)] = Field(
-        1,
+    workers: Annotated[int, Field(ge=1, le=MOST_WORKERS)] | None = Field(
+        None,
         description="processes that share the port, each with models, threads and limits of its "
-        "own; more than one where a single one's Python is what is busy",
+        "own. By default one for every CPU, as far as memory holds their models; one with cuda",
     )
     worker_timeout_s: Annotated[float, Field(ge=1.0, le=_DAY_S)] = Field(
         5.0,
-        description="with --workers, longest that a process may show no sign of life, before it is "
-        "killed and replaced",
+        description="with several workers, longest that a process may show no sign of life, before "
+        "it is killed and replaced",
     )
     max_requests: Annotated[int, Field(ge=1, le=65_536)] = Field(
         1024,
@@ -286,6 +286,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Name where values come from, the strongest first; flags come before all."""
         return init_settings, env_settings, ConfigFile(settings_cls)
+
+    @property
+    def processes(self) -> int:
+        """How many processes serve; one where that was not chosen."""
+        return self.workers or 1
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -7,6 +7,7 @@ import signal
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or what is started would, too
+os.environ.setdefault("KANSERVE_WORKERS", "1")  # of programs; tests of workers say how many
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 # There is a test for every processor: a second thread in each, which spins while it waits, makes
 # exports take 1.5 times as long. Read when torch is imported, also by programs that tests start.

@@ -47,9 +47,9 @@ def budget_fits(settings: Settings, memory: int, beside: int = 0) -> bool:
         patch.setattr("serving.memory.memory_limit", lambda: memory)
         patch.setattr("serving.memory.resident_bytes", lambda: READY_BYTES)
         assert settings.max_message_bytes is not None
-        budget = default_limit(settings.max_message_bytes, settings.workers)
+        budget = default_limit(settings.max_message_bytes, settings.processes)
     at_a_time = budget // (MESSAGE_COPIES * settings.max_message_bytes)
-    taken = (budget + READY_BYTES + BESIDE_BYTES) * settings.workers + beside
+    taken = (budget + READY_BYTES + BESIDE_BYTES) * settings.processes + beside
     return at_a_time >= 10 and taken <= memory
 
 

@@ -154,9 +154,10 @@ def test_the_system_may_refuse_a_process_for_a_while(root: Path) -> None:
         assert server.versions() == {"1"}
 
 
-def test_a_system_without_processes_refuses_the_start(root: Path) -> None:
+@pytest.mark.parametrize("step", ["fork", "exec"])
+def test_a_system_without_processes_refuses_the_start(root: Path, step: str) -> None:
     faults = root.parent / "faults.json"
-    faults.write_text(json.dumps([{"suffix": "fork", "error": "EAGAIN"}]))
+    faults.write_text(json.dumps([{"suffix": step, "error": "EAGAIN"}]))
     done = run_module(
         *("serving", "--model-repository", root, "--workers", "2"),
         *("--grpc-port", "0", "--metrics-port", "0"),

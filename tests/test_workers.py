@@ -12,6 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import GRPCInferenceServiceStub
+from serving import runtime
+from serving.runtime import default_workers
 from tests.bundles import publish
 from tests.conftest import STATE_DICTS, run_module
 from tests.processes import Process, serving
@@ -55,6 +57,32 @@ def test_workers_share_the_port_and_the_metrics_tell_of_each(repository: Path) -
         process.popen.send_signal(signal.SIGTERM)
         process.until("stopped")
         assert process.popen.wait(WAIT_S) == 0
+
+
+def test_by_default_there_is_a_worker_for_every_cpu(repository: Path) -> None:
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    for count in range(1, len(cpus) + 1):
+        pinned = ("taskset", "--cpu-list", ",".join(map(str, cpus[:count])))
+        environment = {"KANSERVE_WORKERS": ""}
+        with serving(
+            "--model-repository", repository, prefix=pinned, environment=environment
+        ) as process:
+            assert process.events[-1].get("workers", 1) == count
+            assert codes(process) == {"OK"}
+            process.popen.send_signal(signal.SIGTERM)
+            assert process.popen.wait(WAIT_S) == 0
+
+
+def test_there_are_as_many_workers_by_default_as_memory_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "available_cpus", lambda: 16)
+    monkeypatch.setattr(runtime, "memory_limit", lambda: 4 * 2**30)
+    assert default_workers("cpu", 1, 0) == 16
+    assert default_workers("cpu", 4, 0) == 4
+    assert default_workers("cpu", 1, 2**28) == 4  # 256 MiB and three times the model for each
+    assert default_workers("cpu", 1, 2**40) == 1
+    assert default_workers("cuda", 1, 0) == 1
 
 
 def test_what_a_client_loads_in_one_is_loaded_in_all(repository: Path, tmp_path: Path) -> None:

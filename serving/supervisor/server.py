@@ -49,9 +49,9 @@ def supervising(settings: Settings) -> Iterator[MultiprocessServer]:
     """
     address = addresses.resolve(settings.host)
     cpus = available_cpus()
-    if settings.workers > cpus:
+    if settings.processes > cpus:
         remedy = "--workers of at most as many, or more CPUs"
-        _log.warning("workers_beyond_cpus", workers=settings.workers, cpus=cpus, remedy=remedy)
+        _log.warning("workers_beyond_cpus", workers=settings.processes, cpus=cpus, remedy=remedy)
     with ExitStack() as cleanup:
         ports = {
             use: cleanup.enter_context(addresses.held_port(settings.host, address, port, use))

@@ -8,10 +8,12 @@ nor behind. A worker whose heartbeats stop is killed and replaced.
 No well-kept library does this. gunicorn's arbiter has heartbeats, timeouts and restarts, but it
 forks, which gRPC survives only with care; it knows no state that workers must agree on, and its
 workers are ready when they run. prometheus_client's multiprocess mode takes neither collectors nor
-gauges of live state. The supervisor imports neither gRPC nor onnxruntime, and workers are started
-afresh, because neither survives a fork.
+gauges of live state. The supervisor imports neither gRPC nor onnxruntime, and forks nothing itself:
+it has threads, and gRPC and onnxruntime survive a fork only unused (preload.py).
 """
 
+import errno
+import os
 import socket
 import threading
 import time
@@ -21,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 import structlog
@@ -48,6 +50,9 @@ _START_RETRY_S = 10.0  # in which the system may refuse a process at the start o
 _KILL_S = 1.0  # after the grace period, for a worker that has not ended
 _FORCE_S = 0.5  # after a second signal
 
+_PROCESSES = ForkServerContext()
+_PROCESSES.set_forkserver_preload(["serving.supervisor.preload"])
+
 _log = structlog.get_logger()
 
 
@@ -55,7 +60,7 @@ _log = structlog.get_logger()
 class WorkerProcess:
     """A process, and what it has reported."""
 
-    process: SpawnProcess
+    process: ForkServerProcess
     peer: socket.socket
     connection: RpcConnection
     ready: bool = False  # whatever its siblings are
@@ -89,7 +94,7 @@ class WorkerSupervisor(Collector):
         )
         self._threads = [
             threading.Thread(target=self._keep, args=(index,), name=f"worker-{index}")
-            for index in range(settings.workers)
+            for index in range(settings.processes)
         ]
 
     def start(self) -> None:
@@ -102,12 +107,12 @@ class WorkerSupervisor(Collector):
         settings = self._settings
         for thread in self._threads:
             thread.start()
-        self._await(lambda: len(self._workers) == settings.workers)
+        self._await(lambda: len(self._workers) == settings.processes)
         load_at_start(
             self.lifecycle, settings.model_repository, settings.model_control, settings.load_models
         )
         self._order("listen", None)
-        self._await(lambda: len(self.listening) == settings.workers)
+        self._await(lambda: len(self.listening) == settings.processes)
         with self._changed:
             self._started = True
             self._update_ready()
@@ -260,8 +265,13 @@ class WorkerSupervisor(Collector):
         ours, its = socket.socketpair()
         with ours:
             with its:
-                process = SpawnProcess(target=work, args=(self._settings, index, its), daemon=True)
-                process.start()
+                process = _PROCESSES.Process(
+                    target=work, args=(self._settings, index, its), daemon=True
+                )
+                try:
+                    process.start()
+                except EOFError as error:  # the one that forks has none either, and starts anew
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
             _log.info("worker_started", worker=index, pid=process.pid)
             ours.settimeout(_START_S)
             handlers: dict[str, Callable[[Any], Any]] = {

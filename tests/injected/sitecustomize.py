@@ -3,7 +3,8 @@
 FAULTY_FILES names a JSON file, a list of rules. The first rule whose `suffix` ends the path of a
 file that is opened by `os.open`, as the files of bundles are, says what happens: `error` (the name
 of an errno, or MemoryError), or `until` (the file whose existence ends a wait). With `pid` it holds
-for that process alone. A process that multiprocessing starts counts as a file named `fork`.
+for that process alone. A process that multiprocessing forks counts as a file named `fork`, and one
+that it starts as `exec`.
 """
 
 import _posixsubprocess
@@ -16,7 +17,7 @@ from typing import Any
 
 _RULES = os.environ.get("FAULTY_FILES")
 _open = os.open
-_fork_exec = _posixsubprocess.fork_exec
+_fork, _fork_exec = os.fork, _posixsubprocess.fork_exec
 
 
 def _apply_rules(path: str) -> None:
@@ -44,11 +45,17 @@ def _faulty_open(path: Any, *arguments: Any, **named: Any) -> int:
     return _open(path, *arguments, **named)
 
 
-def _faulty_fork(*arguments: Any) -> Any:
+def _faulty_fork() -> int:
     _apply_rules("fork")
+    return _fork()
+
+
+def _faulty_fork_exec(*arguments: Any) -> Any:
+    _apply_rules("exec")
     return _fork_exec(*arguments)
 
 
 if _RULES:
     os.open = _faulty_open
-    _posixsubprocess.fork_exec = _faulty_fork
+    os.fork = _faulty_fork
+    _posixsubprocess.fork_exec = _faulty_fork_exec
