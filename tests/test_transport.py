@@ -275,3 +275,32 @@ def test_a_call_without_a_message_is_counted_once_whatever_comes_first(
         getattr(call, name)(events[name])
         assert len(room) == 1 - number
     assert counted == ["Cancelled"]
+
+
+def test_a_call_of_several_answers_hears_that_its_client_has_gone() -> None:
+    """Also where the last answer is known before the first one has been sent."""
+    started: list[Any] = []
+
+    class Noting(Event):
+        def start_server_batch(self, operations: Any, tag: Any) -> int:
+            started.append(tag[0])
+            return 0
+
+    event = Noting()
+    room = Room(4, WAIT_S)
+    gate = Gate(room, lambda caller: None, lambda error: NO_MESSAGE, lambda: 0.0, 100)
+    transport: Any = SimpleNamespace(
+        runs_short=False, forget=lambda call: None, watch_soon=lambda call: None
+    )
+    call = completion_queue._Call(transport, UnaryMethod(gate, lambda *_: None), event)
+    assert room.enter(call)
+    call.receive()
+    call.received(Event(message=b""))
+    call.publish(b"")
+    call.finish()
+    gone = Event(cancelled=True)
+    gone.success = False
+    call.sent(gone)
+    assert completion_queue._Call.closed in started
+    call.closed(gone)
+    assert len(room) == 0

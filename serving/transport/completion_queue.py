@@ -137,11 +137,12 @@ class _Call(UnaryCall):
     def publish(self, content: bytes) -> None:
         with self._lock:
             if not self._is_ended:
+                self.watch()
                 self._pending = content
                 self._send_pending()
 
     def watch(self) -> None:
-        """Have gRPC report its end, as soon as it is not answered at once."""
+        """Have gRPC report its end before its answer is sent; the status brings the report, too."""
         with self._lock:
             if self._is_ended or self._is_watched:
                 return
