@@ -62,6 +62,11 @@ def test_this_grpcio_needs_no_threads(repository: Path) -> None:
         assert not found
 
 
+def test_a_trial_does_not_fail_by_chance() -> None:
+    for _ in range(50):  # one of four did
+        trial._try()
+
+
 def test_where_grpcio_is_another_calls_have_threads(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
