@@ -79,7 +79,7 @@ def cancelling(method: str, size: int = 0) -> Act:
         call = client.call(method)
         if size:
             client.send(call, bytes(size), compressed=False, claimed=2 * size)
-        await_true(lambda: someone_is_here(server))  # of one cancelled too soon, gRPC tells nobody
+        await_true(lambda: someone_is_here(server))  # gRPC reports no call that ends sooner
         client.cancel(call)
 
     return act

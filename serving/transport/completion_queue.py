@@ -495,8 +495,8 @@ class CompletionQueueTransport:
     def _admit_arrivals(self) -> None:
         """Admit or reject the calls that have arrived.
 
-        Where one makes another leave whose message is not there, or is held up, messages that are
-        come first: they may be events that wait behind those of arrivals.
+        While the room is crowded or the next call is held up, messages that have come are read
+        first: their events may wait behind those of arrivals, and each makes room.
         """
         events = 0
         while self._arrivals:
